@@ -1,0 +1,185 @@
+"""Where nothing may be written, and who may write where: existing folders, full disks, other writers."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from transmla.checkpoint.destination import MARKER
+from transmla.checkpoint.write import CheckpointWriter, check_destination
+from transmla.errors import DestinationError
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def write(destination: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with CheckpointWriter(destination) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.close_shards()
+        writer.commit()
+
+
+def test_existing_destinations(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("full", "file", "link"):
+        with (
+            pytest.raises(DestinationError, match="exists already") as error,
+            CheckpointWriter(tmp_path / name),
+        ):
+            raise AssertionError("not reached")
+        assert name in str(error.value)
+        assert not (tmp_path / f"{name}.partial").exists()
+
+
+def test_an_empty_folder_is_filled(tmp_path, tensors):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", tensors)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_destination_that_appears_meanwhile(tmp_path):
+    with (
+        pytest.raises(DestinationError, match="cannot be written"),
+        CheckpointWriter(tmp_path / "out") as writer,
+    ):
+        writer.close_shards()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").touch()
+        writer.commit()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_parents(tmp_path, monkeypatch):
+    with pytest.raises(DestinationError, match="there is no folder") as error:
+        check_destination(tmp_path / "a" / "b")
+    assert "mkdir -p" in str(error.value)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(DestinationError, match="no permission"):
+        check_destination(tmp_path / "a")
+
+
+def test_relative_destination(tmp_path, monkeypatch, tensors):
+    monkeypatch.chdir(tmp_path)
+    write(Path("out/"), tensors)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_disk_space(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 3 * 2**30))
+    check_destination(tmp_path / "a", 3 * 2**30)
+    with pytest.raises(DestinationError, match=r"4\.00 GiB are needed, 3\.00 GiB are free"):
+        check_destination(tmp_path / "a", 4 * 2**30)
+
+
+def test_space_of_an_abandoned_run_counts_as_free(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 1000))
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial" / "model-00001.safetensors").write_bytes(b"\0" * 500)
+    with pytest.raises(DestinationError):
+        check_destination(tmp_path / "a", 1400)
+    (tmp_path / "a.partial" / MARKER).touch()
+    check_destination(tmp_path / "a", 1400)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk(tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("transmla.checkpoint.write.save_file", fail)
+    with (
+        pytest.raises(DestinationError, match="disk is full") as caught,
+        CheckpointWriter(tmp_path / "o") as writer,
+    ):
+        writer.add("a", torch.ones(1))
+        writer.close_shards()
+    assert "o.partial" in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_full_disk_while_forcing_files_to_it(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DestinationError, match="disk is full"), CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("a", torch.ones(1))
+        writer.close_shards()
+        monkeypatch.setattr(os, "fsync", fail)
+        writer.commit()
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_disk_errors(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(DestinationError, match="Permission denied"), CheckpointWriter(tmp_path / "out"):
+        raise AssertionError("not reached")
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from transmla.checkpoint.write import CheckpointWriter
+with CheckpointWriter(Path(sys.argv[1]), shard_bytes=1) as writer:
+    writer.add("old", torch.ones(1))
+    writer.add("older", torch.ones(1))
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_running_writer_is_left_alone_and_a_killed_one_replaced(tmp_path, tensors):
+    destination = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(destination)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=CHECKOUT,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"ready\n"
+        with pytest.raises(DestinationError, match=f"process {other.pid} is writing"):
+            write(destination, tensors)
+        assert (tmp_path / "out.partial" / "model-00001.safetensors").is_file()
+        other.send_signal(signal.SIGKILL)
+    (tmp_path / "out.partial" / "folder").mkdir()
+    write(destination, tensors)
+    assert {path.name for path in destination.iterdir()} == {"model.safetensors"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_two_writers_in_one_process(tmp_path):
+    with CheckpointWriter(tmp_path / "out") as first:
+        with pytest.raises(DestinationError, match="in use"), CheckpointWriter(tmp_path / "out"):
+            raise AssertionError("not reached")
+        first.close_shards()
+        first.commit()
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, tensors):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").touch()
+    with pytest.raises(DestinationError, match=r"in the way[^$]*out\.partial"):
+        write(tmp_path / "out", tensors)
+    assert (tmp_path / "out.partial" / "thesis.txt").is_file()

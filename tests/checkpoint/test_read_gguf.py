@@ -1,0 +1,240 @@
+"""GGUF files: names, row order and values as transformers gives them, and as they were before."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+
+from transmla.checkpoint.companions import copy_companions, tokenizer
+from transmla.checkpoint.read import open_source
+from transmla.errors import SourceError, UnsupportedError
+
+LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output": "lm_head",
+    "output_norm": "model.norm",
+    **{f"blk.{i}.{gguf}": f"model.layers.{i}.{module}" for i in range(2) for gguf, module in LAYER.items()},
+}
+HEADS = {"attn_q": 4, "attn_k": 2}
+KEYS = "model.layers.0.self_attn.k_proj.weight"
+
+
+def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows as llama.cpp's converter stores them: the two halves of each head side by side."""
+    return weight.reshape(num_heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    encoding: GGMLQuantizationType = GGMLQuantizationType.F32,
+    architecture: str = "llama",
+    extra_tensors: dict[str, np.ndarray] | None = None,
+    **fields: Any,
+) -> Path:
+    writer = GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(fields.pop("num_key_value_heads", 2))
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(7)  # wrong on purpose: the embedding knows better
+    for method, value in fields.items():
+        getattr(writer, method)(value)
+    for gguf_name, name in NAMES.items():
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" not in tensors:
+                continue
+            data = tensors[f"{name}.{kind}"].numpy()
+            part = gguf_name.rpartition(".")[2]
+            data = interleaved(data, HEADS[part]) if part in HEADS else data
+            if data.ndim == 2 and encoding != GGMLQuantizationType.F32:
+                writer.add_tensor(f"{gguf_name}.{kind}", quantize(data, encoding), raw_dtype=encoding)
+            else:
+                writer.add_tensor(f"{gguf_name}.{kind}", data)
+    for name, data in (extra_tensors or {}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+ENCODINGS = [GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_1")]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda encoding: encoding.name)
+def test_gives_the_tensors_that_were_written(tmp_path, tensors, encoding):
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors, encoding))
+    assert source.format == "gguf" and set(source.tensors) == set(tensors)
+    expected_dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(encoding.name, torch.float32)
+    for name, tensor in tensors.items():
+        expected = tensor
+        if tensor.ndim == 2 and encoding.name != "F32":
+            expected = torch.from_numpy(dequantize(quantize(tensor.numpy(), encoding), encoding))
+            assert source.read(name).dtype == expected_dtype
+        assert source.tensors[name].shape == tensor.shape
+        assert torch.equal(source.read(name, dtype=torch.float32), expected)
+        assert source.read(name).is_contiguous()
+    for name in (KEYS, "model.embed_tokens.weight", "model.norm.weight"):
+        index = torch.tensor([3, 31, 3])
+        assert torch.equal(source.rows(name, index), source.read(name)[index])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS[::3], ids=lambda encoding: encoding.name)
+def test_agrees_with_transformers(tmp_path, tensors, encoding):
+    from transformers import AutoModelForCausalLM
+
+    path = write_gguf(tmp_path / "m.gguf", tensors, encoding, add_token_list=[f"t{i}" for i in range(40)])
+    # transformers believes vocab_size, which write_gguf gets wrong on purpose
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32, vocab_size=40)
+    source = open_source(path)
+    state = model.state_dict()
+    assert set(state) == set(source.tensors)
+    for name, tensor in state.items():
+        assert torch.equal(source.read(name), tensor), name
+
+
+def test_row_order_matters_here(tensors):
+    weight = tensors[KEYS].numpy()
+    assert not np.array_equal(interleaved(weight, 2), weight)
+
+
+def test_config_is_that_of_the_model_alone(tmp_path, tensors):
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors, add_name="A name"))
+    assert source.config_where == f"{tmp_path / 'm.gguf'} (metadata)"
+    wanted = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 40,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
+    }
+    assert {key: source.config[key] for key in wanted} == wanted
+    assert str(tmp_path) not in str(source.config) and "A name" not in str(source.config)
+    assert "quantization_config" not in source.config
+
+
+def test_tied_without_an_output_matrix(tmp_path, tensors):
+    del tensors["lm_head.weight"]
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors))
+    assert source.config["tie_word_embeddings"] is True and "lm_head.weight" not in source.tensors
+
+
+def test_biases_are_announced_and_in_order(tmp_path, tensors):
+    bias = torch.randn(64)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = bias
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors))
+    assert source.config["attention_bias"] is True and source.config["mlp_bias"] is False
+    assert torch.equal(source.read("model.layers.0.self_attn.q_proj.bias"), bias)
+
+
+def test_llama3_frequency_factors(tmp_path, tensors):
+    factors = np.linspace(1, 8, 8, dtype=np.float32)
+    path = write_gguf(tmp_path / "m.gguf", tensors, extra_tensors={"rope_freqs.weight": factors})
+    source = open_source(path)
+    assert source.rope_frequency_factors == factors.tolist()
+    assert set(source.tensors) == set(tensors)
+    assert open_source(write_gguf(tmp_path / "n.gguf", tensors)).rope_frequency_factors is None
+
+
+def test_linear_rope_scaling_is_kept_and_others_refused(tmp_path, tensors):
+    from gguf import RopeScalingType
+
+    scaling = {"add_rope_scaling_type": RopeScalingType.LINEAR, "add_rope_scaling_factor": 4.0}
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors, **scaling))
+    assert source.config["rope_parameters"] == {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}
+    path = write_gguf(tmp_path / "n.gguf", tensors, add_rope_scaling_type=RopeScalingType.YARN)
+    with pytest.raises(UnsupportedError, match="rope scaling is 'yarn'"):
+        open_source(path)
+
+
+def test_unsupported_architectures_and_tensors(tmp_path, tensors):
+    with pytest.raises(UnsupportedError, match=r"architecture is 'qwen2'[^$]*known GGUF architectures: llama"):
+        open_source(write_gguf(tmp_path / "a.gguf", tensors, architecture="qwen2"))
+    experts = {"blk.0.ffn_gate_exps.weight": np.zeros((2, 4, 32), dtype=np.float32)}
+    with pytest.raises(UnsupportedError, match=r"blk\.0\.ffn_gate_exps\.weight"):
+        open_source(write_gguf(tmp_path / "b.gguf", tensors, extra_tensors=experts))
+
+
+def test_metadata_that_describes_no_model(tmp_path, tensors):
+    with pytest.raises(SourceError, match="does not describe a model"):
+        open_source(write_gguf(tmp_path / "a.gguf", tensors, num_key_value_heads=[2, 1]))
+
+
+def test_one_part_of_several(tmp_path, tensors):
+    path = write_gguf(tmp_path / "a.gguf", tensors)
+    writer = GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SourceError, match="llama-gguf-split --merge"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.05, 0.5, 0.99])
+def test_truncated_file(tmp_path, tensors, keep):
+    path = write_gguf(tmp_path / "m.gguf", tensors)
+    os.truncate(path, int(path.stat().st_size * keep))
+    with pytest.raises(SourceError) as error:
+        open_source(path)
+    assert str(path) in str(error.value)
+
+
+def test_value_that_is_not_finite(tmp_path, tensors):
+    tensors[KEYS][1, 2] = float("nan")
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors))
+    with pytest.raises(SourceError, match="NaN") as error:
+        source.read(KEYS)
+    assert KEYS in str(error.value) and "m.gguf" in str(error.value)
+
+
+def test_tokenizer_is_unpacked(tmp_path, tensors):
+    tokens = [*(chr(value) for value in range(33, 72)), "AB"]
+    fields = {
+        "add_tokenizer_model": "gpt2",
+        "add_token_list": tokens,
+        "add_token_merges": ["A B"],
+        "add_bos_token_id": 1,
+        "add_eos_token_id": 2,
+    }
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors, **fields))
+    destination = tmp_path / "out"
+    destination.mkdir()
+    assert "tokenizer.json" in copy_companions(source, destination)
+    assert tokenizer(source)("AC")["input_ids"] == [tokens.index("A"), tokens.index("C")]
+
+
+def test_without_a_tokenizer(tmp_path, tensors):
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors))
+    with pytest.raises(SourceError, match="no tokenizer") as error:
+        tokenizer(source)
+    assert "m.gguf" in str(error.value)

@@ -1,0 +1,127 @@
+"""The writer: one shard or many give the same checkpoint, and a failure leaves nothing like one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from transmla.checkpoint.read import open_source
+from transmla.checkpoint.write import CheckpointWriter
+
+
+def write(destination: Path, tensors: dict[str, torch.Tensor], shard_bytes: int = 2**30) -> None:
+    with CheckpointWriter(destination, shard_bytes=shard_bytes) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.write_json("config.json", {"model_type": "llama"})
+        writer.close_shards()
+        writer.commit()
+
+
+@pytest.mark.parametrize(("shard_bytes", "num_shards"), [(2**30, 1), (20_000, 7), (1, 21)])
+def test_shards_hold_the_same_tensors(tmp_path, tensors, shard_bytes, num_shards):
+    write(tmp_path / "out", tensors, shard_bytes)
+    source = open_source(tmp_path / "out")
+    assert set(source.tensors) == set(tensors) and len(source.files()) == num_shards
+    for name, tensor in tensors.items():
+        assert torch.equal(source.read(name), tensor)
+    expected = {"config.json"}
+    if num_shards == 1:
+        expected.add("model.safetensors")
+    else:
+        expected |= {f"model-{i:05d}-of-{num_shards:05d}.safetensors" for i in range(1, num_shards + 1)}
+        expected.add("model.safetensors.index.json")
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+        sizes = [
+            sum(source.tensors[n].num_bytes for n in tensors if source.tensors[n].file == file.name)
+            for file in source.files()
+        ]
+        assert all(size <= max(shard_bytes, max(t.nbytes for t in tensors.values())) for size in sizes)
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == expected
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_transformers_reads_it(tmp_path, tensors):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=40, tie_word_embeddings=False,
+    )  # fmt: skip
+    with CheckpointWriter(tmp_path / "out", shard_bytes=20_000) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.write_json("config.json", config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+        writer.close_shards()
+        writer.commit()
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_writer_keeps_copies_and_at_most_one_shard(tmp_path):
+    with CheckpointWriter(tmp_path / "out", shard_bytes=1000) as writer:
+        matrix = torch.arange(100.0).reshape(10, 10)
+        writer.add("a", matrix.T)
+        matrix.zero_()
+        writer.add("b", torch.ones(100))
+        writer.add("c", torch.ones(100))
+        assert sum(tensor.nbytes for tensor in writer._pending.values()) <= 1000
+        writer.close_shards()
+        writer.commit()
+    assert torch.equal(open_source_read(tmp_path / "out", "a"), torch.arange(100.0).reshape(10, 10).T)
+
+
+def open_source_read(path: Path, name: str) -> torch.Tensor:
+    (path / "config.json").write_text("{}")
+    return open_source(path).read(name)
+
+
+def test_files_are_as_readable_as_others(tmp_path, tensors):
+    write(tmp_path / "out", tensors)
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in [*(tmp_path / "out").iterdir(), tmp_path / "plain"]}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_after_an_exception(tmp_path, tensors, error):
+    with pytest.raises(error), CheckpointWriter(tmp_path / "out", shard_bytes=1) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.close_shards()
+        assert writer.partial == tmp_path / "out.partial" and writer.partial.is_dir()
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_without_commit(tmp_path, tensors):
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("a", torch.ones(1))
+        writer.close_shards()
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_order_is_a_mistake_of_ours(tmp_path):
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("a", torch.ones(1))
+        with pytest.raises(ValueError, match="twice"):
+            writer.add("a", torch.ones(1))
+        with pytest.raises(ValueError, match="before commit"):
+            writer.commit()
+        writer.close_shards()
+        with pytest.raises(ValueError, match="closed"):
+            writer.add("b", torch.ones(1))
+        with pytest.raises(ValueError, match="JSON"):
+            writer.write_json("x.json", float("nan"))
+
+
+def test_copy_file(tmp_path):
+    (tmp_path / "LICENSE").write_text("free")
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.copy_file(tmp_path / "LICENSE")
+        writer.copy_file(tmp_path / "LICENSE", "NOTICE")
+        writer.close_shards()
+        writer.commit()
+    assert (tmp_path / "out" / "LICENSE").read_text() == (tmp_path / "out" / "NOTICE").read_text() == "free"

@@ -1,0 +1,126 @@
+"""Recipes: what a file says is what is used, and nothing unknown is passed over."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from transmla import recipe as module
+from transmla.errors import RecipeError
+from transmla.recipe import Recipe, find_recipe, list_recipes, load_recipe
+
+FULL = """
+source = "owner/name"
+revision = "main"
+latent = 448
+rope = 64
+theta = 1e5
+calibration = "wikitext"
+tokens = 2048
+window = 512
+dtype = "bfloat16"
+seed = 0
+"""
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "a.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_every_key(toml):
+    loaded = load_recipe(toml(FULL))
+    assert loaded == Recipe("owner/name", "main", 448, 64, 1e5, "wikitext", 2048, 512, "bfloat16", 0)
+    assert loaded.resolved == {field.name: getattr(loaded, field.name) for field in dataclasses.fields(Recipe)}
+
+
+def test_defaults(toml):
+    assert load_recipe(toml("")) == Recipe()
+    assert (Recipe().tokens, Recipe().window, Recipe().theta) == (131072, 1024, "auto")
+
+
+def test_an_integer_is_a_number(toml):
+    theta = load_recipe(toml("theta = 500000")).theta
+    assert theta == 500000.0 and isinstance(theta, float)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('latent = "448"', "latent is an integer, not a string"),
+        ("latent = true", "latent is an integer, not a boolean"),
+        ("latent = 1.5", "latent is an integer, not a number"),
+        ("theta = true", "theta is a number or a string, not a boolean"),
+        ('theta = "high"', 'theta is a number or "auto"'),
+        ("theta = nan", "theta must be positive"),
+        ("tokens = 0", "tokens must be positive"),
+        ("source = 1", "source is a string, not an integer"),
+        ("source = []", "source is a string, not a list"),
+        ("[source]", "source is a string, not a dict"),
+        ('dtype = "int8"', "dtype is one of auto, float32, bfloat16, float16"),
+    ],
+)
+def test_values_that_cannot_be(toml, line, why):
+    with pytest.raises(RecipeError, match=why) as error:
+        load_recipe(toml(line))
+    assert "a.toml" in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "near"), [("latents", "latent"), ("calibraton", "calibration"), ("qqq", None)])
+def test_unknown_keys(toml, key, near):
+    with pytest.raises(RecipeError, match=f"unknown recipe key '{key}'") as error:
+        load_recipe(toml(f"{key} = 1"))
+    assert (f"did you mean '{near}'?" in error.value.remedy) if near else ("mean" not in error.value.remedy)
+    assert "known keys: source, revision" in error.value.remedy
+
+
+def test_files_that_cannot_be_read(toml, tmp_path):
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(toml("latent: 4"))
+    (tmp_path / "b.toml").write_bytes(b"\xff")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(tmp_path / "b.toml")
+    with pytest.raises(RecipeError, match="No such file"):
+        load_recipe(tmp_path / "c.toml")
+
+
+def test_overrides():
+    given = Recipe(latent=8, rope=4)
+    assert given.with_overrides(latent=None, rope=2, theta=7) == Recipe(latent=8, rope=2, theta=7.0)
+    assert given == Recipe(latent=8, rope=4)
+    with pytest.raises(RecipeError, match="unknown recipe key 'ropes'"):
+        given.with_overrides(ropes=2)
+    with pytest.raises(RecipeError, match="tokens must be positive"):
+        given.with_overrides(tokens=-1)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_installed_recipes_and_those_of_a_checkout(tmp_path, monkeypatch, installed):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "b-1.5.toml").write_text("latent = 3")
+    (tmp_path / "recipes" / "a.toml").touch()
+    (tmp_path / "recipes" / "README.md").touch()
+
+    def files(package):
+        assert package == "transmla.recipes"
+        if not installed:
+            raise ModuleNotFoundError
+        return tmp_path / "recipes"
+
+    monkeypatch.setattr(module.resources, "files", files)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "transmla" / "recipe.py"))
+    assert list_recipes() == ["a", "b-1.5"]
+    found = find_recipe("b-1.5")
+    assert found is not None and load_recipe(found).latent == 3
+    assert find_recipe("c") is None
+
+
+def test_every_shipped_recipe_is_valid():
+    for name in list_recipes():
+        path = find_recipe(name)
+        assert path is not None and load_recipe(path).source is not None

@@ -1,0 +1,40 @@
+"""transmla: retrofit multi-head latent attention (MLA) onto pretrained GQA, MHA and MQA language models.
+
+    import transmla
+
+    transmla.plan("llama-3-8b", latent=512)                  # headers only: what would happen
+    transmla.convert("llama-3-8b", "OUT", latent=512)        # -> ConversionReport
+    transmla.evaluate("OUT", against="SRC")                  # -> EvaluationReport
+    transmla.load("OUT")                                     # -> a transformers model, latent cache, absorbed decode
+    for piece in transmla.generate("OUT", "Once upon a time"):
+        print(piece, end="")
+
+Everything the command line does is one of these calls. Errors are those of `transmla.errors`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transmla.conversion import convert as convert
+    from transmla.evaluation.evaluate import evaluate as evaluate
+    from transmla.generation import generate as generate
+    from transmla.loading import load as load
+    from transmla.planning import plan as plan
+
+# imported when first used: `transmla --help` must not wait for torch
+_PUBLIC = {
+    "convert": "transmla.conversion",
+    "evaluate": "transmla.evaluation.evaluate",
+    "generate": "transmla.generation",
+    "load": "transmla.loading",
+    "plan": "transmla.planning",
+}
+
+__all__ = ["convert", "evaluate", "generate", "load", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'transmla' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m transmla` is `transmla`."""
+
+from transmla.cli import main
+
+main()

@@ -1,0 +1,116 @@
+"""One layer of the source model, built from a row of the family table and nothing but its own tensors.
+
+The norms and the MLP are the Hugging Face modules as they are; the attention is read as plain weights.
+
+Legend: D hidden_size, H query heads, G key/value heads, d head_dim, P = d / 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from transmla.families import Family, rope_parameters
+from transmla.geometry import GqaGeometry
+from transmla.maths.attention import GqaWeights, inverse_frequencies
+
+
+@dataclass(frozen=True)
+class SourceLayer:
+    """A decoder layer of the source in pieces. All callables map [T, D] -> [T, D] in the layer's dtype."""
+
+    index: int
+    gqa: GqaWeights
+    input_layernorm: Callable[[Tensor], Tensor]
+    post_attention_layernorm: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
+    # what is not attention, by its name inside the layer: norms and MLP are written as they are
+    other_tensors: dict[str, Tensor]
+
+
+def source_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+    """The transformers config object of a parsed config.json; never runs code from a checkpoint."""
+    values = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "torch_dtype")}
+    return AutoConfig.for_model(config["model_type"], **values)
+
+
+def layer_tensor_names(family: Family, config: PreTrainedConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """Names in the checkpoint and shapes of all tensors of a layer, from the class itself, on `meta`."""
+    with torch.device("meta"):
+        module = _layer_class(family)(config, index)
+    prefix = family.layer_prefix.format(index)
+    return {prefix + name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def build_layer(
+    family: Family,
+    config: PreTrainedConfig,
+    geometry: GqaGeometry,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    inv_freq_P: Tensor,
+    attention_factor: float,
+) -> SourceLayer:
+    """The layer from its tensors.
+
+    tensors:          every name of `layer_tensor_names`, in the dtype and on the device to compute with
+    inv_freq_P:       radians per position, float64 [d / 2]
+    attention_factor: what the rope type multiplies cosine and sine with (YaRN, section 3.4); enters the score squared
+    """
+    with torch.device("meta"):
+        module: nn.Module = _layer_class(family)(config, index)
+    prefix = family.layer_prefix.format(index)
+    module.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()}, assign=True)
+    module.requires_grad_(False).eval()
+    attention: Any = module.self_attn
+    gqa = GqaWeights(
+        q_HdD=attention.q_proj.weight.unflatten(0, (geometry.num_attention_heads, geometry.head_dim)),
+        k_GdD=attention.k_proj.weight.unflatten(0, (geometry.num_key_value_heads, geometry.head_dim)),
+        v_GdD=attention.v_proj.weight.unflatten(0, (geometry.num_key_value_heads, geometry.head_dim)),
+        o_DHd=attention.o_proj.weight,
+        inv_freq_P=inv_freq_P.to(attention.q_proj.weight.device),
+        scaling=float(attention.scaling) * attention_factor**2,
+    )
+    return SourceLayer(
+        index,
+        gqa,
+        _callable(module.input_layernorm),
+        _callable(module.post_attention_layernorm),
+        _callable(module.mlp),
+        {name: value for name, value in module.state_dict().items() if not name.startswith("self_attn.")},
+    )
+
+
+def source_frequencies(
+    config: PreTrainedConfig, geometry: GqaGeometry, frequency_factors: list[float] | None = None
+) -> tuple[Tensor, float]:
+    """Rotary frequencies of the source, float64 [d / 2] in radians per position, and its attention factor.
+
+    frequency_factors: divisors stored in GGUF files (`rope_freqs`), which is where llama3 scaling lives there.
+    """
+    parameters = rope_parameters(config.to_dict())
+    plain_P = inverse_frequencies(float(parameters["rope_theta"]), geometry.head_dim)
+    if frequency_factors is not None:
+        return plain_P / torch.tensor(frequency_factors, dtype=torch.float64), 1.0
+    if parameters["rope_type"] == "default":
+        return plain_P, 1.0
+    inv_freq_P, attention_factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+    return inv_freq_P.double(), float(attention_factor)
+
+
+def _layer_class(family: Family) -> type[nn.Module]:
+    module, _, name = family.layer_class.partition(":")
+    found: type[nn.Module] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _callable(module: Any) -> Callable[[Tensor], Tensor]:
+    call: Callable[[Tensor], Tensor] = module
+    return call

@@ -1,0 +1,124 @@
+"""Second moments of one layer: everything the closed form needs to know of the calibration text.
+
+Activations are seen once and summed up; nothing of the size of the text is kept.
+Legend: T tokens of a window, D hidden_size, H heads, G key/value heads, R = H / G, d head_dim, S distances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transmla.calibrate.layers import SourceLayer
+from transmla.calibrate.streams import Streams
+from transmla.maths.attention import GqaWeights, gqa_projections, rotate
+from transmla.maths.closed_form import Moments
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """Sums over one window, see `maths.closed_form.Moments`; received_T weights the window's tokens as keys."""
+
+    query_Hdd: Tensor
+    importance_H: Tensor
+    distance_HS: Tensor
+    received_T: Tensor
+    attended_DD: Tensor
+
+
+def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams: bool = True) -> Moments:
+    """Moments of one layer over the fitted windows, before the streams pass it.
+
+    num_attended: windows whose attention matrices are looked at (quadratic in the window); the others
+                  only enter the moments of the input
+    two_streams:  False: the converted stream counts as equal to the source's
+    """
+    size = streams.source_NTD.shape[2]
+    heads, head_dim, _ = layer.gqa.q_HdD.shape
+    zeros = {"dtype": torch.float64, "device": streams.device}
+    converted_DD, cross_DD, received_DD, attended_DD = (torch.zeros(size, size, **zeros) for _ in range(4))
+    received_D = torch.zeros(size, **zeros)
+    query_Hdd = torch.zeros(heads, head_dim, head_dim, **zeros)
+    importance_H = torch.zeros(heads, **zeros)
+    distance_HS = torch.zeros(heads, streams.source_NTD.shape[1], **zeros)
+    num_fitted, tokens = streams.num_fitted, streams.source_NTD.shape[1]
+    every = max(1, num_fitted // max(1, num_attended))
+    num_seen = 0
+    for index, source_TD, converted_TD in streams.windows():
+        if index >= num_fitted:
+            break
+        x_TD = layer.input_layernorm(source_TD)
+        x_hat_TD = layer.input_layernorm(converted_TD) if two_streams else x_TD
+        converted_DD += (x_hat_TD.T @ x_hat_TD).double()
+        cross_DD += (x_TD.T @ x_hat_TD).double()
+        if index % every or num_seen >= num_attended:
+            continue
+        num_seen += 1
+        with streams.computing():
+            seen = attended(x_TD, x_hat_TD, layer.gqa)
+        attended_DD += seen.attended_DD
+        query_Hdd += seen.query_Hdd
+        importance_H += seen.importance_H
+        distance_HS += seen.distance_HS
+        received_T = (seen.received_T / seen.received_T.mean()).float()
+        received_D += (received_T @ x_hat_TD).double()
+        received_DD += ((x_hat_TD * received_T[:, None]).T @ x_hat_TD).double()
+    mean_D = received_D / (num_seen * tokens)
+    return Moments(
+        converted_DD=converted_DD / (num_fitted * tokens),
+        cross_DD=cross_DD / (num_fitted * tokens),
+        # a key error shared by all tokens shifts every score of a row alike, and softmax does not see it
+        received_DD=received_DD / (num_seen * tokens) - torch.outer(mean_D, mean_D),
+        attended_DD=attended_DD / (num_seen * tokens),
+        query_Hdd=query_Hdd / (num_seen * tokens),
+        importance_H=importance_H / (num_seen * tokens),
+        distance_HS=distance_HS / distance_HS.sum(1, keepdim=True).clamp_min(1e-300),
+    )
+
+
+def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> _Attended:
+    """What the heads of the source attend to in one window; one key/value group in memory at a time."""
+    tokens, groups, heads = len(x_TD), len(gqa.k_GdD), len(gqa.q_HdD)
+    positions = torch.arange(tokens, device=x_TD.device)
+    q_HTd, k_GTd, v_GTd = gqa_projections(x_TD, gqa)
+    q_GRTd = rotate(q_HTd, gqa.inv_freq_P, positions).unflatten(0, (groups, -1))
+    k_GTd = rotate(k_GTd, gqa.inv_freq_P, positions)
+    o_GRDd = gqa.o_DHd.unflatten(1, (groups, -1, gqa.k_GdD.shape[1])).permute(1, 2, 0, 3)
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=x_TD.device).triu(1)
+    importance, distance = [], []
+    received_T = torch.zeros(tokens, dtype=torch.float64, device=x_TD.device)
+    attended_DD = torch.zeros(x_hat_TD.shape[1], x_hat_TD.shape[1], dtype=torch.float64, device=x_TD.device)
+    for group in range(groups):
+        scores_RTT = (q_GRTd[group] @ k_GTd[group].T) * gqa.scaling
+        p_RTT = scores_RTT.float().masked_fill_(future, float("-inf")).softmax(-1)
+        for p_TT in p_RTT:
+            y_TD = p_TT @ x_hat_TD
+            attended_DD += (y_TD.T @ y_TD).double() / heads
+        weight_RTT = _output_sensitivity(p_RTT, v_GTd[group], o_GRDd[group])
+        importance.append(weight_RTT.sum((1, 2), dtype=torch.float64))
+        received_T += weight_RTT.sum((0, 1), dtype=torch.float64)
+        weight_RTT[:, :, 0] = 0
+        distance.append(_by_distance(weight_RTT))
+    query_Hdd = (q_HTd.transpose(1, 2) @ q_HTd).double()
+    return _Attended(query_Hdd, torch.cat(importance), torch.cat(distance), received_T, attended_DD)
+
+
+def _output_sensitivity(p_RTT: Tensor, v_Td: Tensor, o_RDd: Tensor) -> Tensor:
+    """p_ts^2 |o_proj (v_s - o_t)|^2 per head, in place of p: squared output change per squared score change."""
+    out_RTd = p_RTT @ v_Td
+    metric_Rdd = o_RDd.transpose(1, 2) @ o_RDd
+    metric_v_RTd = v_Td @ metric_Rdd
+    v_norm_RT = (metric_v_RTd * v_Td).sum(-1)
+    out_norm_RT = (out_RTd @ metric_Rdd * out_RTd).sum(-1)
+    spread_RTT = v_norm_RT[:, None] + out_norm_RT[..., None] - 2 * out_RTd @ metric_v_RTd.transpose(1, 2)
+    return p_RTT.square_().mul_(spread_RTT.clamp_min_(0))
+
+
+def _by_distance(weight_RTT: Tensor) -> Tensor:
+    """Sums along the diagonals t - s = 0, 1, .. of lower-triangular matrices, float64 [R, T]."""
+    tokens = weight_RTT.shape[1]
+    # written with rows of 2 T and read with rows of 2 T - 1, row t moves right by t: column T - 1 + (t - s)
+    skewed = torch.nn.functional.pad(weight_RTT.flip(2), (0, tokens)).flatten(1)[:, : tokens * (2 * tokens - 1)]
+    return skewed.unflatten(1, (tokens, -1)).sum(1, dtype=torch.float64)[:, tokens - 1 :]

@@ -1,0 +1,183 @@
+"""Calibration text -> windows of token ids. Four kinds of text, one result.
+
+    self             sampled from the source model itself (needs the whole source in memory)
+    wikitext         an excerpt of WikiText-2 train that ships with the package
+    wikitext-valid, tinystories-valid   ship, too, but only to be evaluated on
+    FILE             .txt as it is; .jsonl, .json, .parquet, .csv by their `text` column
+    DATASET          hub id, optionally OWNER/NAME:CONFIG, its train split, streamed
+
+Legend: N windows, T tokens per window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.errors import DataError
+
+TEXT_COLUMN = "text"
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# name -> file in transmla/data; validation texts are kept out of calibration
+SHIPPED = {"wikitext": "wikitext2-train-excerpt.txt"}
+SHIPPED_VALIDATION = {"wikitext-valid": "wikitext2-valid-excerpt.txt", "tinystories-valid": "tinystories-valid.txt"}
+# characters read per token asked for: enough for any language and tokenizer worth calibrating with
+CHARACTERS_PER_TOKEN = 12
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """ids_NT: int64 [N, T]; name: what it was made of; digest: sha256 of the ids, for the provenance file."""
+
+    ids_NT: Tensor
+    name: str
+    digest: str
+
+
+def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> str:
+    """Text of a file, a dataset or a shipped excerpt, at most `max_characters`; raises `DataError`.
+
+    evaluation: the text is only measured on, so the shipped validation texts may be read
+    """
+    path = Path(name).expanduser()
+    if name in SHIPPED_VALIDATION and not evaluation:
+        raise DataError(
+            f"{name} is a validation text",
+            where=name,
+            why="what a model was calibrated on cannot be used to measure it",
+            remedy="calibrate with another text, for example wikitext or self",
+        )
+    if shipped := (SHIPPED | SHIPPED_VALIDATION).get(name):
+        return (resources.files("transmla.data") / shipped).read_text("utf-8")[:max_characters]
+    if path.is_file() and path.suffix.lower() not in TABLES:
+        return _read_plain(path, max_characters)
+    if path.is_file() or ("/" in name and not path.is_dir()):
+        return _read_table(name, path, max_characters)
+    known = SHIPPED | SHIPPED_VALIDATION if evaluation else ("self", *SHIPPED)
+    raise DataError(
+        f"no text {name!r}",
+        where=name,
+        why=f"it is neither a file, nor a dataset id (owner/name), nor one of: {', '.join(known)}",
+        remedy="pass a file (.txt, .jsonl, .parquet, .csv), a dataset id or one of these names",
+    )
+
+
+def windows(
+    ids: list[int], num_tokens: int, window: int, *, name: str, prefix: list[int] | None = None
+) -> CalibrationTokens:
+    """Windows spread evenly over the text, at most `num_tokens` in all; raises `DataError`.
+
+    At least two windows are needed: one to fit to and one held out.
+    prefix: begin token of a tokenizer that adds one; every second window starts with it, since the model
+            meets both the start and the middle of texts
+    """
+    wanted = max(2, num_tokens // window)
+    available = len(ids) // window
+    if available < 2:
+        raise DataError(
+            f"the text is too short: {len(ids):,} tokens",
+            where=name,
+            why=f"two windows of {window:,} tokens are the least that calibration and its held-out check need",
+            remedy="use a longer text, or shorter windows (`window` in a recipe)",
+        )
+    starts = torch.linspace(0, available - 1, min(wanted, available)).long().tolist()
+    ids_NT = torch.tensor([ids[start * window : (start + 1) * window] for start in starts])
+    if prefix:
+        ids_NT[::2, 0] = prefix[0]
+    return CalibrationTokens(ids_NT, name, hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest())
+
+
+def calibration_tokens(
+    name: str, tokenizer: Any, num_tokens: int, window: int, *, sampler: Any = None
+) -> CalibrationTokens:
+    """Windows of token ids of the text called `name`.
+
+    tokenizer: a transformers tokenizer; no special tokens are added
+    sampler:   for "self", a call (num_windows, window) -> int64 [N, T]
+    """
+    if name == "self":
+        ids_NT = sampler(max(2, num_tokens // window), window)
+        return CalibrationTokens(ids_NT, name, hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest())
+    text = read_text(name, num_tokens * CHARACTERS_PER_TOKEN)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    prefix = tokenizer("", verbose=False).input_ids[:1]
+    return windows(ids, num_tokens, window, name=name, prefix=prefix)
+
+
+def sample_from(model: Any, num_windows: int, window: int, *, seed: int, batch: int = 32) -> Tensor:
+    """Text sampled from a model at temperature 1, starting from its begin token: int64 [N, T].
+
+    model: a transformers causal language model. Texts that end early are followed by the next one.
+    """
+    begin = model.config.bos_token_id
+    end = model.config.eos_token_id
+    begin = begin if begin is not None else (end[0] if isinstance(end, list) else end)
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    flat: list[int] = []
+    while len(flat) < num_windows * window:
+        start = torch.full((min(batch, num_windows), 1), begin or 0, device=model.device)
+        texts = model.generate(
+            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+            max_new_tokens=window, pad_token_id=-1 if end is None else _first(end),
+        )  # fmt: skip
+        for text in texts.tolist():
+            flat += _until_end(text[1:], end)
+    torch.random.set_rng_state(generator_state)
+    return torch.tensor(flat[: num_windows * window]).view(num_windows, window)
+
+
+def _until_end(ids: list[int], end: int | list[int] | None) -> list[int]:
+    ends = {end} if isinstance(end, int) else set(end or ())
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: stop + 1]
+
+
+def _first(end: int | list[int]) -> int:
+    return end[0] if isinstance(end, list) else end
+
+
+def _read_plain(path: Path, max_characters: int) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(max_characters)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "cannot read the text file",
+            where=str(path),
+            why=str(error),
+            remedy="pass a readable UTF-8 text file",
+        ) from error
+
+
+def _read_table(name: str, path: Path, max_characters: int) -> str:
+    import datasets
+
+    try:
+        if path.is_file():
+            rows = datasets.load_dataset(
+                TABLES[path.suffix.lower()], data_files=str(path), split="train", streaming=True
+            )
+        else:
+            dataset, _, config = name.partition(":")
+            rows = datasets.load_dataset(dataset, config or None, split="train", streaming=True)
+        texts, length = [], 0
+        for row in rows:
+            texts.append(row[TEXT_COLUMN])
+            length += len(texts[-1]) + 2
+            if length > max_characters:
+                break
+    except Exception as error:  # datasets raises whatever its readers raise
+        raise DataError(
+            f"cannot read the dataset {name}",
+            where=name,
+            why=f"{type(error).__name__}: {error}",
+            remedy=f"check the name, the connection and that it has a `{TEXT_COLUMN}` column and a train split",
+        ) from error
+    return "\n\n".join(texts)[:max_characters]

@@ -1,0 +1,87 @@
+"""The config.json that a GGUF file stands for: transformers' reading of it, and what that leaves out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transmla.checkpoint.store import TensorInfo
+from transmla.errors import SourceError, UnsupportedError
+from transmla.families import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+# names and paths of the machine that reads, and what describes the blocks that are about to be dequantised
+_NOT_OF_THE_MODEL = ("_name_or_path", "_model_name_or_path", "quantization_config")
+
+
+def family_of_gguf(reader: "GGUFReader", path: Path) -> Family:
+    """The first row of FAMILIES with the architecture of the file; mistral and llama share one."""
+    architecture = _field(reader, "general.architecture")
+    num_files = int(_field(reader, "split.count") or 1)
+    if num_files > 1:
+        raise SourceError(
+            "the GGUF file is one part of several",
+            where=str(path),
+            why=f"split.count is {num_files}",
+            remedy="join the parts with `llama-gguf-split --merge` and pass the result",
+        )
+    for family in FAMILIES.values():
+        if family.gguf_architecture == architecture:
+            return family
+    raise unsupported_gguf(path, f"its architecture is {architecture!r}")
+
+
+def unsupported_gguf(path: Path, why: str) -> UnsupportedError:
+    known = ", ".join(sorted({family.gguf_architecture for family in FAMILIES.values()}))
+    return UnsupportedError(
+        "this GGUF model cannot be converted",
+        where=str(path),
+        why=why,
+        remedy=f"known GGUF architectures: {known}, without experts; or pass the original safetensors folder",
+    )
+
+
+def config_of_gguf(reader: "GGUFReader", path: Path, family: Family) -> dict[str, Any]:
+    """transformers' config of the file, and the rope scaling that transformers does not read."""
+    from transformers import AutoConfig
+
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        config["num_attention_heads"], config["num_key_value_heads"] = (
+            int(config[key]) for key in ("num_attention_heads", "num_key_value_heads")
+        )
+    except Exception as error:  # whatever transformers does with metadata that it does not expect
+        raise SourceError(
+            "the metadata of the GGUF file does not describe a model",
+            where=str(path),
+            why=f"{type(error).__name__}: {error}",
+            remedy="convert from the original safetensors folder",
+        ) from error
+    scaling = _field(reader, f"{family.gguf_architecture}.rope.scaling.type") or "none"
+    if scaling == "linear":
+        factor = float(_field(reader, f"{family.gguf_architecture}.rope.scaling.factor"))
+        config["rope_parameters"] = config["rope_parameters"] | {"rope_type": "linear", "factor": factor}
+    elif scaling != "none":
+        raise unsupported_gguf(path, f"its rope scaling is {scaling!r}, whose numbers GGUF keeps only in part")
+    return {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL and value is not None}
+
+
+def correct_from_tensors(config: dict[str, Any], tensors: Mapping[str, TensorInfo], family: Family) -> None:
+    """Set what the tensors know better than the metadata: vocabulary, head size, tying and biases."""
+    if family.embed_tokens in tensors:
+        config["vocab_size"] = tensors[family.embed_tokens].shape[0]
+    queries = family.layer_prefix.format(0) + "self_attn.q_proj.weight"
+    if queries in tensors:
+        config["head_dim"] = tensors[queries].shape[0] // config["num_attention_heads"]
+    config["tie_word_embeddings"] = family.lm_head not in tensors
+    # llama.cpp adds whatever biases it finds; in a config.json they must be announced
+    biases = [name for name in tensors if name.endswith(".bias")]
+    for key, part in (("attention_bias", "self_attn."), ("mlp_bias", "mlp.")):
+        if any(part in name for name in biases):
+            config[key] = True
+
+
+def _field(reader: "GGUFReader", key: str) -> Any:
+    field = reader.get_field(key)
+    return field.contents() if field else None

@@ -1,0 +1,168 @@
+"""Open a model folder or a GGUF file: config and headers first, tensors one at a time when asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transmla.checkpoint.bin_file import BinStore
+from transmla.checkpoint.gguf_file import GgufStore
+from transmla.checkpoint.safetensors_file import SafetensorsStore
+from transmla.checkpoint.store import FLOAT_DTYPES, TensorInfo, WeightStore, broken_tensor, first_few
+from transmla.errors import SourceError, UnsupportedError
+
+# the first that exists is taken, in the order in which transformers looks
+_WEIGHT_FILES = (
+    ("model.safetensors", "safetensors"),
+    ("model.safetensors.index.json", "safetensors"),
+    ("pytorch_model.bin", "bin"),
+    ("pytorch_model.bin.index.json", "bin"),
+)
+
+
+class Source:
+    """A checkpoint of which only config and headers have been read."""
+
+    path: Path  # the folder, or the .gguf file
+    format: str  # "safetensors", "bin" or "gguf"
+    config: dict[str, Any]  # the parsed config.json
+    config_where: str  # where it is, for messages
+    tensors: Mapping[str, TensorInfo]  # by Hugging Face names, for GGUF too
+    # per pair of dimensions, dividing the frequency; the llama3 scaling of a GGUF file, else None
+    rope_frequency_factors: list[float] | None
+
+    def __init__(self, path: Path, format: str, config: dict[str, Any], config_where: str, store: WeightStore) -> None:
+        self.path, self.format, self.config, self.config_where = path, format, config, config_where
+        self.tensors = store.tensors
+        self.rope_frequency_factors = getattr(store, "rope_frequency_factors", None)
+        self._store = store
+
+    def read(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        check_finite: bool = True,
+    ) -> torch.Tensor:
+        """A tensor in memory of its own, in `dtype` (default: as stored; GGUF blocks: float32)."""
+        self._check_readable(name)
+        stored = self._store.view(name)
+        tensor = stored.to(device=device, dtype=dtype or stored.dtype, copy=True).contiguous()
+        return self._finite(name, stored, tensor) if check_finite else tensor
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """The rows `index` of a matrix, as stored; of a large embedding only these are read."""
+        self._check_readable(name)
+        # indexing copies, so the result does not hold on to the file
+        rows = self._store.view_rows(name, index.cpu())
+        return self._finite(name, rows, rows)
+
+    def require(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `SourceError` unless all these tensors are there with these shapes and a dtype of weights."""
+        missing = [name for name in expected if name not in self.tensors]
+        if missing:
+            raise self._unfit("tensors are missing", first_few(missing))
+        shapes = {name: tuple(self.tensors[name].shape) for name in expected}
+        wrong = [
+            f"{name} is {list(shapes[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if shapes[name] != tuple(shape)
+        ]
+        if wrong:
+            raise self._unfit("tensors have other shapes than the config says", first_few(wrong))
+        for name in expected:
+            self._check_readable(name)
+
+    def files(self) -> list[Path]:
+        """The weight files, for hashing."""
+        return self._store.files()
+
+    def _where(self, name: str) -> Path:
+        return self.path if self.path.is_file() else self.path / self.tensors[name].file
+
+    def _check_readable(self, name: str) -> None:
+        if name not in self.tensors:
+            raise self._unfit("tensors are missing", name)
+        dtype = self.tensors[name].dtype
+        if dtype not in FLOAT_DTYPES:
+            why = f"its dtype is {dtype}; weights are read as {', '.join(FLOAT_DTYPES)}"
+            raise broken_tensor(self._where(name), name, why, "pass a checkpoint that is not quantised")
+
+    def _finite(self, name: str, stored: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        if not _is_finite(stored):
+            why = "it contains NaN or infinity"
+            raise broken_tensor(self._where(name), name, why, "download the file again, or use another checkpoint")
+        if tensor.dtype != stored.dtype and not _is_finite(tensor):
+            why = f"its values exceed the range of {str(tensor.dtype).removeprefix('torch.')}"
+            raise broken_tensor(self._where(name), name, why, "use bfloat16 or float32 (--dtype)")
+        return tensor
+
+    def _unfit(self, what: str, why: str) -> SourceError:
+        remedy = "check that the checkpoint is complete and belongs to its config"
+        return SourceError(what, where=str(self.path), why=why, remedy=remedy)
+
+
+def open_source(path: Path) -> Source:
+    """Read config and headers of a model folder or a .gguf file; `SourceError` if that is not possible."""
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise _not_a_model(path, "it is a file, but not a .gguf file", "pass a model folder or a .gguf file")
+        store = GgufStore(path)
+        return Source(path, "gguf", store.config, f"{path} (metadata)", store)
+    if not path.is_dir():
+        raise _not_a_model(path, "no such folder", "check the path")
+    weights, format = _weights_in(path)
+    config = _config(path / "config.json")
+    store_type = SafetensorsStore if format == "safetensors" else BinStore
+    return Source(path, format, config, str(path / "config.json"), store_type(weights))
+
+
+def _weights_in(folder: Path) -> tuple[Path, str]:
+    for name, format in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name, format
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        names = ", ".join(file.name for file in ggufs)
+        why = f"it has no safetensors, but {'one GGUF file' if len(ggufs) == 1 else 'GGUF files'}: {names}"
+        raise _not_a_model(folder, why, f"pass the file itself: {ggufs[0]}")
+    if (folder / "adapter_config.json").is_file():
+        raise _not_a_model(folder, "it holds an adapter, not a model", "merge the adapter into its base model first")
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    why = f"none of {', '.join(name for name, _ in _WEIGHT_FILES)}" + (f"; found {first_few(found)}" if found else "")
+    raise _not_a_model(folder, why, "pass the folder that holds config.json and the weights")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _not_a_model(path, error.strerror or str(error), "pass a folder that holds config.json") from error
+    except ValueError as error:
+        raise _not_a_model(path, f"not JSON: {error}", "download the file again") from error
+    if not isinstance(config, dict):
+        raise _not_a_model(path, f"it holds a {type(config).__name__}, not an object", "download the file again")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedError(
+            "a quantised checkpoint cannot be converted",
+            where=str(path),
+            why=f"its weights are packed ({method}); directions of the cache are computed from real matrices",
+            remedy="dequantise it first, or pass the checkpoint it was made from",
+        )
+    return config
+
+
+def _not_a_model(path: Path, why: str, remedy: str) -> SourceError:
+    return SourceError("this is not a model that can be read", where=str(path), why=why, remedy=remedy)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    # NaN passes through minimum and maximum; unlike isfinite, no mask as large as the tensor is made
+    lowest, highest = torch.aminmax(tensor)
+    return bool(torch.isfinite(lowest)) and bool(torch.isfinite(highest))

@@ -1,0 +1,107 @@
+"""From what the user typed to a folder: a path, the embedded model, or a hub id, in this order."""
+
+import difflib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from transmla.errors import SourceError
+from transmla.recipe import list_recipes
+
+EMBEDDED_MODELS = ("stories260k",)
+
+# fnmatch lets * match slashes; folders of a repository hold other formats and original checkpoints
+_IGNORED = ["*/*", "consolidated*"]
+_COMPANIONS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "NOTICE*"]
+_SAFETENSORS = ["*.safetensors", *_COMPANIONS]
+_BIN = ["pytorch_model*.bin"]
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """Where the model is; `revision` is the commit hash of a hub id, else None."""
+
+    path: Path
+    name: str
+    revision: str | None
+
+
+def resolve(name: str, revision: str | None = None) -> ResolvedSource:
+    """Find the model that `name` means, downloading it if it is a hub id; `SourceError` if there is none.
+
+    revision: commit, branch or tag; hub ids only
+    """
+    path = Path(name).expanduser()
+    if name and path.exists():
+        found = path
+    elif _looks_like_path(name):
+        kind = "file" if path.suffix.lower() == ".gguf" else "folder"
+        raise _not_found(name, f"no such {kind}", "check the path")
+    elif name in EMBEDDED_MODELS:
+        found = _embedded(name)
+    elif "/" in name:
+        return _from_hub(name, revision)
+    else:
+        why = "it is no folder, no .gguf file, no embedded model and no hub id (owner/name)"
+        raise _not_found(name, why, "pass one of these, or a recipe")
+    if revision is not None:
+        raise _not_found(name, f"revision {revision!r} was given, but only hub ids have revisions", "leave it out")
+    return ResolvedSource(found, name, None)
+
+
+def _looks_like_path(name: str) -> bool:
+    owner, _, rest = name.partition("/")
+    return (
+        name.startswith(("/", "./", "../", "~"))
+        or "/" in rest
+        or name.endswith((".gguf", "/"))
+        or (bool(rest) and Path(owner).exists())
+    )
+
+
+def _embedded(name: str) -> Path:
+    folder = Path(str(resources.files("transmla") / "data" / name))
+    if not folder.is_dir():
+        raise _not_found(name, "the embedded model is missing from this installation", "install transmla again")
+    return folder
+
+
+def _from_hub(name: str, revision: str | None) -> ResolvedSource:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    def download(patterns: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED))
+
+    try:
+        folder = download(_SAFETENSORS)
+        if not any(folder.glob("*.safetensors")):
+            folder = download(_BIN)
+    except hub.GatedRepoError as error:
+        remedy = "accept its terms on its page and log in with `hf auth login`"
+        raise _not_found(name, "access to it is restricted", remedy) from error
+    except hub.RevisionNotFoundError as error:
+        raise _not_found(name, f"it has no revision {revision!r}", "check the commit, branch or tag") from error
+    except hub.RepositoryNotFoundError as error:
+        why = "there is no such model on the hub, or it is private"
+        raise _not_found(name, why, "check the spelling, or log in with `hf auth login`") from error
+    except hub.HFValidationError as error:
+        raise _not_found(name, f"not a hub id: {error}", "pass owner/name") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) as error:
+        why = "it is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        raise _not_found(name, why, "connect, or pass a folder on this machine") from error
+    except Exception as error:  # whatever else a network can do, of several libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _not_found(name, f"the download failed: {reason}", "try again; finished files are kept") from error
+    # the hub cache keeps one folder for each commit, named by its hash
+    return ResolvedSource(folder, name, folder.name)
+
+
+def _not_found(name: str, why: str, remedy: str) -> SourceError:
+    known = [*EMBEDDED_MODELS, *list_recipes()]
+    near = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=3, cutoff=0.5)
+    hints = [remedy]
+    if near:
+        hints.append(f"did you mean {' or '.join(near)}?")
+    hints.append(f"known recipes and models: {', '.join(known)}")
+    return SourceError("the source model was not found", where=name or "''", why=why, remedy="; ".join(hints))

@@ -1,0 +1,62 @@
+"""What a weight format has to offer, and the errors that all formats share."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from transmla.errors import SourceError
+
+# the element types that weights may have
+FLOAT_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+REDOWNLOAD = "download the file again; a partly copied checkpoint cannot be converted"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the file header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # what reading gives: "bfloat16"; "float32" for quantised GGUF blocks
+    num_bytes: int  # as stored
+    file: str  # name of the weight file
+
+
+class WeightStore(Protocol):
+    """Weight files of one format, opened for each tensor anew, so that nothing stays in memory."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By Hugging Face names."""
+
+    def view(self, name: str) -> torch.Tensor:
+        """The whole tensor on the CPU; may be a view of the mapped file, so the caller must copy."""
+
+    def view_rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """The rows `index` of a matrix, without reading the others where the format allows."""
+
+    def files(self) -> list[Path]:
+        """The weight files."""
+
+
+def broken_file(path: Path, why: str, remedy: str = REDOWNLOAD) -> SourceError:
+    return SourceError("a weight file cannot be read", where=str(path), why=why, remedy=remedy)
+
+
+def broken_tensor(path: Path, name: str, why: str, remedy: str = REDOWNLOAD) -> SourceError:
+    return SourceError("a tensor cannot be read", where=f"{path}, tensor {name}", why=why, remedy=remedy)
+
+
+def first_few(names: Iterable[str], num_shown: int = 5) -> str:
+    """The first names and how many more there are."""
+    names = list(names)
+    more = len(names) - num_shown
+    return ", ".join(names[:num_shown]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,128 @@
+"""Write a checkpoint: everything into DST.partial, shard by shard, and one rename when it is right."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+from safetensors.torch import save_file
+
+from transmla.checkpoint.destination import (
+    MARKER,
+    check_destination,
+    disk_errors,
+    lock_partial,
+    partial_of,
+    sync,
+)
+
+__all__ = ["CheckpointWriter", "check_destination"]
+
+
+class CheckpointWriter:
+    """Context manager. Without `commit()` nothing is left at the end, whatever happened inside."""
+
+    def __init__(self, destination: Path, *, shard_bytes: int = 4 * 2**30) -> None:
+        """shard_bytes: a weight file is ended before it would grow beyond this"""
+        self.destination = destination
+        self.partial = partial_of(destination)
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._shards: list[list[str]] = []  # names of the tensors in each written shard
+        self._names: set[str] = set()
+        self._closed = False
+        self._committed = False
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        check_destination(self.destination)
+        self._lock = lock_partial(self.destination)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pending.clear()
+        if not self._committed:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a copy of a tensor; at most one shard of copies is held."""
+        if self._closed or name in self._names:
+            raise ValueError(f"{name} was added twice, or after the shards were closed")
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + num_bytes > self._shard_bytes:
+            self._write_shard()
+        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._pending_bytes += num_bytes
+        self._total_bytes += num_bytes
+        self._names.add(name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        with disk_errors(self.partial / name):
+            (self.partial / name).write_text(text, encoding="utf-8")
+
+    def copy_file(self, path: Path, name: str | None = None) -> None:
+        """Copy a file, keeping its name unless another is given."""
+        with disk_errors(self.partial / (name or path.name)):
+            shutil.copyfile(path, self.partial / (name or path.name))
+
+    def close_shards(self) -> None:
+        """Write the last shard and, if there are several, their index."""
+        if self._pending or not self._shards:
+            self._write_shard()
+        self._closed = True
+        if len(self._shards) == 1:
+            with disk_errors(self.partial):
+                os.rename(self._shard_path(1), self.partial / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, start=1):
+            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            with disk_errors(self.partial):
+                os.rename(self._shard_path(number), self.partial / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {
+            "metadata": {"total_size": self._total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        self.write_json("model.safetensors.index.json", index)
+
+    def commit(self) -> None:
+        """Force everything to the disk and give it its name. To be called once all has been verified."""
+        if not self._closed:
+            raise ValueError("close_shards() comes before commit()")
+        with disk_errors(self.destination):
+            for path in self.partial.rglob("*"):
+                sync(path)
+            # replaces an empty folder, fails on any other
+            os.rename(self.partial, self.destination)
+            self._committed = True
+            (self.destination / MARKER).unlink()
+            sync(self.destination)
+            sync(self.partial.parent)
+
+    def _shard_path(self, number: int) -> Path:
+        # how many there will be is known only at the end
+        return self.partial / f"model-{number:05d}.safetensors"
+
+    def _write_shard(self) -> None:
+        path = self._shard_path(len(self._shards) + 1)
+        with disk_errors(path):
+            save_file(self._pending, path, metadata={"format": "pt"})
+            # safetensors makes files that only their owner can read
+            path.chmod((self.partial / MARKER).stat().st_mode)
+            sync(path)
+        self._shards.append(list(self._pending))
+        self._pending = {}
+        self._pending_bytes = 0

@@ -1,0 +1,231 @@
+"""The command line. Only click is imported here; everything else is imported inside the commands, so that
+`transmla --help` answers at once. Every command is one documented Python call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from transmla.errors import TransmlaError
+
+EPILOG = (
+    "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 6 impossible geometry, "
+    "7 text missing or too short, 8 destination, 9 verification failed, 10 recipe, 130 interrupted, 1 anything else."
+)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
+    return click.option(*names, show_default=True, **kwargs)
+
+
+def _geometry_options(command: Any) -> Any:
+    for option in (
+        _option("--recipe", metavar="R", help="Recipe: name of an installed one, or a TOML file."),
+        _option(
+            "--rope",
+            type=int,
+            metavar="DIM",
+            help="qk_rope_head_dim: cached rotary values per token and layer, even. [default: by model, see `plan`]",
+        ),
+        _option(
+            "--latent",
+            type=int,
+            metavar="RANK",
+            help="kv_lora_rank: cached latent values per token and layer. "
+            "[default: the largest engine-friendly size that saves at least half of the cache]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_device = _option("--device", default="cpu", metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps.")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Expected errors as one message and their exit code; everything else keeps its traceback."""
+    try:
+        yield
+    except TransmlaError as error:
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted; nothing was left behind", err=True)
+        sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="transmla", prog_name="transmla")
+def main() -> None:
+    """Retrofit multi-head latent attention (MLA) onto pretrained GQA, MHA and MQA language models.
+
+    SRC is a Hugging Face folder, a .gguf file, a hub id, the name of a recipe, or stories260k (a 1 MB model
+    that ships with the program).
+    """
+
+
+@main.command("plan", epilog=EPILOG)
+@click.argument("source", metavar="SRC")
+@_geometry_options
+@_option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def plan_command(source: str, latent: int | None, rope: int | None, recipe: str | None, as_json: bool) -> None:
+    """Say what `convert` would do, from file headers alone: geometry, cache, memory, disk, engines."""
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        found = transmla.plan(source, latent=latent, rope=rope, recipe=recipe)
+        if as_json:
+            click.echo(json.dumps(found.summary(), indent=2))
+            return
+        from rich.console import Console
+
+        from transmla.display import show_plan
+
+        show_plan(found, Console())
+
+
+@main.command("convert", epilog=EPILOG)
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="[DST]", required=False)
+@_geometry_options
+@_option(
+    "--calibration",
+    metavar="TEXT",
+    help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id (OWNER/NAME[:CONFIG]), "
+    "wikitext (an excerpt that ships with the program) or self (sampled from SRC). [default: wikitext]",
+)
+@_option("--tokens", type=click.IntRange(min=1), metavar="N", help="Calibration tokens in all. [default: 131072]")
+@_option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
+@_option(
+    "--theta",
+    metavar="X",
+    help="rope_theta of the result; auto tries a few on a few layers and measures. [default: auto]",
+)
+@_option("--dtype", type=click.Choice(DTYPES), help="Of the written weights; auto: as in SRC. [default: auto]")
+@_device
+@_option("--seed", type=int, help="Of sampled calibration text. [default: 0]")
+@_option("--dry-run", is_flag=True, help="Only show the plan, with the checks of DST.")
+@_option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def convert_command(source: str, destination: str | None, dry_run: bool, quiet: bool, device: str, **given: Any) -> None:
+    """Convert SRC and write DST: one folder for transformers, with or without remote code, and other engines.
+
+    DST defaults to NAME-mla-LATENT-ROPE in the working directory and is never overwritten. It appears only when all
+    of it is written and the stock deepseek_v3 class computes from it what was converted.
+    """
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        from rich.console import Console
+
+        from transmla.display import progress, show_conversion, show_plan
+
+        given["theta"] = _theta(given["theta"])
+        console = Console()
+        if dry_run:
+            from transmla.conversion import default_destination
+
+            planned = transmla.plan(source, **given)
+            target = destination or default_destination(planned)
+            show_plan(transmla.plan(source, target, **given), console)
+            console.print(f"would write {target}", highlight=False)
+            return
+        with progress(quiet) as update:
+            report = transmla.convert(source, destination, device=device, progress=update, **given)
+        show_conversion(report, _peak_memory(), console)
+
+
+@main.command("eval", epilog=EPILOG)
+@click.argument("model", metavar="MODEL")
+@_option("--against", metavar="SRC", help="The source, or any model with the same tokenizer, measured beside it.")
+@_option(
+    "--text",
+    metavar="TEXT",
+    help="FILE, dataset id, wikitext-valid or tinystories-valid. [default: that of the recipe, else wikitext-valid]",
+)
+@_option("--windows", type=click.IntRange(min=1), default=16, metavar="N", help="Windows of text.")
+@_option("--length", type=click.IntRange(min=2), metavar="N", help="Tokens per window. [default: 1024, or the context]")
+@_option("--dtype", type=click.Choice(DTYPES), default="bfloat16", help="To compute and to cache in; auto: as stored.")
+@_device
+@_option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def eval_command(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Perplexity ± standard error of MODEL and SRC, their ratio, and measured cache bytes per token."""
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        from rich.console import Console
+
+        from transmla.display import progress, show_evaluation
+        from transmla.evaluation.evaluate import summary
+
+        with progress(quiet) as update:
+            report = transmla.evaluate(model, progress=update, **given)
+        if as_json:
+            click.echo(json.dumps(summary(report), indent=2))
+        else:
+            show_evaluation(report, Console())
+
+
+@main.command("generate", epilog=EPILOG)
+@click.argument("model", metavar="MODEL")
+@click.argument("prompt", metavar="PROMPT")
+@_option("--max-new-tokens", type=click.IntRange(min=1), default=128, metavar="N", help="Tokens to generate at most.")
+@_option("--temperature", type=click.FloatRange(min=0), default=0.8, metavar="T", help="0: most likely token.")
+@_option("--top-p", type=click.FloatRange(min=0, max=1), default=0.95, metavar="P", help="Probability mass sampled from.")
+@_option("--seed", type=int, default=0, help="Of the sampling.")
+@_option("--chat", is_flag=True, help="Put PROMPT through the chat template as a user's message.")
+@_option("--dtype", type=click.Choice(DTYPES), default="auto", help="To compute in; auto: as stored.")
+@_device
+def generate_command(model: str, prompt: str, chat: bool, **given: Any) -> None:
+    """Stream a continuation of PROMPT from MODEL, a converted folder or a source."""
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        if not chat:
+            click.echo(prompt, nl=False)
+        for piece in transmla.generate(model, prompt, chat=chat, **given):
+            click.echo(piece, nl=False)
+        click.echo()
+
+
+def _theta(text: str | None) -> float | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither a number nor auto", param_hint="--theta") from None
+
+
+def _peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+__all__ = ["main"]

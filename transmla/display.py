@@ -1,0 +1,155 @@
+"""What the command line prints: results on stdout as tables, progress on stderr."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transmla.conversion import ConversionReport
+    from transmla.evaluation.evaluate import EvaluationReport
+    from transmla.planning import Plan
+
+CONTEXTS = {"4K": 4096, "32K": 32768, "128K": 131072}
+
+
+def size(num_bytes: float) -> str:
+    """Bytes with a binary unit: 640 B, 30.0 MiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:,.1f} {unit}"
+    return f"{num_bytes:,.0f} B"
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    gqa, mla = plan.gqa, plan.mla
+    console.print(f"[bold]{plan.resolved.name}[/]  {plan.family.model_type}, {plan.source.format}", highlight=False)
+    geometry = _table("", "source", "converted")
+    geometry.add_row("attention", f"{gqa.kind}, {gqa.num_key_value_heads} KV heads", "MLA")
+    geometry.add_row("layers, hidden size", f"{gqa.num_hidden_layers}, {gqa.hidden_size}", "same")
+    geometry.add_row("query heads", str(gqa.num_attention_heads), "same")
+    geometry.add_row("head_dim", str(gqa.head_dim), f"nope {mla.qk_nope_head_dim}, v {mla.v_head_dim}")
+    geometry.add_row("kv_lora_rank + qk_rope_head_dim", "", f"{mla.kv_lora_rank} + {mla.qk_rope_head_dim}")
+    geometry.add_row("cached values per token and layer", str(gqa.cache_values()), str(mla.cache_values()))
+    geometry.add_row("max_position_embeddings", "", f"{plan.max_position_embeddings:,}")
+    geometry.add_row("weights", "", plan.dtype)
+    console.print(geometry)
+    console.print(_cache_table(plan))
+    console.print("[dim]values: per layer; bytes: all layers[/]", highlight=False)
+    engines = _table("engine", "takes it", "note")
+    for verdict in plan.engines:
+        engines.add_row(verdict.engine, "[green]yes[/]" if verdict.accepts else "[red]no[/]", verdict.note)
+    console.print(engines)
+    console.print(f"needs about {size(plan.memory_bytes)} of memory, {size(plan.disk_bytes)} of disk", highlight=False)
+    for note in plan.notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False)
+
+
+def _cache_table(plan: Plan) -> Table:
+    own = plan.cache[0].bytes_per_token
+    table = _table("cache per token", "values", "bytes", "of source", *(f"at {name}" for name in CONTEXTS))
+    for row in plan.cache:
+        totals = (size(row.total_bytes(context)) for context in CONTEXTS.values())
+        share = f"{row.bytes_per_token / own:.1%}"
+        table.add_row(row.name, str(row.values_per_token), f"{row.bytes_per_token:,.0f}", share, *totals)
+    return table
+
+
+def show_conversion(report: ConversionReport, peak_memory: int, console: Console) -> None:
+    gqa, mla, heldout = report.plan.gqa, report.plan.mla, report.heldout
+    table = _table("", "source", "converted", "")
+    values = (gqa.cache_values(), mla.cache_values())
+    table.add_row("cached values per token and layer", *map(str, values), f"{report.plan.cache_ratio - 1:+.1%}")
+    rows = report.plan.cache
+    table.add_row(
+        "cache bytes per token, bf16", f"{rows[0].bytes_per_token:,.0f}", f"{rows[-1].bytes_per_token:,.0f}", ""
+    )
+    for row in rows[1:3]:
+        table.add_row(f"  beside: {row.name}", f"{row.bytes_per_token:,.0f}", "", f"{_share(row, rows[0]):+.1%}")
+    table.add_row(
+        f"perplexity, {heldout.num_windows} held-out calibration windows",
+        f"{math.exp(heldout.source):.3f}",
+        f"{math.exp(heldout.converted):.3f}",
+        f"x{math.exp(heldout.converted - heldout.source):.3f}",
+    )
+    console.print(table)
+    last = report.layers[-1]
+    facts = {
+        "rope_theta": f"{report.theta:g}" + (" (chosen by measured error)" if report.theta_losses else ""),
+        "residual stream error": f"{last.stream_loss_fitted:.2%} fitted, {last.stream_loss_heldout:.2%} held out",
+        "verified": f"stock deepseek_v3 class, relative error {report.verification.relative_error:.1e}",
+        "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.calibration}",
+        "time, peak memory": f"{report.seconds:.0f} s, {size(peak_memory)}",
+        "written": f"{report.destination}  ({size(report.written_bytes)}, {report.plan.dtype})",
+    }
+    for name, value in facts.items():
+        console.print(f"{name:<22} {value}", highlight=False, soft_wrap=True)
+
+
+def show_evaluation(report: EvaluationReport, console: Console) -> None:
+    table = _table("model", "perplexity", "ratio to source", "cache bytes/token", "of source")
+    source = report.source
+    base = source.cache_bytes_per_token if source else None
+    for result in filter(None, (source, report.model)):
+        ratio = "1" if result is source else (_plus_minus(report.ratio) if report.ratio else "")
+        share = f"{result.cache_bytes_per_token / base:.1%}" if base else ""
+        bytes_per_token = f"{result.cache_bytes_per_token:,.0f}"
+        table.add_row(result.name, _perplexity(result.perplexity), ratio, bytes_per_token, share)
+    for name, bytes_per_token in report.quantised_source.items():
+        table.add_row(
+            f"{name} (size only)", "", "", f"{bytes_per_token:,.0f}", f"{bytes_per_token / base:.1%}" if base else ""
+        )
+    console.print(table)
+    perplexity = report.model.perplexity
+    console.print(
+        f"{report.text}: {len(perplexity.nats_N)} windows of {report.length:,} tokens, {report.dtype} on {report.device}; "
+        "± is one standard error over windows, of the ratio that of the paired difference",
+        highlight=False,
+    )
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str, int, int, str], None] | None]:
+    """A progress callback that draws one bar per stage on stderr; None when quiet."""
+    if quiet:
+        yield None
+        return
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.completed:>4}/{task.total:<4}"))
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[remark]}"))
+    with Progress(*columns, *clocks, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int, remark: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, remark=remark)
+            bars.update(tasks[stage], completed=done, total=total, remark=remark)
+
+        yield update
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, header in enumerate(headers):
+        numeric = index > 0 and header not in ("source", "converted", "note", "takes it", "")
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    return table
+
+
+def _share(row: Any, base: Any) -> float:
+    return float(row.bytes_per_token / base.bytes_per_token - 1)
+
+
+def _perplexity(found: Any) -> str:
+    return f"{found.value:.3f} ± {found.standard_error:.3f}"
+
+
+def _plus_minus(found: Any) -> str:
+    return f"{found.value:.4f} ± {found.standard_error:.4f}"

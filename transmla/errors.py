@@ -1,0 +1,74 @@
+"""Everything that can go wrong, in one place, with the exit code that the command line returns.
+
+    TransmlaError             1   base class; also unexpected failures
+    (click usage errors)      2   unknown option, missing argument
+    ├── SourceError           3   source not found, unreadable, truncated, mis-shaped or NaN
+    ├── UnsupportedError      4   a readable model that this version cannot convert
+    │                         5   reserved: an evaluation gate was missed
+    ├── GeometryError         6   the requested latent or rotary size is impossible
+    ├── DataError             7   calibration or evaluation text missing, unreadable or too short
+    ├── DestinationError      8   output exists, is not writable, or the disk is too small
+    ├── VerificationError     9   what was written does not compute what it should
+    └── RecipeError          10   unknown recipe, unknown key or a value of the wrong type
+    (interrupted, ctrl-C)   130   nothing is left but DST.partial, which the next run replaces
+
+Every message has four parts: what happened, where, why, and what to do about it.
+"""
+
+
+class TransmlaError(Exception):
+    """Base of all errors raised on purpose. `str(error)` is the text that users see.
+
+    what:   one sentence, what could not be done
+    where:  the file, tensor, option or layer concerned
+    why:    the fact that stands in the way
+    remedy: what the user can do
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str, why: str, remedy: str) -> None:
+        self.what, self.where, self.why, self.remedy = what, where, why, remedy
+        super().__init__(f"{what}\n  where: {where}\n  why:   {why}\n  fix:   {remedy}")
+
+
+class SourceError(TransmlaError):
+    """The source checkpoint is missing, unreadable, truncated, mis-shaped or not finite."""
+
+    exit_code = 3
+
+
+class UnsupportedError(TransmlaError):
+    """The model can be read but has a structure that cannot be converted."""
+
+    exit_code = 4
+
+
+class GeometryError(TransmlaError):
+    """The requested `kv_lora_rank` or `qk_rope_head_dim` is impossible for this model."""
+
+    exit_code = 6
+
+
+class DataError(TransmlaError):
+    """Calibration or evaluation text is missing, unreadable or too short."""
+
+    exit_code = 7
+
+
+class DestinationError(TransmlaError):
+    """The output exists already, cannot be written, or would not fit on the disk."""
+
+    exit_code = 8
+
+
+class VerificationError(TransmlaError):
+    """The written checkpoint does not compute what the converter computed."""
+
+    exit_code = 9
+
+
+class RecipeError(TransmlaError):
+    """A recipe is unknown, has an unknown key, or a value of the wrong type."""
+
+    exit_code = 10

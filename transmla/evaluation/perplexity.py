@@ -1,0 +1,105 @@
+"""Perplexity over windows of a text, with its standard error, and the paired ratio of two models.
+
+Legend: N windows, T tokens per window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.errors import DataError, VerificationError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean loss per window; `standard_error` in the same unit, from the spread over windows.
+
+    nats_N: mean cross-entropy of each window in nats; num_tokens: read, of which all but the first of a window count
+    """
+
+    nats_N: tuple[float, ...]
+    num_tokens: int
+
+    @property
+    def nats(self) -> float:
+        return sum(self.nats_N) / len(self.nats_N)
+
+    @property
+    def value(self) -> float:
+        return math.exp(self.nats)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the value: exp(m) times the standard error of the mean m (delta method)."""
+        return self.value * _standard_error(self.nats_N)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Perplexity of one model over another's on the same windows; the error is that of the paired difference."""
+
+    value: float
+    standard_error: float
+
+
+def text_windows(ids: list[int], length: int, num_windows: int, name: str) -> Tensor:
+    """The first windows of a text, int64 [N, T]; raises `DataError` if not even one is full."""
+    full = min(num_windows, len(ids) // length)
+    if full < 1:
+        raise DataError(
+            f"the text is too short: {len(ids):,} tokens",
+            where=name,
+            why=f"perplexity is measured on windows of {length:,} tokens",
+            remedy="use a longer text, or a smaller --length",
+        )
+    return torch.tensor(ids[: full * length]).view(full, length)
+
+
+def perplexity(
+    model: Any, ids_NT: Tensor, *, batch: int = 2, progress: Callable[[int, int], None] | None = None
+) -> Perplexity:
+    """Teacher-forced perplexity; the first token of each window is not scored.
+
+    model: a transformers causal language model;  batch: windows at once
+    Raises `VerificationError` if the model returns NaN.
+    """
+    nats: list[float] = []
+    with torch.no_grad():
+        for ids_BT in ids_NT.split(batch):
+            ids_BT = ids_BT.to(model.device)
+            logits_BTV = model(ids_BT, use_cache=False).logits.float()
+            loss_BT = torch.nn.functional.cross_entropy(
+                logits_BTV[:, :-1].transpose(1, 2), ids_BT[:, 1:], reduction="none"
+            )
+            nats += loss_BT.mean(1).tolist()
+            if progress is not None:
+                progress(len(nats), len(ids_NT))
+    if not all(math.isfinite(value) for value in nats):
+        raise VerificationError(
+            "the model returns NaN or infinity",
+            where=f"window {next(i for i, value in enumerate(nats) if not math.isfinite(value))}",
+            why="a loss is not finite",
+            remedy="try --dtype float32; if it stays, convert again",
+        )
+    return Perplexity(tuple(nats), ids_NT.numel())
+
+
+def ratio(model: Perplexity, source: Perplexity) -> Ratio:
+    """exp of the mean paired difference in nats."""
+    differences = tuple(a - b for a, b in zip(model.nats_N, source.nats_N, strict=True))
+    value = math.exp(sum(differences) / len(differences))
+    return Ratio(value, value * _standard_error(differences))
+
+
+def _standard_error(values: tuple[float, ...]) -> float:
+    """Of the mean; NaN for a single window, which has no spread."""
+    if len(values) < 2:
+        return math.nan
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

@@ -1,0 +1,175 @@
+"""Sizes of grouped-query and latent attention: what is cached, what is possible, who can run it.
+
+Only arithmetic on the numbers of a config.json; nothing is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transmla.errors import GeometryError, UnsupportedError
+
+# (kv_lora_rank, qk_rope_head_dim) that the GPU kernels of vLLM, SGLang and llama.cpp are built for.
+GPU_KERNEL_SIZES = ((512, 64), (256, 64))
+
+
+@dataclass(frozen=True)
+class GqaGeometry:
+    """Attention of the source. MHA is num_key_value_heads = num_attention_heads, MQA is 1."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def kind(self) -> str:
+        if self.num_key_value_heads == 1:
+            return "MQA"
+        return "MHA" if self.num_key_value_heads == self.num_attention_heads else "GQA"
+
+    def cache_values(self, num_key_value_heads: int | None = None) -> int:
+        """Cached values per token and layer, keys and values together."""
+        return 2 * (num_key_value_heads or self.num_key_value_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class MlaGeometry:
+    """Attention of the target, in the words of a deepseek_v3 config."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+
+    def cache_values(self) -> int:
+        """Cached values per token and layer: the latent and one rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class EngineVerdict:
+    """Whether an engine takes the converted folder, and what a user should know."""
+
+    engine: str
+    accepts: bool
+    note: str
+
+
+def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
+    """The source geometry from a parsed config.json; raises `UnsupportedError` on sizes that cannot be."""
+    try:
+        num_heads = int(config["num_attention_heads"])
+        geometry = GqaGeometry(
+            num_hidden_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            num_attention_heads=num_heads,
+            num_key_value_heads=int(config.get("num_key_value_heads") or num_heads),
+            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            "the config does not describe an attention model",
+            where=where,
+            why=f"{type(error).__name__}: {error}",
+            remedy="check num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads, head_dim",
+        ) from error
+    if min(vars(geometry).values()) < 1 or num_heads % geometry.num_key_value_heads or geometry.head_dim % 2:
+        raise UnsupportedError(
+            "the config describes an impossible attention geometry",
+            where=where,
+            why=f"{num_heads} query heads, {geometry.num_key_value_heads} key/value heads of {geometry.head_dim}",
+            remedy="query heads must be a multiple of key/value heads, and head_dim even",
+        )
+    return geometry
+
+
+def default_sizes(source: GqaGeometry) -> tuple[int, int]:
+    """(kv_lora_rank, qk_rope_head_dim) when the user gives none: the largest engine-friendly pair that
+    saves at least half of the cache.
+
+    A pair with GPU kernels (512+64, 256+64) if one fits and the rotary key is not wider than a head.
+    Otherwise half a head of rotary (at most 64), and the largest multiple of 32 (below 32 values: of 4)
+    that still fits into half of the source's cache.
+    """
+    half = source.cache_values() // 2
+    for rank, rope in GPU_KERNEL_SIZES:
+        if rank + rope <= half and rope <= source.head_dim and rank <= source.hidden_size:
+            return rank, rope
+    rope = min(64, max(2, source.head_dim // 4 * 2))
+    room = min(half - rope, source.hidden_size)
+    step = next((step for step in (32, 16, 8, 4) if room >= step), 1)
+    return max(1, room // step * step), rope
+
+
+def mla_geometry(source: GqaGeometry, latent: int | None, rope: int | None) -> MlaGeometry:
+    """The target geometry, or a `GeometryError` that names the nearest possible size.
+
+    latent: kv_lora_rank, 1 .. min(2 * num_key_value_heads * head_dim, hidden_size)
+    rope:   qk_rope_head_dim, even, 2 .. head_dim
+    Either may be None: `default_sizes`. The unrotated and the value part of a head keep head_dim.
+    """
+    if latent is None or rope is None:
+        latent, rope = _complete(source, latent, rope)
+    max_rank = min(source.cache_values(), source.hidden_size)
+    if not 1 <= latent <= max_rank:
+        raise _impossible(
+            f"kv_lora_rank {latent} is impossible",
+            f"keys and values of one token span at most min(2 * {source.num_key_value_heads} * {source.head_dim}, "
+            f"hidden_size {source.hidden_size}) = {max_rank} dimensions",
+            f"--latent {min(max(latent, 1), max_rank)}",
+        )
+    if rope % 2 or not 2 <= rope <= source.head_dim:
+        nearest = min(max(2, rope - rope % 2), source.head_dim)
+        raise _impossible(
+            f"qk_rope_head_dim {rope} is impossible",
+            f"rotary dimensions come in pairs, and the source turns {source.head_dim // 2} pairs per head",
+            f"--rope {nearest}",
+        )
+    return MlaGeometry(
+        num_hidden_layers=source.num_hidden_layers,
+        hidden_size=source.hidden_size,
+        num_attention_heads=source.num_attention_heads,
+        kv_lora_rank=latent,
+        qk_rope_head_dim=rope,
+        qk_nope_head_dim=source.head_dim,
+        v_head_dim=source.head_dim,
+    )
+
+
+def _complete(source: GqaGeometry, latent: int | None, rope: int | None) -> tuple[int, int]:
+    default_latent, default_rope = default_sizes(source)
+    if rope is None:
+        return (default_latent if latent is None else latent), default_rope
+    # the user chose the rotary size: what it takes comes out of (or returns to) the latent
+    room = min(default_latent + default_rope - rope, source.cache_values(), source.hidden_size)
+    return max(1, room), rope
+
+
+def _impossible(what: str, why: str, nearest: str) -> GeometryError:
+    return GeometryError(what, where="--latent / --rope", why=why, remedy=f"the nearest possible size is {nearest}")
+
+
+def engine_verdicts(target: MlaGeometry) -> tuple[EngineVerdict, ...]:
+    """Which engines take a folder of this geometry, as tested or read from their sources."""
+    sizes = (target.kv_lora_rank, target.qk_rope_head_dim)
+    gpu = sizes in GPU_KERNEL_SIZES
+    widths = (target.qk_nope_head_dim, target.v_head_dim)
+    padded = {(512, 64): (128, 128), (256, 64): (64, 64)}.get(sizes)
+    gpu_note = "has GPU kernels for this size" if gpu else "no GPU kernel for this size (it has 512+64 and 256+64)"
+    if gpu and widths != padded:
+        gpu_note = f"needs nope and value heads zero-padded from {widths} to {padded}"
+    gpu_ready = gpu and widths == padded
+    return (
+        EngineVerdict("transformers, stock class", True, "right, but decompresses the whole cache at every step"),
+        EngineVerdict("transformers, own class", True, "latent cache, absorbed decode"),
+        EngineVerdict("MLX-LM", True, "any size" if target.num_hidden_layers < 62 else "drops layer 61"),
+        EngineVerdict("llama.cpp", True, "any size after conversion to GGUF; fast attention on GPUs: 512+64, 256+64"),
+        EngineVerdict("vLLM (GPU)", gpu_ready, gpu_note),
+        EngineVerdict("vLLM (CPU)", sizes == (512, 64), "runs 512+64 only"),
+        EngineVerdict("SGLang", gpu_ready, gpu_note),
+    )

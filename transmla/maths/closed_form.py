@@ -1,0 +1,134 @@
+"""One layer from grouped-query to latent attention, without a gradient: split, then factor.
+
+Shape legend: see transmla/maths/__init__.py. K = G d.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from transmla.maths.attention import GqaWeights, MlaWeights
+from transmla.maths.low_rank import Block, joint_low_rank
+from transmla.maths.refit import stream_map
+from transmla.maths.rotary_split import RotarySplit, SplitOptions, rotary_split
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the calibration text says about one layer. All float64, means per token; x is the layer's normed input in
+    the source, x_hat in the converted stream.
+
+    converted_DD:   E[x_hat x_hat^T];  cross_DD: E[x x_hat^T]
+    received_DD:    covariance of x_hat, tokens weighted by how much attention error they cause as keys
+    attended_DD:    E[y y^T] with y = sum_s p_ts x_hat_s, mean over heads: what value errors add up to in the output
+    query_Hdd:      E[q q^T] of unrotated source queries
+    importance_H:   E[sum_s p_ts^2 |o_proj (v_s - o_t)|^2]: output energy per unit of squared score error
+    distance_HS:    the same weights by distance t - s, rows sum to one; without the first token, an attention sink
+                    that is seen from everywhere and says nothing about distances
+    """
+
+    converted_DD: Tensor
+    cross_DD: Tensor
+    received_DD: Tensor
+    attended_DD: Tensor
+    query_Hdd: Tensor
+    importance_H: Tensor
+    distance_HS: Tensor
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Which parts of the closed form are used; the defaults are what measured best (benchmarks/variants.md).
+
+    split:         see `SplitOptions`
+    two_streams:   aim at the source's keys and values from the converted stream, repairing earlier layers
+    attention_weighted: weight key errors by the attention that tokens receive and value errors by what they
+                  add up to under attention; False: all tokens alike
+    key_weight:   of key errors against value errors; above 1 because errors of attended keys add up, too
+    plain_share:  share of the plain moment in the attended one, against noise in few windows
+    refit_output:  refit o_proj so that the converted stream meets the source's
+    stream_ridge:  pull of the stream estimate towards the identity, relative to the mean input energy
+    output_ridge:  pull of the refitted o_proj towards the source's, relative to the mean head energy
+    """
+
+    split: SplitOptions = field(default_factory=SplitOptions)
+    two_streams: bool = True
+    attention_weighted: bool = True
+    key_weight: float = 8.0
+    plain_share: float = 0.3
+    refit_output: bool = True
+    stream_ridge: float = 1e-3
+    output_ridge: float = 1e-2
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """Converted weights (float64, o_proj still the source's) and the share of weighted energy the rank drops."""
+
+    mla: MlaWeights
+    latent_loss: float
+
+
+def fit_layer(
+    gqa: GqaWeights,
+    moments: Moments,
+    kv_lora_rank: int,
+    qk_rope_head_dim: int,
+    theta: float,
+    method: ClosedForm,
+) -> FittedLayer:
+    """Latent attention of the given sizes that stands in for `gqa` (float64) on the converted stream."""
+    groups = len(gqa.k_GdD)
+    if method.two_streams:
+        estimate_DD = stream_map(moments.converted_DD, moments.cross_DD, method.stream_ridge)
+        q_HdD, k_GdD, v_GdD = (weight @ estimate_DD for weight in (gqa.q_HdD, gqa.k_GdD, gqa.v_GdD))
+        gqa = replace(gqa, q_HdD=q_HdD)
+    else:
+        k_GdD, v_GdD = gqa.k_GdD, gqa.v_GdD
+    split = rotary_split(
+        gqa,
+        k_GdD,
+        moments.converted_DD,
+        moments.query_Hdd,
+        moments.importance_H,
+        moments.distance_HS,
+        qk_rope_head_dim,
+        theta,
+        method.split,
+    )
+    received_DD = attended_DD = moments.converted_DD
+    if method.attention_weighted:
+        received_DD = moments.received_DD
+        attended_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
+    low = joint_low_rank(
+        Block(k_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), received_DD),
+        Block(v_GdD.flatten(0, 1), _value_metric(gqa.o_DHd, groups, v_GdD.shape[1]), attended_DD),
+        kv_lora_rank,
+    )
+    keys_Kr, values_Kr = low.decoders
+    v_up_Gdr = values_Kr.unflatten(0, v_GdD.shape[:2])
+    mla = MlaWeights(
+        q_nope_HnD=gqa.q_HdD,
+        q_rope_HeD=split.q_rope_HeD,
+        kv_down_rD=low.encoder_rD,
+        k_rope_eD=split.k_rope_eD,
+        k_up_Hnr=split.leftover_HdK @ keys_Kr,
+        v_up_Hvr=v_up_Gdr.repeat_interleave(len(gqa.q_HdD) // groups, 0),
+        o_DHv=gqa.o_DHd,
+        inv_freq_M=split.inv_freq_M,
+        scaling=gqa.scaling,
+    )
+    return FittedLayer(mla, low.loss)
+
+
+def _key_metric(split: RotarySplit, moments: Moments, scaling: float) -> Tensor:
+    """M_K [K, K] = scaling^2 sum_i importance_i T_i^T E[q_i q_i^T] T_i, T_i what head i reads of the keys."""
+    weight_H = moments.importance_H * scaling**2
+    return torch.einsum("H,HdK,Hde,HeL->KL", weight_H, split.leftover_HdK, moments.query_Hdd, split.leftover_HdK)
+
+
+def _value_metric(o_DHd: Tensor, groups: int, head_dim: int) -> Tensor:
+    """M_V [K, K], block diagonal: sum over the heads of a group of Wo_i^T Wo_i."""
+    o_GRDd = o_DHd.unflatten(1, (groups, -1, head_dim)).permute(1, 2, 0, 3)
+    return torch.block_diag(*torch.einsum("GRDd,GRDe->Gde", o_GRDd, o_GRDd))

@@ -1,0 +1,67 @@
+"""Slow, obvious, float64: every formula once more, one head and one token at a time. Only tests run it.
+
+Shape legend: see transmla/maths/__init__.py.
+"""
+
+import cmath
+
+import torch
+from torch import Tensor
+
+from transmla.maths.attention import GqaWeights, MlaWeights
+
+
+def gqa_naive(x_TD: Tensor, gqa: GqaWeights) -> Tensor:
+    """Output of the attention block [T, D], o_proj included."""
+    heads_per_group = len(gqa.q_HdD) // len(gqa.k_GdD)
+    frequencies = gqa.inv_freq_P.tolist()
+    columns = []
+    for head, q_dD in enumerate(gqa.q_HdD):
+        k_dD, v_dD = gqa.k_GdD[head // heads_per_group], gqa.v_GdD[head // heads_per_group]
+        rows = []
+        for t in range(len(x_TD)):
+            scores = [
+                gqa.scaling * _rotary_score(q_dD @ x_TD[t], k_dD @ x_TD[s], frequencies, t - s) for s in range(t + 1)
+            ]
+            rows.append(_mean(scores, [v_dD @ x_TD[s] for s in range(t + 1)]))
+        columns.append(torch.stack(rows))
+    return torch.cat(columns, dim=1) @ gqa.o_DHd.T
+
+
+def mla_naive(x_TD: Tensor, mla: MlaWeights) -> Tensor:
+    """Output of the attention block [T, D], o_proj included; keys and values rebuilt from cached values only."""
+    frequencies = mla.inv_freq_M.tolist()
+    latents = [mla.kv_down_rD @ x_D for x_D in x_TD]
+    rotary_keys = [mla.k_rope_eD @ x_D for x_D in x_TD]
+    columns = []
+    for head in range(len(mla.q_nope_HnD)):
+        rows = []
+        for t in range(len(x_TD)):
+            q_nope, q_rope = mla.q_nope_HnD[head] @ x_TD[t], mla.q_rope_HeD[head] @ x_TD[t]
+            scores = [
+                mla.scaling
+                * (
+                    float(q_nope @ (mla.k_up_Hnr[head] @ latents[s]))
+                    + _rotary_score(q_rope, rotary_keys[s], frequencies, t - s)
+                )
+                for s in range(t + 1)
+            ]
+            rows.append(_mean(scores, [mla.v_up_Hvr[head] @ latents[s] for s in range(t + 1)]))
+        columns.append(torch.stack(rows))
+    return torch.cat(columns, dim=1) @ mla.o_DHv.T
+
+
+def _rotary_score(q: Tensor, k: Tensor, frequencies: list[float], distance: int) -> float:
+    """Re sum_p conj(q_p) k_p exp(-i f_p distance): what rotating both sides amounts to."""
+    half = len(frequencies)
+    total = 0.0
+    for p, frequency in enumerate(frequencies):
+        q_p = complex(float(q[p]), float(q[p + half]))
+        k_p = complex(float(k[p]), float(k[p + half]))
+        total += (q_p.conjugate() * k_p * cmath.exp(-1j * frequency * distance)).real
+    return total
+
+
+def _mean(scores: list[float], values: list[Tensor]) -> Tensor:
+    weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0)
+    return sum((w * v for w, v in zip(weights, values, strict=True)), torch.zeros_like(values[0]))

@@ -1,0 +1,159 @@
+"""Which part of the keys keeps a position: one shared rotary key, and maps for what is left over.
+
+Per target pair m, the source pairs (g, p) nearest in log-frequency form a bucket; one complex component of
+the bucket becomes the rotary key, weighted by what the queries read of it. What is left over goes to the
+latent, where it cannot turn, so every head multiplies it by the constant nearest to exp(-i f distance) over the
+distances that the head really attends to (complex: a head that looks two tokens back keeps that phase).
+
+Loses: everything but one complex component per bucket (its loss is part of the measured layer loss).
+Exact: one key/value head and e = d with the source's own frequencies (tested to 1e-10).
+Shape legend: see transmla/maths/__init__.py. K = G d, all source keys of a token, group by group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transmla.maths.attention import GqaWeights, inverse_frequencies
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Variants of the split; the defaults are what measured best (benchmarks/variants.md).
+
+    complex_component: a complex component per bucket; False: a real one (RoRoPE, arXiv 2502.07864, section 4.1)
+    query_weighted:    weight pairs by the energy and importance of the queries that read them
+    shrink:            multiply leftovers by their mean turn; False: leave them as if they did not turn
+    rank_pressure:     weight of pairs that need no position, since whatever is not rotary competes for rank
+    """
+
+    complex_component: bool = True
+    query_weighted: bool = True
+    shrink: bool = True
+    rank_pressure: float = 0.3
+
+
+@dataclass(frozen=True)
+class RotarySplit:
+    """k_rope_eD x is the shared rotary key, q_rope_HeD its queries; head i reads leftover_HdK[i] k of all keys k."""
+
+    k_rope_eD: Tensor
+    q_rope_HeD: Tensor
+    leftover_HdK: Tensor
+    inv_freq_M: Tensor
+
+
+def nearest_pairs(inv_freq_P: Tensor, inv_freq_M: Tensor) -> Tensor:
+    """For every source pair the target pair nearest in log-frequency, int64 [P]."""
+    return (inv_freq_P.log()[:, None] - inv_freq_M.log()).abs().argmin(dim=1)
+
+
+def mean_turn(distance_HS: Tensor, f_P: Tensor) -> Tensor:
+    """c = E[exp(-i f D)] per head and pair, complex128 [H, P]: the constant nearest to the turning, |c| <= 1.
+
+    distance_HS: weight of distance 0, 1, .. in each head, rows sum to one, float64
+    """
+    positions = torch.arange(distance_HS.shape[1], dtype=torch.float64, device=distance_HS.device)
+    return distance_HS.to(torch.complex128) @ torch.exp(-1j * positions[:, None] * f_P)
+
+
+def rotary_split(
+    gqa: GqaWeights,
+    k_GdD: Tensor,
+    moment_DD: Tensor,
+    query_Hdd: Tensor,
+    importance_H: Tensor,
+    distance_HS: Tensor,
+    qk_rope_head_dim: int,
+    theta: float,
+    options: SplitOptions = SplitOptions(),
+) -> RotarySplit:
+    """The rotary half of the conversion, in float64.
+
+    gqa:          the source's attention, float64 (queries, frequencies)
+    k_GdD:        the key projection to reproduce; differs from gqa.k_GdD when the input is a repaired stream
+    moment_DD:    second moment of the input, E[x x^T]
+    query_Hdd:    second moment of the unrotated queries, E[q q^T]
+    importance_H: how strongly a squared score error of a head reaches the output
+    distance_HS:  attended distances of each head, rows sum to one
+    """
+    num_groups, head_dim, _ = k_GdD.shape
+    pairs, heads_per_group = head_dim // 2, len(gqa.q_HdD) // num_groups
+    inv_freq_M = inverse_frequencies(theta, qk_rope_head_dim).to(k_GdD.device)
+    bucket_P = nearest_pairs(gqa.inv_freq_P, inv_freq_M)
+    still_HP = mean_turn(distance_HS, gqa.inv_freq_P)
+    omega_GP = _pair_weights(query_Hdd, importance_H, still_HP, num_groups, options)
+    if not options.shrink:
+        still_HP = torch.ones_like(still_HP)
+
+    z_GPD, q_HPD = _as_complex(k_GdD), _as_complex(gqa.q_HdD)
+    component_GP = torch.zeros(num_groups, pairs, dtype=torch.complex128, device=k_GdD.device)
+    reader_GP = torch.zeros_like(component_GP)
+    k_rope_MD = torch.zeros(len(inv_freq_M), k_GdD.shape[2], dtype=torch.complex128, device=k_GdD.device)
+    q_rope_HMD = torch.zeros(len(q_HPD), *k_rope_MD.shape, dtype=torch.complex128, device=k_GdD.device)
+    for m in range(len(inv_freq_M)):
+        bucket = (bucket_P == m).nonzero()[:, 0]
+        if len(bucket) == 0:
+            continue
+        omega_GB = omega_GP[:, bucket]
+        a_GB = _top_component(z_GPD[:, bucket], omega_GB, moment_DD, options.complex_component)
+        reader_GP[:, bucket] = a_GB.conj() * omega_GB
+        component_GP[:, bucket] = a_GB / omega_GB
+        k_rope_MD[m] = torch.einsum("GB,GBD->D", reader_GP[:, bucket], z_GPD[:, bucket])
+        a_HB = component_GP[:, bucket].repeat_interleave(heads_per_group, 0)
+        q_rope_HMD[:, m] = torch.einsum("HB,HBD->HD", a_HB.conj(), q_HPD[:, bucket])
+    captured = _captured(component_GP, reader_GP, bucket_P)
+    leftover = torch.stack(
+        [_leftover(still_P, head // heads_per_group, captured) for head, still_P in enumerate(still_HP)]
+    )
+    return RotarySplit(_as_real(k_rope_MD), _as_real(q_rope_HMD), leftover, inv_freq_M)
+
+
+def _pair_weights(
+    query_Hdd: Tensor, importance_H: Tensor, still_HP: Tensor, num_groups: int, options: SplitOptions
+) -> Tensor:
+    """Omega [G, P]: root of the summed importance of a pair over the heads that read it."""
+    if not options.query_weighted:
+        return torch.ones(num_groups, still_HP.shape[1], dtype=torch.float64, device=still_HP.device)
+    energy_Hd = query_Hdd.diagonal(dim1=1, dim2=2)
+    real, imag = energy_Hd.chunk(2, dim=1)
+    lost_without_rotation = 1 - still_HP.abs() ** 2
+    weight_HP = importance_H[:, None] * (real + imag) * (lost_without_rotation + options.rank_pressure)
+    omega2_GP = weight_HP.unflatten(0, (num_groups, -1)).sum(dim=1)
+    # a pair that no query reads still needs an inverse
+    return omega2_GP.clamp_min(1e-12 * float(omega2_GP.max()) + 1e-300).sqrt()
+
+
+def _top_component(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor, complex_component: bool) -> Tensor:
+    """Unit vector a [G, B] with the largest a^H S a, S = Omega W C W^H Omega (method, section 2)."""
+    weighted = (omega_GB[..., None] * z_GBD).flatten(0, 1)
+    gram = weighted @ moment_DD.to(weighted.dtype) @ weighted.mH
+    _, vectors = torch.linalg.eigh(gram if complex_component else gram.real)
+    return vectors[:, -1].to(torch.complex128).unflatten(0, omega_GB.shape)
+
+
+def _captured(component_GP: Tensor, reader_GP: Tensor, bucket_P: Tensor) -> Tensor:
+    """The map z -> (a / omega) u of all pairs of all groups, complex [G, P, G P]: what the rotary key carries."""
+    same_bucket = (bucket_P[:, None] == bucket_P).to(component_GP.dtype)
+    return torch.einsum("gp,hq,pq->gphq", component_GP, reader_GP, same_bucket).flatten(2)
+
+
+def _leftover(still_P: Tensor, group: int, captured: Tensor) -> Tensor:
+    """Real [d, K]: still * (z - captured z) of one head."""
+    num_groups, pairs, _ = captured.shape
+    own = torch.zeros(pairs, num_groups, pairs, dtype=captured.dtype, device=captured.device)
+    own[:, group] = torch.eye(pairs, dtype=captured.dtype, device=captured.device)
+    rest = (still_P[:, None] * (own.flatten(1) - captured[group])).unflatten(1, (num_groups, pairs))
+    top = torch.cat([rest.real, -rest.imag], dim=2)
+    bottom = torch.cat([rest.imag, rest.real], dim=2)
+    return torch.cat([top, bottom]).flatten(1)
+
+
+def _as_complex(x_dD: Tensor) -> Tensor:
+    real, imag = x_dD.chunk(2, dim=-2)
+    return torch.complex(real.contiguous(), imag.contiguous())
+
+
+def _as_real(x_MD: Tensor) -> Tensor:
+    return torch.cat([x_MD.real, x_MD.imag], dim=-2)

@@ -1,0 +1,233 @@
+"""Multi-head latent attention that keeps the latent in the cache and attends in latent space.
+
+One self-contained file: it travels inside each converted folder and is named in config.json's `auto_map`.
+Parameters, their names and the function are those of transformers' deepseek_v3; what differs is the cache
+(`kv_lora_rank + qk_rope_head_dim` values per token in one tensor, nothing expanded) and the decoding speed.
+
+Shape legend: B batch, T query tokens, S cached tokens, D hidden_size, H num_attention_heads, r kv_lora_rank,
+e qk_rope_head_dim, n qk_nope_head_dim, v v_head_dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class FoldedRMSNorm(nn.Module):
+    """RMSNorm of a latent so small that only epsilon is left under the root: times weight / sqrt(eps).
+
+    No subclass of the stock norm, which kernel libraries find by its class and replace.
+    """
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, latent_BTr: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            logger.warning_once(
+                "This checkpoint has its latent norm folded (latent_norm_folded in config.json), a form for "
+                "inference: the latent rows of kv_a_proj_with_mqa are about 1e-6 and an optimizer step "
+                "destroys them. Train the unfolded form and fold it again afterwards."
+            )
+        # weight / sqrt(eps) overflows float16
+        wide = torch.promote_types(latent_BTr.dtype, torch.float32)
+        scale_r = self.weight.to(wide) * self.variance_epsilon**-0.5
+        scaled_BTr: torch.Tensor = latent_BTr.to(wide) * scale_r
+        return scaled_BTr.to(latent_BTr.dtype)
+
+
+class LatentAttention(stock.DeepseekV3Attention):
+    """Stock parameters, latent cache, and two routes to the same output: `decompressed` and `absorbed`."""
+
+    # None where the config has, or has no, q_lora_rank
+    q_proj: Any
+    q_a_proj: Any
+    q_a_layernorm: Any
+    q_b_proj: Any
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q_nope_BHTn, q_rot_BHTe, key_B1Tk = self.project(hidden_states, position_embeddings)
+        key_B1Sk = key_B1Tk
+        if past_key_values is not None:
+            # the value is a slice of the key: a zero-width tensor stands in for it in the cache
+            # static caches of older releases are told where to write, newer ones count for themselves
+            where = {"cache_position": kwargs["cache_position"]} if "cache_position" in kwargs else None
+            key_B1Sk, _ = past_key_values.update(key_B1Tk, key_B1Tk[..., :0], self.layer_idx, where)
+
+        if self.absorbs(q_nope_BHTn, key_B1Sk, attention_mask):
+            out_BTHv, weights = self.absorbed(q_nope_BHTn, q_rot_BHTe, key_B1Sk, attention_mask)
+        else:
+            out_BTHv, weights = self.decompressed(q_nope_BHTn, q_rot_BHTe, key_B1Sk, attention_mask, **kwargs)
+        return self.o_proj(out_BTHv.flatten(2)), weights
+
+    @property
+    def expanded_width(self) -> int:
+        """n + v: what kv_b_proj makes of the latent for each head."""
+        return self.qk_nope_head_dim + (self.v_head_dim or 0)
+
+    def project(
+        self, hidden_BTD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries without and with rotation, and what is cached: the latent (r), then the rotated key (e)."""
+        if self.q_lora_rank is None:
+            q_BTq = self.q_proj(hidden_BTD)
+        else:
+            q_BTq = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BTD)))
+        q_BHTq = q_BTq.view(*q_BTq.shape[:2], -1, self.qk_head_dim).transpose(1, 2)
+        q_nope_BHTn, q_rot_BHTe = q_BHTq[..., : self.qk_nope_head_dim], q_BHTq[..., self.qk_nope_head_dim :]
+
+        down_BTk = self.kv_a_proj_with_mqa(hidden_BTD)
+        latent_BTr = self.kv_a_layernorm(down_BTk[..., : self.kv_lora_rank])
+        k_rot_BTe = down_BTk[..., self.kv_lora_rank :]
+
+        interleave = self.config.rope_interleave
+        rotate = stock.apply_rotary_pos_emb_interleave if interleave else stock.apply_rotary_pos_emb
+        q_rot_BHTe, k_rot_B1Te = rotate(q_rot_BHTe, k_rot_BTe[:, None], *position_embeddings)
+        return q_nope_BHTn, q_rot_BHTe, torch.cat((latent_BTr[:, None], k_rot_B1Te), dim=-1)
+
+    def absorbs(self, q_nope_BHTn: torch.Tensor, key_B1Sk: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether the absorbed route can be taken and costs less.
+
+        Multiply-adds per head and cached token:
+
+            decompressed   r (n + v)  to expand,  T (n + e) scores,  T v values
+            absorbed                              T (r + e) scores,  T r values
+
+        so absorbing costs less when T (2r - n - v) < r (n + v). Absorbing the query and expanding the output
+        take r (n + v) per query token, never more than expanding S > T cached tokens.
+        """
+        num_queries, num_keys = q_nope_BHTn.shape[2], key_B1Sk.shape[2]
+        rank, expanded = self.kv_lora_rank, self.expanded_width
+        cheaper = num_queries * (2 * rank - expanded) < rank * expanded
+        if self.training or not (num_keys > num_queries and cheaper):
+            return False
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            return False
+        # several queries and no mask: prefill of an empty static cache, which the stock interface knows
+        if mask is None and num_queries > 1:
+            return False
+        # adapters, quantised and offloaded layers must go through their own forward
+        linear = self.kv_b_proj
+        return type(linear) is nn.Linear and linear.weight.device == key_B1Sk.device
+
+    def absorbed(
+        self,
+        q_nope_BHTn: torch.Tensor,
+        q_rot_BHTe: torch.Tensor,
+        key_B1Sk: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Multi-query attention in latent space: the H * T queries are rows against the one cached key."""
+        w_Hxr = self.kv_b_proj.weight.view(-1, self.expanded_width, self.kv_lora_rank)
+        w_uk_Hnr, w_uv_Hvr = w_Hxr[:, : self.qk_nope_head_dim], w_Hxr[:, self.qk_nope_head_dim :]
+        q_latent_BHTr = torch.einsum("bhtn,hnr->bhtr", q_nope_BHTn, w_uk_Hnr)
+        q_BHTk = torch.cat((q_latent_BHTr, q_rot_BHTe), dim=-1)
+        num_heads, num_queries = q_BHTk.shape[1:3]
+        rows_B1Rk = q_BHTk.flatten(1, 2)[:, None]
+        mask = _mask_of_rows(mask, num_heads)
+
+        weights: torch.Tensor | None = None
+        if self.config._attn_implementation == "eager":
+            attended_B1Rr, weights_B1RS = _eager(rows_B1Rk, key_B1Sk, self.kv_lora_rank, mask, self.scaling)
+            weights = weights_B1RS.view(-1, num_heads, num_queries, key_B1Sk.shape[2])
+        else:
+            # key as value: the fused kernels want equal widths, and they read the tensor anyway
+            attended_B1Rr = nn.functional.scaled_dot_product_attention(
+                rows_B1Rk, key_B1Sk, key_B1Sk, attn_mask=mask, scale=self.scaling
+            )[..., : self.kv_lora_rank]
+        attended_BHTr = attended_B1Rr.reshape(-1, num_heads, num_queries, self.kv_lora_rank)
+        return torch.einsum("bhtr,hvr->bthv", attended_BHTr, w_uv_Hvr), weights
+
+    def decompressed(
+        self,
+        q_nope_BHTn: torch.Tensor,
+        q_rot_BHTe: torch.Tensor,
+        key_B1Sk: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys and values of every head expanded from the latent, then the attention the config names."""
+        batch, _, num_keys, _ = key_B1Sk.shape
+        latent_BSr = key_B1Sk[:, 0, :, : self.kv_lora_rank]
+        expanded_BHSx = self.kv_b_proj(latent_BSr).view(batch, num_keys, -1, self.expanded_width).transpose(1, 2)
+        k_rot_BHSe = key_B1Sk[..., self.kv_lora_rank :].expand(-1, expanded_BHSx.shape[1], -1, -1)
+        key_BHSq = torch.cat((expanded_BHSx[..., : self.qk_nope_head_dim], k_rot_BHSe), dim=-1)
+        value_BHSv = expanded_BHSx[..., self.qk_nope_head_dim :]
+        query_BHTq = torch.cat((q_nope_BHTn, q_rot_BHTe), dim=-1)
+        attend: Attention = stock.eager_attention_forward
+        if self.config._attn_implementation == "eager":
+            mask = _additive(mask, query_BHTq.dtype)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(self, query_BHTq, key_BHSq, value_BHSv, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A boolean mask (true: attend) as one to add to scores; finite, so that a fully masked row is no NaN."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _mask_of_rows(mask: torch.Tensor | None, num_heads: int) -> torch.Tensor | None:
+    """[B, 1 or H, T, S] to [B, 1, H * T, S]; one query shared by all heads broadcasts as it is."""
+    if mask is None or mask.shape[1:3] == (1, 1):
+        return mask
+    return mask.expand(-1, num_heads, -1, -1).flatten(1, 2)[:, None]
+
+
+def _eager(
+    rows_B1Rk: torch.Tensor, key_B1Sk: torch.Tensor, rank: int, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores_B1RS = rows_B1Rk @ key_B1Sk.transpose(-1, -2) * scaling
+    bias = _additive(mask, scores_B1RS.dtype)
+    if bias is not None:
+        scores_B1RS = scores_B1RS + bias
+    wide = torch.promote_types(scores_B1RS.dtype, torch.float32)
+    weights_B1RS = scores_B1RS.softmax(dim=-1, dtype=wide).to(rows_B1Rk.dtype)
+    return weights_B1RS @ key_B1Sk[..., :rank], weights_B1RS
+
+
+class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):  # type: ignore[no-untyped-call]
+    """The stock model with `LatentAttention`.
+
+    The name is the stock one on purpose: save_pretrained writes the class name to `architectures`, by which
+    vLLM, SGLang and the GGUF converter choose their implementation.
+    """
+
+    # save_pretrained then copies this file and writes auto_map, whichever way the model was loaded
+    _auto_class = "AutoModelForCausalLM"
+    # the absorbed route takes 4D masks only
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__(config)
+        folded = getattr(config, "latent_norm_folded", False)
+        for layer in self.model.layers:
+            # changing the class keeps parameters, initialisation and meta tensors exactly as stock made them
+            layer.self_attn.__class__ = LatentAttention
+            if folded:
+                layer.self_attn.kv_a_layernorm.__class__ = FoldedRMSNorm
+
+
+__all__ = ["DeepseekV3ForCausalLM"]

@@ -1,0 +1,92 @@
+"""Before a folder gets its name: read it back and run it, layer by layer, through the stock deepseek_v3 class.
+
+The converter's own arithmetic (no latent norm, half-split rotary pairs, unscaled stream) and the stock class on the
+written tensors share no code, so a wrong layout, scale, name or config value cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
+
+from transmla.calibrate.layers import SourceLayer
+from transmla.checkpoint.read import open_source
+from transmla.errors import VerificationError
+from transmla.export.deepseek_v3 import expected_tensors
+from transmla.maths.attention import MlaWeights, mla_attention
+
+# Relative error of the last hidden state that the dtype of the stored weights explains, with a wide margin:
+# measured 2e-4 (float32) and 1e-2 (bfloat16) on real models, above 0.5 for any wrong layout.
+TOLERANCES = {"float32": 5e-3, "float16": 5e-2, "bfloat16": 1e-1}
+WITNESS_TOKENS = 128
+
+
+class Witness:
+    """A few tokens that pass through the converted layers in float32 while these are made."""
+
+    def __init__(self, ids_T: Tensor, embedded_TD: Tensor) -> None:
+        """ids_T: token ids of a window; embedded_TD: their embeddings"""
+        self.ids_T = ids_T[:WITNESS_TOKENS].clone()
+        self.stream_TD = embedded_TD[:WITNESS_TOKENS].clone()
+
+    def advance(self, layer: SourceLayer, mla: MlaWeights) -> None:
+        """Past one converted layer."""
+        mla = mla.to(dtype=torch.float32)
+        stream_TD = self.stream_TD.to(mla.o_DHv.device)
+        stream_TD = stream_TD + mla_attention(layer.input_layernorm(stream_TD), mla) @ mla.o_DHv.T
+        self.stream_TD = stream_TD + layer.mlp(layer.post_attention_layernorm(stream_TD))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """relative_error: of the last hidden state, stock class against converter; tolerance: what was allowed."""
+
+    relative_error: float
+    tolerance: float
+    num_tensors: int
+
+
+def verify(
+    folder: Path, witness: Witness, device: torch.device, progress: Callable[[str, int, int, str], None]
+) -> Verification:
+    """Compare the written folder with the converter; raises `VerificationError`, holds one layer at a time."""
+    source = open_source(folder)
+    expected = expected_tensors(source.config)
+    source.require(expected)
+    config = AutoConfig.from_pretrained(folder)
+    config._attn_implementation = "sdpa"
+    read = {"dtype": torch.float32, "device": device}
+    hidden_1TD = source.rows("model.embed_tokens.weight", witness.ids_T).float().to(device)[None]
+    positions = torch.arange(len(witness.ids_T), device=device)[None]
+    with torch.no_grad():
+        angles = stock.DeepseekV3RotaryEmbedding(config).to(device)(hidden_1TD, positions)
+        for index in range(config.num_hidden_layers):
+            with torch.device("meta"):
+                layer = stock.DeepseekV3DecoderLayer(config, index)
+            prefix = f"model.layers.{index}."
+            tensors = {name: source.read(prefix + name, **read) for name in layer.state_dict()}
+            layer.load_state_dict(tensors, assign=True)
+            hidden_1TD = layer.eval()(hidden_1TD, attention_mask=None, position_embeddings=angles)
+            progress("verify", index + 1, config.num_hidden_layers, "")
+    scaled_TD = hidden_1TD[0].double()
+    # the written stream is the converter's times residual_scale: compare directions and relative sizes
+    own_TD = witness.stream_TD.to(device).double()
+    scale = (scaled_TD * own_TD).sum() / own_TD.square().sum()
+    per_token_T = (scaled_TD / scale - own_TD).square().sum(-1) / own_TD.square().sum(-1)
+    error = float(per_token_T.mean().sqrt())
+    stored = str(config.dtype).removeprefix("torch.")
+    tolerance = TOLERANCES[stored]
+    if not error <= tolerance:
+        raise VerificationError(
+            "the written checkpoint does not compute what was converted",
+            where=str(folder),
+            why=f"relative error of the last hidden state {error:.2e}, allowed {tolerance:.0e} in {stored}",
+            remedy="nothing was kept; try --dtype float32, and please report this with the source's config.json",
+        )
+    return Verification(error, tolerance, len(expected))
