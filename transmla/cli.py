@@ -111,7 +111,7 @@ def plan_command(source: str, latent: int | None, rope: int | None, recipe: str 
 @_option(
     "--calibration",
     metavar="TEXT",
-    help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id (OWNER/NAME[:CONFIG]), "
+    help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
     "wikitext (an excerpt that ships with the program) or self (sampled from SRC). [default: wikitext]",
 )
 @_option("--tokens", type=click.IntRange(min=1), metavar="N", help="Calibration tokens in all. [default: 131072]")
@@ -126,7 +126,9 @@ def plan_command(source: str, latent: int | None, rope: int | None, recipe: str 
 @_option("--seed", type=int, help="Of sampled calibration text. [default: 0]")
 @_option("--dry-run", is_flag=True, help="Only show the plan, with the checks of DST.")
 @_option("-q", "--quiet", is_flag=True, help="No progress bars.")
-def convert_command(source: str, destination: str | None, dry_run: bool, quiet: bool, device: str, **given: Any) -> None:
+def convert_command(
+    source: str, destination: str | None, dry_run: bool, quiet: bool, device: str, **given: Any
+) -> None:
     """Convert SRC and write DST: one folder for transformers, with or without remote code, and other engines.
 
     DST defaults to NAME-mla-LATENT-ROPE in the working directory and is never overwritten. It appears only when all
@@ -193,7 +195,7 @@ def eval_command(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
 @click.argument("prompt", metavar="PROMPT")
 @_option("--max-new-tokens", type=click.IntRange(min=1), default=128, metavar="N", help="Tokens to generate at most.")
 @_option("--temperature", type=click.FloatRange(min=0), default=0.8, metavar="T", help="0: most likely token.")
-@_option("--top-p", type=click.FloatRange(min=0, max=1), default=0.95, metavar="P", help="Probability mass sampled from.")
+@_option("--top-p", type=click.FloatRange(min=0, max=1), default=0.95, metavar="P", help="Nucleus to sample from.")
 @_option("--seed", type=int, default=0, help="Of the sampling.")
 @_option("--chat", is_flag=True, help="Put PROMPT through the chat template as a user's message.")
 @_option("--dtype", type=click.Choice(DTYPES), default="auto", help="To compute in; auto: as stored.")

@@ -159,13 +159,14 @@ def convert(
     Raises the errors of `transmla.errors`; the destination exists only if all went well.
     """
     started = time.monotonic()
-    settings = {
+    settings: dict[str, Any] = {
         "latent": latent, "rope": rope, "calibration": calibration, "tokens": tokens, "window": window,
         "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
     }  # fmt: skip
     planned = plan(source, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)
-    planned = plan(source, target, **settings)
+    # all that can be refused has been refused before gigabytes are downloaded
+    planned = plan(source, target, download=True, **settings)
     where = torch.device(device)
     run = _Run(planned, method or ClosedForm(), where, _autocast(where), progress or (lambda *_: None))
     with torch.no_grad(), CheckpointWriter(target, shard_bytes=shard_bytes) as writer:
@@ -248,6 +249,7 @@ def _theta(run: _Run, text: CalibrationTokens) -> tuple[float, dict[float, list[
                 losses[theta].append(output_error(layer, moments, streams, sizes, theta, method))
         add_source_attention(layer, streams)
         add_mlp(layer, streams, source_only=True)
+        del layer  # before the next one is read
         run.progress("choose theta", index + 1, max(surveyed) + 1, "")
     return choose(losses), losses
 
@@ -276,6 +278,7 @@ def _convert_layers(
         witness.advance(layer, converted)
         scale = latent_scale(heads.latent_peak)
         _write_layer(run, layer, fold_attention(converted, scale, residual), residual, writer)
+        del layer  # before the next one is read
         reports.append(LayerReport(index, fitted.latent_loss, loss.fitted, loss.heldout, scale))
         run.progress("convert layers", index + 1, mla.num_hidden_layers, f"stream error {loss.heldout:.2%} held out")
     return tuple(reports)
@@ -297,11 +300,11 @@ def _finish_weights(run: _Run, streams: Streams, text: CalibrationTokens, writer
     """Write what is not in a layer, and read the head once for the held-out losses."""
     family, source, dtype = run.plan.family, run.plan.source, DTYPES[run.plan.dtype]
     eps = float(source.config["rms_norm_eps"])
-    embedding = source.read(family.embed_tokens)
-    writer.add("model.embed_tokens.weight", (embedding.float() * residual_scale(eps)).to(dtype))
-    tied = family.lm_head not in source.tensors or bool(source.config.get("tie_word_embeddings"))
-    head_VD = embedding if tied else source.read(family.lm_head)
-    del embedding
+    head_VD = source.read(family.embed_tokens)  # also the head, if the two are tied
+    writer.add("model.embed_tokens.weight", (head_VD.float() * residual_scale(eps)).to(dtype))
+    if family.lm_head in source.tensors and not source.config.get("tie_word_embeddings"):
+        del head_VD  # before the next one is read
+        head_VD = source.read(family.lm_head)
     writer.add("lm_head.weight", head_VD.to(dtype))
     norm_D = source.read(family.norm, dtype=torch.float32, device=run.device)
     writer.add("model.norm.weight", norm_D.to(dtype))

@@ -95,7 +95,7 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
 
 
 def show_evaluation(report: EvaluationReport, console: Console) -> None:
-    table = _table("model", "perplexity", "ratio to source", "cache bytes/token", "of source")
+    table = _table("model", "perplexity", "ratio to source", "bytes/token", "of source")
     source = report.source
     base = source.cache_bytes_per_token if source else None
     for result in filter(None, (source, report.model)):
@@ -103,15 +103,14 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
         share = f"{result.cache_bytes_per_token / base:.1%}" if base else ""
         bytes_per_token = f"{result.cache_bytes_per_token:,.0f}"
         table.add_row(result.name, _perplexity(result.perplexity), ratio, bytes_per_token, share)
-    for name, bytes_per_token in report.quantised_source.items():
-        table.add_row(
-            f"{name} (size only)", "", "", f"{bytes_per_token:,.0f}", f"{bytes_per_token / base:.1%}" if base else ""
-        )
+    for name, quantised in report.quantised_source.items():
+        share = f"{quantised / base:.1%}" if base else ""
+        table.add_row(f"{name} (size only)", "", "", f"{quantised:,.0f}", share)
     console.print(table)
-    perplexity = report.model.perplexity
+    found = report.model.perplexity
     console.print(
-        f"{report.text}: {len(perplexity.nats_N)} windows of {report.length:,} tokens, {report.dtype} on {report.device}; "
-        "± is one standard error over windows, of the ratio that of the paired difference",
+        f"{report.text}: {len(found.nats_N)} windows of {report.length:,} tokens, {report.dtype}, {report.device}. "
+        "± one standard error over windows, for the ratio that of the paired difference",
         highlight=False,
     )
 

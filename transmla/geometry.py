@@ -71,12 +71,14 @@ def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
             num_key_value_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
         )
+        if not all(float(config[key]) > 0 for key in ("vocab_size", "intermediate_size", "rms_norm_eps")):
+            raise ValueError("vocab_size, intermediate_size and rms_norm_eps must be positive")
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedError(
             "the config does not describe an attention model",
             where=where,
             why=f"{type(error).__name__}: {error}",
-            remedy="check num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads, head_dim",
+            remedy="check that config.json is complete: num_hidden_layers, hidden_size, num_attention_heads, vocab_size, ..",
         ) from error
     if min(vars(geometry).values()) < 1 or num_heads % geometry.num_key_value_heads or geometry.head_dim % 2:
         raise UnsupportedError(
@@ -167,9 +169,15 @@ def engine_verdicts(target: MlaGeometry) -> tuple[EngineVerdict, ...]:
     return (
         EngineVerdict("transformers, stock class", True, "right, but decompresses the whole cache at every step"),
         EngineVerdict("transformers, own class", True, "latent cache, absorbed decode"),
-        EngineVerdict("MLX-LM", True, "any size" if target.num_hidden_layers < 62 else "drops layer 61"),
+        _mlx(target),
         EngineVerdict("llama.cpp", True, "any size after conversion to GGUF; fast attention on GPUs: 512+64, 256+64"),
         EngineVerdict("vLLM (GPU)", gpu_ready, gpu_note),
         EngineVerdict("vLLM (CPU)", sizes == (512, 64), "runs 512+64 only"),
         EngineVerdict("SGLang", gpu_ready, gpu_note),
     )
+
+
+def _mlx(target: MlaGeometry) -> EngineVerdict:
+    # it takes `model.layers.61` for DeepSeek-V3's extra prediction layer
+    short_enough = target.num_hidden_layers <= 61
+    return EngineVerdict("MLX-LM", short_enough, "any size" if short_enough else "drops layer 61 of longer models")

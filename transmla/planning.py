@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transmla.calibrate.layers import layer_tensor_names, source_config
+from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import check_destination
@@ -90,6 +91,7 @@ def plan(
     latent: int | None = None,
     rope: int | None = None,
     recipe: str | Path | None = None,
+    download: bool = False,
     **overrides: Any,
 ) -> Plan:
     """Read the headers of `source` and say what `transmla.convert` would do; nothing is loaded or written.
@@ -98,19 +100,20 @@ def plan(
     destination: checked for existence and disk space when given
     latent:      kv_lora_rank;  rope: qk_rope_head_dim;  None: see `geometry.default_sizes`
     recipe:      path or name of a recipe; its values give way to the arguments
+    download:    bring the weights of a hub id into the local cache; False: read their headers where they are
     overrides:   any other field of `transmla.recipe.Recipe`
     Raises SourceError, UnsupportedError, GeometryError, DestinationError, RecipeError.
     """
     settings = _recipe(source, recipe).with_overrides(latent=latent, rope=rope, **overrides)
-    resolved = resolve(settings.source or source, settings.revision)
-    opened = open_source(resolved.path)
+    resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
+    opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path)
     where = opened.config_where
     family = family_of(opened.config, where)
     gqa = gqa_geometry(opened.config, where)
     mla = mla_geometry(gqa, settings.latent, settings.rope)
     _check_tensors(opened, family, gqa)
     dtype = _output_dtype(opened, family, settings.dtype)
-    context, notes = _context(opened.config)
+    context, notes = _context(opened)
     if mla.cache_values() >= gqa.cache_values():
         notes.append(
             f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
@@ -168,7 +171,8 @@ def checkpoint_tensors(
 def _recipe(source: str, recipe: str | Path | None) -> Recipe:
     if recipe is not None:
         named = find_recipe(str(recipe))
-        return load_recipe(named if named is not None else Path(recipe))
+        # SRC was named as well, and is what the user means; the recipe's revision belongs to its own source
+        return replace(load_recipe(named if named is not None else Path(recipe)), source=source, revision=None)
     named = None if Path(source).exists() else find_recipe(source)
     return load_recipe(named) if named is not None else Recipe(source=source)
 
@@ -187,7 +191,8 @@ def _output_dtype(source: Source, family: Family, wanted: str) -> str:
     return stored if stored in _DTYPE_BYTES else "float32"
 
 
-def _context(config: Mapping[str, Any]) -> tuple[int, list[str]]:
+def _context(source: Source) -> tuple[int, list[str]]:
+    config = source.config
     context = int(config.get("max_position_embeddings") or 2048)
     parameters = rope_parameters(config)
     notes = []
@@ -197,8 +202,9 @@ def _context(config: Mapping[str, Any]) -> tuple[int, list[str]]:
             f"max_position_embeddings becomes {window:,}: up to there sliding and full attention are the same function"
         )
         context = int(window)
-    if parameters["rope_type"] != "default":
-        notes.append(f"{parameters['rope_type']} rope scaling becomes plain frequencies of a rope_theta of its own")
+    rope_type = "llama3" if source.rope_frequency_factors is not None else parameters["rope_type"]
+    if rope_type != "default":
+        notes.append(f"{rope_type} rope scaling becomes plain frequencies of a rope_theta of its own")
     return context, notes
 
 

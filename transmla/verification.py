@@ -61,7 +61,6 @@ def verify(
     source.require(expected)
     config = AutoConfig.from_pretrained(folder)
     config._attn_implementation = "sdpa"
-    read = {"dtype": torch.float32, "device": device}
     hidden_1TD = source.rows("model.embed_tokens.weight", witness.ids_T).float().to(device)[None]
     positions = torch.arange(len(witness.ids_T), device=device)[None]
     with torch.no_grad():
@@ -70,9 +69,12 @@ def verify(
             with torch.device("meta"):
                 layer = stock.DeepseekV3DecoderLayer(config, index)
             prefix = f"model.layers.{index}."
-            tensors = {name: source.read(prefix + name, **read) for name in layer.state_dict()}
+            tensors = {
+                name: source.read(prefix + name, dtype=torch.float32, device=device) for name in layer.state_dict()
+            }
             layer.load_state_dict(tensors, assign=True)
             hidden_1TD = layer.eval()(hidden_1TD, attention_mask=None, position_embeddings=angles)
+            del layer, tensors  # before the next ones are read
             progress("verify", index + 1, config.num_hidden_layers, "")
     scaled_TD = hidden_1TD[0].double()
     # the written stream is the converter's times residual_scale: compare directions and relative sizes

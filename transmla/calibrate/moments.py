@@ -37,12 +37,13 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
     """
     size = streams.source_NTD.shape[2]
     heads, head_dim, _ = layer.gqa.q_HdD.shape
-    zeros = {"dtype": torch.float64, "device": streams.device}
-    converted_DD, cross_DD, received_DD, attended_DD = (torch.zeros(size, size, **zeros) for _ in range(4))
-    received_D = torch.zeros(size, **zeros)
-    query_Hdd = torch.zeros(heads, head_dim, head_dim, **zeros)
-    importance_H = torch.zeros(heads, **zeros)
-    distance_HS = torch.zeros(heads, streams.source_NTD.shape[1], **zeros)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=streams.device)
+
+    converted_DD, cross_DD, received_DD, attended_DD = (zeros(size, size) for _ in range(4))
+    received_D, query_Hdd, importance_H = zeros(size), zeros(heads, head_dim, head_dim), zeros(heads)
+    distance_HS = zeros(heads, streams.source_NTD.shape[1])
     num_fitted, tokens = streams.num_fitted, streams.source_NTD.shape[1]
     every = max(1, num_fitted // max(1, num_attended))
     num_seen = 0
@@ -121,4 +122,5 @@ def _by_distance(weight_RTT: Tensor) -> Tensor:
     tokens = weight_RTT.shape[1]
     # written with rows of 2 T and read with rows of 2 T - 1, row t moves right by t: column T - 1 + (t - s)
     skewed = torch.nn.functional.pad(weight_RTT.flip(2), (0, tokens)).flatten(1)[:, : tokens * (2 * tokens - 1)]
-    return skewed.unflatten(1, (tokens, -1)).sum(1, dtype=torch.float64)[:, tokens - 1 :]
+    sums: Tensor = skewed.unflatten(1, (tokens, -1)).sum(1, dtype=torch.float64)
+    return sums[:, tokens - 1 :]

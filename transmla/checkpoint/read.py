@@ -115,7 +115,7 @@ def open_source(path: Path) -> Source:
     if not path.is_dir():
         raise _not_a_model(path, "no such folder", "check the path")
     weights, format = _weights_in(path)
-    config = _config(path / "config.json")
+    config = read_config(path / "config.json")
     store_type = SafetensorsStore if format == "safetensors" else BinStore
     return Source(path, format, config, str(path / "config.json"), store_type(weights))
 
@@ -136,7 +136,8 @@ def _weights_in(folder: Path) -> tuple[Path, str]:
     raise _not_a_model(folder, why, "pass the folder that holds config.json and the weights")
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The parsed config.json; errors for a file that is none, and for quantised checkpoints."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -24,12 +24,15 @@ class ResolvedSource:
     path: Path
     name: str
     revision: str | None
+    # only config and tokenizer have been downloaded; `path` holds no weights
+    weights_on_hub: bool = False
 
 
-def resolve(name: str, revision: str | None = None) -> ResolvedSource:
+def resolve(name: str, revision: str | None = None, *, headers_only: bool = False) -> ResolvedSource:
     """Find the model that `name` means, downloading it if it is a hub id; `SourceError` if there is none.
 
-    revision: commit, branch or tag; hub ids only
+    revision:     commit, branch or tag; hub ids only
+    headers_only: leave weights that are not in the local cache on the hub
     """
     path = Path(name).expanduser()
     if name and path.exists():
@@ -40,7 +43,7 @@ def resolve(name: str, revision: str | None = None) -> ResolvedSource:
     elif name in EMBEDDED_MODELS:
         found = _embedded(name)
     elif "/" in name:
-        return _from_hub(name, revision)
+        return _from_hub(name, revision, headers_only)
     else:
         why = "it is no folder, no .gguf file, no embedded model and no hub id (owner/name)"
         raise _not_found(name, why, "pass one of these, or a recipe")
@@ -66,7 +69,7 @@ def _embedded(name: str) -> Path:
     return folder
 
 
-def _from_hub(name: str, revision: str | None) -> ResolvedSource:
+def _from_hub(name: str, revision: str | None, headers_only: bool) -> ResolvedSource:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -74,7 +77,9 @@ def _from_hub(name: str, revision: str | None) -> ResolvedSource:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED))
 
     try:
-        folder = download(_SAFETENSORS)
+        folder = download(_COMPANIONS if headers_only else _SAFETENSORS)
+        if headers_only:
+            return ResolvedSource(folder, name, folder.name, not any(folder.glob("*.safetensors")))
         if not any(folder.glob("*.safetensors")):
             folder = download(_BIN)
     except hub.GatedRepoError as error:
@@ -98,7 +103,7 @@ def _from_hub(name: str, revision: str | None) -> ResolvedSource:
 
 
 def _not_found(name: str, why: str, remedy: str) -> SourceError:
-    known = [*EMBEDDED_MODELS, *list_recipes()]
+    known = sorted({*EMBEDDED_MODELS, *list_recipes()})
     near = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=3, cutoff=0.5)
     hints = [remedy]
     if near:

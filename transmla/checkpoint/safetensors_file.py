@@ -14,7 +14,8 @@ from transmla.errors import SourceError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
 
-_DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4), "F64": ("float64", 8)}
+# by their names in the format: ours, and bytes per value
+STORED_DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4), "F64": ("float64", 8)}
 
 
 class SafetensorsStore:
@@ -80,7 +81,7 @@ def _check_header_length(path: Path, start: bytes, header_bytes: int, num_bytes:
 def _tensor_info(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
-    dtype, element_bytes = _DTYPES.get(entry["dtype"], (entry["dtype"].lower(), None))
+    dtype, element_bytes = STORED_DTYPES.get(entry["dtype"], (entry["dtype"].lower(), None))
     if begin < 0 or min(shape, default=0) < 0 or (element_bytes and end - begin != math.prod(shape) * element_bytes):
         raise broken_tensor(path, name, f"{end - begin} bytes cannot be a {dtype} tensor of shape {list(shape)}")
     return TensorInfo(shape=shape, dtype=dtype, num_bytes=end - begin, file=path.name)

@@ -132,4 +132,4 @@ def _default_text(model: Path) -> str:
 def _quantised(source: ModelResult, dtype: str) -> dict[str, float]:
     stored_bits = 32.0 if dtype == "float32" else 16.0
     per_bit = source.cache_bytes_per_token / stored_bits
-    return {f"source, {name} KV": per_bit * bits for name, bits in CACHE_BITS.items() if bits < 16}
+    return {f"source, {name} cache": per_bit * bits for name, bits in CACHE_BITS.items() if bits < 16}

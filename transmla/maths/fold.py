@@ -47,7 +47,7 @@ def fold_attention(mla: MlaWeights, scale: float, residual: float) -> dict[str, 
 
     scale:    from `latent_scale`; residual: from `residual_scale`
     """
-    heads, nope, _ = mla.q_nope_HnD.shape
+    nope = mla.q_nope_HnD.shape[1]
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
     order = interleaved_order(rope).to(mla.k_rope_eD.device)
     softmax = mla.scaling * math.sqrt(nope + rope)

@@ -207,7 +207,7 @@ def _eager(
     return weights_B1RS @ key_B1Sk[..., :rank], weights_B1RS
 
 
-class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):  # type: ignore[no-untyped-call]
+class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):
     """The stock model with `LatentAttention`.
 
     The name is the stock one on purpose: save_pretrained writes the class name to `architectures`, by which

@@ -1,0 +1,34 @@
+"""Lively models, built once per test session: tests that change a folder copy it first."""
+
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import lively_source
+
+MakeSource = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def lively(tmp_path_factory: pytest.TempPathFactory) -> MakeSource:
+    """lively(**settings) -> model folder; settings are those of `families.lively_source`."""
+    made: dict[str, Path] = {}
+
+    def make(**settings: Any) -> Path:
+        key = repr(sorted(settings.items()))
+        if key not in made:
+            made[key] = lively_source(tmp_path_factory.mktemp("source") / "model", **settings)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 2,500 tokens of calibration text."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    excerpt = resources.files("transmla.data") / "wikitext2-train-excerpt.txt"
+    path.write_text(excerpt.read_text("utf-8")[:6000], encoding="utf-8")
+    return path
