@@ -1,6 +1,6 @@
 """Every part of the closed form left out once, on one real model: which of them pay?
 
-    python benchmarks/variants.py SRC --calibration TRAIN --text VALID [--tokens 32768] [--jobs 2] [--out DIR]
+    python benchmarks/variants.py SRC --calibration TRAIN --text VALID [--tokens 24576] [--jobs 2] [--out DIR]
 
 Writes variants.json and variants.md into DIR, a row as soon as it is measured; rows that are there are not run again.
 Defaults are chosen by the held-out windows of the calibration text; the validation text is only reported.
@@ -21,6 +21,15 @@ from typing import Any
 # name -> (changes to ClosedForm, to SplitOptions, arguments of convert); theta_exponent: rope_theta of SRC to a power
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "all parts": ({}, {}, {}),
+    "one stream, o_proj as in the source, errors not weighted by attention": (
+        {"two_streams": False, "refit_output": False, "attention_weighted": False},
+        {},
+        {},
+    ),
+    "one stream, o_proj as in the source": ({"two_streams": False, "refit_output": False}, {}, {}),
+    "one stream": ({"two_streams": False}, {}, {}),
+    "o_proj as in the source": ({"refit_output": False}, {}, {}),
+    "errors not weighted by attention": ({"attention_weighted": False}, {}, {}),
     "real component instead of complex": ({}, {"complex_component": False}, {}),
     "pairs not weighted by queries": ({}, {"query_weighted": False}, {}),
     "leftovers not shrunk": ({}, {"shrink": False}, {}),
@@ -28,20 +37,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "theta' = theta^0.85": ({}, {}, {"theta_exponent": 0.85}),
     "theta' = theta^0.7": ({}, {}, {"theta_exponent": 0.7}),
     "theta' = theta^(e/d)": ({}, {}, {"theta_exponent": 0.5}),
-    "one stream, o_proj as in the source": ({"two_streams": False, "refit_output": False}, {}, {}),
-    "one stream": ({"two_streams": False}, {}, {}),
-    "o_proj as in the source": ({"refit_output": False}, {}, {}),
-    "errors not weighted by attention": ({"attention_weighted": False}, {}, {}),
-    "one stream, o_proj as in the source, errors not weighted by attention": (
-        {"two_streams": False, "refit_output": False, "attention_weighted": False},
-        {},
-        {},
-    ),
+    "112 + 16": ({}, {}, {"latent": 112, "rope": 16}),
     "key_weight 1": ({"key_weight": 1.0}, {}, {}),
     "output_ridge 0.03": ({"output_ridge": 0.03}, {}, {}),
     "stream_ridge 0.01": ({"stream_ridge": 0.01}, {}, {}),
     "plain_share 0.1": ({"plain_share": 0.1}, {}, {}),
-    "112 + 16": ({}, {}, {"latent": 112, "rope": 16}),
 }
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=24576)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--only", help=argparse.SUPPRESS)

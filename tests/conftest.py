@@ -1,14 +1,11 @@
 """Lively models, built once per test session: tests that change a folder copy it first."""
 
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
-from families import lively_source
-
-MakeSource = Callable[..., Path]
+from families import MakeSource, lively_source
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ latent = 448
 rope = 64
 theta = 1e5
 calibration = "wikitext"
+evaluation = "tinystories-valid"
 tokens = 2048
 window = 512
 dtype = "bfloat16"
@@ -35,7 +36,9 @@ def toml(tmp_path):
 
 def test_every_key(toml):
     loaded = load_recipe(toml(FULL))
-    assert loaded == Recipe("owner/name", "main", 448, 64, 1e5, "wikitext", 2048, 512, "bfloat16", 0)
+    assert loaded == Recipe(
+        "owner/name", "main", 448, 64, 1e5, "wikitext", "tinystories-valid", 2048, 512, "bfloat16", 0
+    )
     assert loaded.resolved == {field.name: getattr(loaded, field.name) for field in dataclasses.fields(Recipe)}
 
 

@@ -45,7 +45,7 @@ def _geometry_options(command: Any) -> Any:
     return command
 
 
-_device = _option("--device", default="cpu", metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps.")
+_device = _option("--device", default="cpu", metavar="DEVICE", help="Where to compute: cpu, cuda or cuda:1.")
 
 
 @contextmanager

@@ -183,6 +183,7 @@ def convert(
         sections = {
             "rope_theta": {"chosen": chosen, "losses": {f"{theta:g}": found for theta, found in theta_losses.items()}},
             "calibration": {"text": text.name, "tokens": text.ids_NT.numel(), "sha256": text.digest},
+            "computed": {"device": where.type, "forward_dtype": str(run.autocast or torch.float32)},
             "heldout": asdict(nats),
             "layers": [asdict(layer) for layer in layers],
         }

@@ -78,7 +78,7 @@ def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
             "the config does not describe an attention model",
             where=where,
             why=f"{type(error).__name__}: {error}",
-            remedy="check that config.json is complete: num_hidden_layers, hidden_size, num_attention_heads, vocab_size, ..",
+            remedy="check that config.json is complete and belongs to the checkpoint",
         ) from error
     if min(vars(geometry).values()) < 1 or num_heads % geometry.num_key_value_heads or geometry.head_dim % 2:
         raise UnsupportedError(
@@ -104,7 +104,7 @@ def default_sizes(source: GqaGeometry) -> tuple[int, int]:
             return rank, rope
     rope = min(64, max(2, source.head_dim // 4 * 2))
     room = min(half - rope, source.hidden_size)
-    step = next((step for step in (32, 16, 8, 4) if room >= step), 1)
+    step = next((step for step in (32, 4) if room >= step), 1)
     return max(1, room // step * step), rope
 
 

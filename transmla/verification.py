@@ -76,6 +76,8 @@ def verify(
             hidden_1TD = layer.eval()(hidden_1TD, attention_mask=None, position_embeddings=angles)
             del layer, tensors  # before the next ones are read
             progress("verify", index + 1, config.num_hidden_layers, "")
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        source.read(name)  # the witness meets a few rows of these: what is not finite is refused here
     scaled_TD = hidden_1TD[0].double()
     # the written stream is the converter's times residual_scale: compare directions and relative sizes
     own_TD = witness.stream_TD.to(device).double()

@@ -57,8 +57,7 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
         if index % every or num_seen >= num_attended:
             continue
         num_seen += 1
-        with streams.computing():
-            seen = attended(x_TD, x_hat_TD, layer.gqa)
+        seen = attended(x_TD, x_hat_TD, layer.gqa)
         attended_DD += seen.attended_DD
         query_Hdd += seen.query_Hdd
         importance_H += seen.importance_H
@@ -93,13 +92,13 @@ def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> _Attended:
     attended_DD = torch.zeros(x_hat_TD.shape[1], x_hat_TD.shape[1], dtype=torch.float64, device=x_TD.device)
     for group in range(groups):
         scores_RTT = (q_GRTd[group] @ k_GTd[group].T) * gqa.scaling
-        p_RTT = scores_RTT.float().masked_fill_(future, float("-inf")).softmax(-1)
+        p_RTT = scores_RTT.masked_fill_(future, float("-inf")).softmax(-1)
         for p_TT in p_RTT:
             y_TD = p_TT @ x_hat_TD
             attended_DD += (y_TD.T @ y_TD).double() / heads
         weight_RTT = _output_sensitivity(p_RTT, v_GTd[group], o_GRDd[group])
-        importance.append(weight_RTT.sum((1, 2), dtype=torch.float64))
-        received_T += weight_RTT.sum((0, 1), dtype=torch.float64)
+        importance.append(weight_RTT.sum(2).double().sum(1))
+        received_T += weight_RTT.sum((0, 1)).double()
         weight_RTT[:, :, 0] = 0
         distance.append(_by_distance(weight_RTT))
     query_Hdd = (q_HTd.transpose(1, 2) @ q_HTd).double()
@@ -122,5 +121,4 @@ def _by_distance(weight_RTT: Tensor) -> Tensor:
     tokens = weight_RTT.shape[1]
     # written with rows of 2 T and read with rows of 2 T - 1, row t moves right by t: column T - 1 + (t - s)
     skewed = torch.nn.functional.pad(weight_RTT.flip(2), (0, tokens)).flatten(1)[:, : tokens * (2 * tokens - 1)]
-    sums: Tensor = skewed.unflatten(1, (tokens, -1)).sum(1, dtype=torch.float64)
-    return sums[:, tokens - 1 :]
+    return skewed.unflatten(1, (tokens, -1)).sum(1)[:, tokens - 1 :].double()

@@ -1,7 +1,7 @@
 """Which part of the keys keeps a position: one shared rotary key, and maps for what is left over.
 
 Per target pair m, the source pairs (g, p) nearest in log-frequency form a bucket; one complex component of
-the bucket becomes the rotary key, weighted by what the queries read of it. What is left over goes to the
+the bucket becomes the rotary key, weighted by what the queries gain from it. What is left over goes to the
 latent, where it cannot turn, so every head multiplies it by the constant nearest to exp(-i f distance) over the
 distances that the head really attends to (complex: a head that looks two tokens back keeps that phase).
 
@@ -25,7 +25,7 @@ class SplitOptions:
     complex_component: a complex component per bucket; False: a real one (RoRoPE, arXiv 2502.07864, section 4.1)
     query_weighted:    weight pairs by the energy and importance of the queries that read them
     shrink:            multiply leftovers by their mean turn; False: leave them as if they did not turn
-    rank_pressure:     weight of pairs that need no position, since whatever is not rotary competes for rank
+    rank_pressure:     added to every pair's gain from being rotary, since whatever is not competes for rank
     """
 
     complex_component: bool = True
@@ -83,7 +83,9 @@ def rotary_split(
     inv_freq_M = inverse_frequencies(theta, qk_rope_head_dim).to(k_GdD.device)
     bucket_P = nearest_pairs(gqa.inv_freq_P, inv_freq_M)
     still_HP = mean_turn(distance_HS, gqa.inv_freq_P)
-    omega_GP = _pair_weights(query_Hdd, importance_H, still_HP, num_groups, options)
+    mismatch_HP = 2 - 2 * mean_turn(distance_HS, gqa.inv_freq_P - inv_freq_M[bucket_P]).real
+    gain_HP = 1 - still_HP.abs() ** 2 - mismatch_HP + options.rank_pressure
+    omega_GP = _pair_weights(query_Hdd, importance_H, gain_HP, num_groups, options)
     if not options.shrink:
         still_HP = torch.ones_like(still_HP)
 
@@ -94,12 +96,12 @@ def rotary_split(
     q_rope_HMD = torch.zeros(len(q_HPD), *k_rope_MD.shape, dtype=torch.complex128, device=k_GdD.device)
     for m in range(len(inv_freq_M)):
         bucket = (bucket_P == m).nonzero()[:, 0]
-        if len(bucket) == 0:
-            continue
         omega_GB = omega_GP[:, bucket]
+        if not bool(omega_GB.any()):
+            continue
         a_GB = _top_component(z_GPD[:, bucket], omega_GB, moment_DD, options.complex_component)
         reader_GP[:, bucket] = a_GB.conj() * omega_GB
-        component_GP[:, bucket] = a_GB / omega_GB
+        component_GP[:, bucket] = torch.where(omega_GB > 0, a_GB / omega_GB, 0)
         k_rope_MD[m] = torch.einsum("GB,GBD->D", reader_GP[:, bucket], z_GPD[:, bucket])
         a_HB = component_GP[:, bucket].repeat_interleave(heads_per_group, 0)
         q_rope_HMD[:, m] = torch.einsum("HB,HBD->HD", a_HB.conj(), q_HPD[:, bucket])
@@ -111,18 +113,17 @@ def rotary_split(
 
 
 def _pair_weights(
-    query_Hdd: Tensor, importance_H: Tensor, still_HP: Tensor, num_groups: int, options: SplitOptions
+    query_Hdd: Tensor, importance_H: Tensor, gain_HP: Tensor, num_groups: int, options: SplitOptions
 ) -> Tensor:
-    """Omega [G, P]: root of the summed importance of a pair over the heads that read it."""
+    """Omega [G, P]: root of the summed importance of a pair over the heads that read it; 0 where turning with the
+    target's frequency is further from the pair's own turning than standing still is."""
     if not options.query_weighted:
-        return torch.ones(num_groups, still_HP.shape[1], dtype=torch.float64, device=still_HP.device)
+        mean_gain_GP = gain_HP.unflatten(0, (num_groups, -1)).mean(dim=1)
+        return (mean_gain_GP > 0).double()
     energy_Hd = query_Hdd.diagonal(dim1=1, dim2=2)
     real, imag = energy_Hd.chunk(2, dim=1)
-    lost_without_rotation = 1 - still_HP.abs() ** 2
-    weight_HP = importance_H[:, None] * (real + imag) * (lost_without_rotation + options.rank_pressure)
-    omega2_GP = weight_HP.unflatten(0, (num_groups, -1)).sum(dim=1)
-    # a pair that no query reads still needs an inverse
-    return omega2_GP.clamp_min(1e-12 * float(omega2_GP.max()) + 1e-300).sqrt()
+    weight_HP = importance_H[:, None] * (real + imag) * gain_HP
+    return weight_HP.unflatten(0, (num_groups, -1)).sum(dim=1).clamp_min(0).sqrt()
 
 
 def _top_component(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor, complex_component: bool) -> Tensor:

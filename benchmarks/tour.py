@@ -1,0 +1,88 @@
+"""Run the commands that README.md shows and put their output into it.
+
+    python benchmarks/tour.py [--smollm2 FOLDER --text VALID --calibration TRAIN] [--keep DIR]
+
+A block between `<!-- NAME -->` and `<!-- end -->` is replaced by the commands of that name and what they printed.
+Blocks of the 135M model are only replaced when its folder is given. Converted folders stay in DIR and are used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+# block -> commands; {smollm2}, {text} and {calibration} are shown by their names
+STORIES = {
+    "plan": ["plan stories260k"],
+    "convert": ["convert stories260k"],
+    "eval": ["eval stories260k-mla-24-8 --against stories260k"],
+    "generate": ['generate stories260k-mla-24-8 "Once upon a time" --max-new-tokens 60 --seed 1'],
+    "stories-results": [
+        "eval stories260k-mla-24-8 --against stories260k --windows 64",
+        "convert stories260k --latent 12 --rope 4",
+        "eval stories260k-mla-12-4 --against stories260k --windows 64",
+    ],
+}
+SMOLLM2 = {
+    "smollm2-results": [
+        "convert {smollm2} --latent 96 --rope 32 --calibration {calibration}",
+        "eval smollm2-135m-mla-96-32 --against {smollm2} --text {text}",
+    ]
+}
+SHOWN = {"smollm2": "smollm2-135m", "text": "wikitext2-valid.raw", "calibration": "wikitext2-train-part.txt"}
+
+
+def run(command: str, names: dict[str, str], folder: Path) -> str:
+    """The command as a person would type it, and its standard output."""
+    words = shlex.split(command.format(**names))
+    quiet = ["-q"] if words[0] in ("convert", "eval") else []
+    destination = folder / f"stories260k-mla-{words[3]}-{words[5]}" if "--latent" in words else None
+    if words[0] == "convert":
+        stem = SHOWN["smollm2"] if names and words[1] == names.get("smollm2") else words[1]
+        destination = folder / f"{stem}-mla-{words[3]}-{words[5]}" if len(words) > 2 else folder / f"{stem}-mla-24-8"
+        words.insert(2, str(destination.relative_to(folder)))
+    shown = f"$ transmla {command.format(**SHOWN)}\n"
+    log = destination.with_suffix(".log") if words[0] == "convert" and destination else None
+    if log is not None and log.is_file():
+        return shown + log.read_text()
+    env = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    command_line = [sys.executable, "-m", "transmla", *words, *quiet]
+    output = subprocess.run(command_line, check=True, capture_output=True, text=True, cwd=folder, env=env).stdout
+    for name, value in names.items():
+        output = output.replace(value, SHOWN[name])
+    output = "\n".join(line.rstrip() for line in output.splitlines()) + "\n"
+    if log is not None:
+        log.write_text(output)
+    return shown + output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--keep", type=Path)
+    args = parser.parse_args()
+    names = {}
+    if args.smollm2:
+        names = {key: str(getattr(args, key).resolve()) for key in SHOWN}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        for block, commands in (STORIES | (SMOLLM2 if args.smollm2 else {})).items():
+            text = "\n".join(run(command, names, folder.resolve()) for command in commands)
+            pattern = re.compile(rf"<!-- {block} -->.*?<!-- end -->", re.DOTALL)
+            filled = f"<!-- {block} -->\n```text\n{text.rstrip()}\n```\n<!-- end -->"
+            README.write_text(pattern.sub(lambda _, new=filled: new, README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Text to windows of tokens."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import lively_config, lively_model
+
+from transmla.calibrate.tokens import calibration_tokens, read_text, sample_from, windows
+from transmla.errors import DataError
+
+
+class Letters:
+    """A tokenizer: one token a letter, token 1 at the beginning."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        ids = [1] * add_special_tokens + [ord(letter) for letter in text]
+        return type("Encoding", (), {"input_ids": ids})
+
+
+def test_windows_are_spread_over_the_text() -> None:
+    found = windows(list(range(100)), 30, 10, name="text")
+    assert found.ids_NT.tolist() == [list(range(start, start + 10)) for start in (0, 40, 90)]
+
+
+def test_there_are_never_more_windows_than_text() -> None:
+    assert windows(list(range(35)), 1000, 10, name="text").ids_NT.shape == (3, 10)
+
+
+def test_at_least_two_windows() -> None:
+    assert windows(list(range(40)), 5, 10, name="text").ids_NT.shape == (2, 10)
+    with pytest.raises(DataError, match="too short: 19 tokens") as caught:
+        windows(list(range(19)), 5, 10, name="text")
+    assert caught.value.where == "text" and "shorter windows" in caught.value.remedy
+
+
+def test_every_second_window_starts_with_the_begin_token() -> None:
+    ids_NT = windows(list(range(100, 150)), 50, 10, name="text", prefix=[1]).ids_NT
+    assert ids_NT[:, 0].tolist() == [1, 110, 1, 130, 1]
+    assert ids_NT[:, 1].tolist() == [101, 111, 121, 131, 141]
+
+
+def test_tokens_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghij" * 10, encoding="utf-8")
+    found = calibration_tokens(str(path), Letters(), 40, 10)
+    assert found.ids_NT.shape == (4, 10) and found.name == str(path)
+    assert bytes(found.ids_NT[1].tolist()) == b"abcdefghij" and found.ids_NT[0, 0] == 1
+
+
+def test_digest_tells_texts_apart(tmp_path: Path) -> None:
+    digests = []
+    for text in ("abcdefghij" * 10, "abcdefghij" * 10, "abcdefghik" * 10):
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        digests.append(calibration_tokens(str(tmp_path / "text.txt"), Letters(), 40, 10).digest)
+    assert digests[0] == digests[1] != digests[2]
+    ids = b"\x01bcdefghij" + b"abcdefghij" + b"\x01bcdefghij" + b"abcdefghij"
+    assert digests[0] == hashlib.sha256(struct.pack("<40q", *ids)).hexdigest()
+
+
+def test_tokens_of_the_model_itself() -> None:
+    found = calibration_tokens("self", Letters(), 40, 10, sampler=lambda n, t: torch.arange(n * t).view(n, t))
+    assert found.ids_NT.shape == (4, 10) and found.name == "self"
+
+
+def test_sampling_is_repeatable_and_leaves_the_generator_alone() -> None:
+    """Texts that end early are followed by the next one, so that every window is full."""
+    model = lively_model(lively_config(layers=1, vocab=20))
+    state = torch.random.get_rng_state()
+    first, again, other = (sample_from(model, 3, 16, seed=seed, batch=2) for seed in (1, 1, 2))
+    assert first.shape == (3, 16) and torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert (first == 2).any(), "no text ended"
+
+
+def test_shipped_text() -> None:
+    text = read_text("wikitext", 500)
+    assert len(text) == 500 and " the " in text
+
+
+def test_plain_file(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("größer\n" * 10, encoding="utf-8")
+    assert read_text(str(tmp_path / "a.md"), 14) == "größer\n" * 2
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_table_by_its_text_column(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".csv":
+        path.write_text("other,text\n1,one\n2,two\n3,three\n", encoding="utf-8")
+    else:
+        rows = [{"other": number, "text": text} for number, text in enumerate(("one", "two", "three"))]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert read_text(str(path), 100) == "one\n\ntwo\n\nthree"
+    if suffix == ".jsonl":  # datasets leaves a CSV file open that is not read to its end
+        assert read_text(str(path), 8) == "one\n\ntwo"
+
+
+def test_texts_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"gr\xf6sser")
+    (tmp_path / "no_column.jsonl").write_text('{"words": "one"}\n', encoding="utf-8")
+    (tmp_path / "broken.jsonl").write_text("{", encoding="utf-8")
+    cases = {
+        "nothing": "no text 'nothing'",
+        str(tmp_path): "no text",
+        str(tmp_path / "latin.txt"): "cannot read the text file",
+        str(tmp_path / "no_column.jsonl"): "cannot read the dataset",
+        str(tmp_path / "broken.jsonl"): "cannot read the dataset",
+        str(tmp_path / "absent.txt"): "cannot read the dataset",
+    }
+    for name, what in cases.items():
+        with pytest.raises(DataError, match=what) as caught:
+            read_text(name, 100)
+        assert caught.value.where == name and caught.value.exit_code == 7

@@ -1,0 +1,78 @@
+"""Perplexity against ten plain lines, its error against the bootstrap, cache bytes against the tensors."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from transmla.checkpoint.resolve import resolve
+from transmla.errors import DataError, VerificationError
+from transmla.evaluation.cache import measured_bytes_per_token
+from transmla.evaluation.perplexity import Perplexity, perplexity, ratio, text_windows
+
+STORIES = resolve("stories260k").path
+
+
+@pytest.fixture(scope="module")
+def ids_NT() -> torch.Tensor:
+    text = (STORIES.parent / "tinystories-valid.txt").read_text("utf-8")[:20000]
+    ids = AutoTokenizer.from_pretrained(STORIES)(text, add_special_tokens=False, verbose=False).input_ids
+    return text_windows(ids, 128, 12, "tinystories-valid")
+
+
+def test_equals_ten_plain_lines(ids_NT: torch.Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(STORIES).double()
+    losses = []
+    for window in ids_NT:
+        log_probabilities = torch.log_softmax(model(window[None]).logits[0].detach(), dim=-1)
+        losses.append(-sum(float(log_probabilities[t, window[t + 1]]) for t in range(127)) / 127)
+    mean = sum(losses) / len(losses)
+    found = perplexity(model, ids_NT, batch=5)
+    assert found.value == pytest.approx(math.exp(mean), rel=1e-6)
+    assert found.nats_N == pytest.approx(losses, rel=1e-6)
+    assert found.num_tokens == 12 * 128
+
+
+def test_standard_error_agrees_with_the_bootstrap() -> None:
+    generator = torch.Generator().manual_seed(0)
+    nats = 3 + 0.2 * torch.randn(400, generator=generator, dtype=torch.float64)
+    draws = torch.randint(400, (4000, 400), generator=generator)
+    bootstrap = float(nats[draws].mean(1).exp().std())
+    found = Perplexity(tuple(nats.tolist()), 400)
+    assert found.standard_error == pytest.approx(bootstrap, rel=0.1)
+
+
+def test_the_ratio_has_the_error_of_the_paired_difference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    source = 3 + torch.randn(200, generator=generator, dtype=torch.float64)
+    model = source + 0.1 + 0.01 * torch.randn(200, generator=generator, dtype=torch.float64)
+    found = ratio(Perplexity(tuple(model.tolist()), 1), Perplexity(tuple(source.tolist()), 1))
+    assert found.value == pytest.approx(math.exp(0.1), rel=5e-3)
+    assert found.standard_error == pytest.approx(math.exp(0.1) * 0.01 / 200**0.5, rel=0.2)
+    # far below what unpaired errors would give
+    assert found.standard_error < Perplexity(tuple(model.tolist()), 1).standard_error / 20
+
+
+def test_one_window_has_no_error_and_a_short_text_is_refused() -> None:
+    assert math.isnan(Perplexity((1.0,), 10).standard_error)
+    with pytest.raises(DataError, match="too short: 9 tokens"):
+        text_windows(list(range(9)), 10, 4, "a text")
+
+
+def test_nan_is_an_error(ids_NT: torch.Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(VerificationError, match="NaN"):
+        perplexity(model, ids_NT[:2])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_measured_cache_bytes_are_those_of_the_geometry(kv_heads: int) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=kv_heads, head_dim=10, vocab_size=20,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    assert measured_bytes_per_token(model) == 3 * 2 * kv_heads * 10 * 2

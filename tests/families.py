@@ -1,0 +1,105 @@
+"""Lively random models, one function for all families: built by the Hugging Face class, saved as a folder.
+
+A default random model cannot see the mistakes that matter (weights of deviation 0.02, norms of 1: leaving out the
+rotation moves the logits by less than a percent), so weights have deviation 0.2 and norms scatter around 1.
+"""
+
+import shutil
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+# the fixture `lively`
+MakeSource = Callable[..., Path]
+
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+# of the tokenizer that goes along
+VOCAB = 512
+THETA = 10000.0
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": THETA,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": THETA, "factor": 2.0}
+YARN = {"rope_type": "yarn", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def lively_config(
+    *,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 12,
+    hidden: int = 48,
+    layers: int = 3,
+    vocab: int = VOCAB,
+    tied: bool = False,
+    rope: dict[str, Any] | None = None,
+    eps: float = 1e-5,
+    model_type: str = "llama",
+    **others: Any,
+) -> Any:
+    """More query than key/value heads, and heads * head_dim != hidden."""
+    config_class, _ = CLASSES[model_type]
+    return config_class(
+        hidden_size=hidden,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        rope_parameters=dict(rope or {"rope_type": "default", "rope_theta": THETA}),
+        rms_norm_eps=eps,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        **({"sliding_window": None} if model_type == "mistral" else {}) | others,
+    )
+
+
+def lively_model(config: Any, seed: int = 0) -> PreTrainedModel:
+    """A random model whose every weight matters."""
+    generator = torch.Generator().manual_seed(seed)
+    _, model_class = CLASSES[config.model_type]
+    model: PreTrainedModel = model_class(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = 0.2 * torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + noise if name.endswith("norm.weight") else noise)
+    return model
+
+
+def lively_source(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """Save a lively model and a small tokenizer in `folder`; settings are those of `lively_config`."""
+    model = lively_model(lively_config(**settings), seed).to(dtype)
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    model.save_pretrained(folder, max_shard_size=num_bytes if shards == 1 else num_bytes // shards)
+    saved = len(list(folder.glob("*.safetensors")))
+    assert (saved == 1) == (shards == 1), f"{saved} files"
+    add_tokenizer(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """The tokenizer of the embedded model, 512 tokens."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(str(resources.files("transmla.data") / "stories260k" / name), folder / name)

@@ -1,0 +1,75 @@
+"""The fast attention of both forms is the slow obvious one, and rotation is what gives it positions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from transmla.maths.attention import gqa_attention, inverse_frequencies, mla_attention, rotate
+from transmla.maths.reference import gqa_naive, mla_naive
+
+from .weights import THETA, gqa_weights, inputs, lively, mla_weights, relative
+
+X_TD = inputs()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gqa_is_the_naive_one(groups: int) -> None:
+    gqa = gqa_weights(groups=groups)
+    assert relative(gqa_attention(X_TD, gqa) @ gqa.o_DHd.T, gqa_naive(X_TD, gqa)) < 1e-12
+
+
+@pytest.mark.parametrize(("rope", "value"), [(6, 5), (2, 20), (8, 14)])
+def test_mla_is_the_naive_one(rope: int, value: int) -> None:
+    """Values narrower and wider than keys, and as wide."""
+    mla = mla_weights(rope=rope, value=value)
+    assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, mla_naive(X_TD, mla)) < 1e-12
+
+
+def test_without_rotation_the_output_is_another() -> None:
+    gqa, mla = gqa_weights(), mla_weights()
+    still = gqa_attention(X_TD, replace(gqa, inv_freq_P=torch.zeros(4))) @ gqa.o_DHd.T
+    assert relative(still, gqa_naive(X_TD, gqa)) > 0.1
+    still = mla_attention(X_TD, replace(mla, inv_freq_M=torch.zeros(3))) @ mla.o_DHv.T
+    assert relative(still, mla_naive(X_TD, mla)) > 0.1
+
+
+def test_every_weight_matters() -> None:
+    mla = mla_weights()
+    expected = mla_naive(X_TD, mla)
+    for name in ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr"):
+        without = replace(mla, **{name: torch.zeros_like(getattr(mla, name))})
+        assert relative(mla_attention(X_TD, without) @ mla.o_DHv.T, expected) > 0.1, name
+
+
+def test_scores_depend_on_the_distance_alone() -> None:
+    q, k = lively(1, 8, seed=1), lively(1, 8, seed=2)
+    frequencies = inverse_frequencies(THETA, 8)
+
+    def score(t: int, s: int) -> float:
+        return float((rotate(q, frequencies, torch.tensor([t])) * rotate(k, frequencies, torch.tensor([s]))).sum())
+
+    assert abs(score(7, 4) - score(1007, 1004)) < 1e-10
+    assert abs(score(7, 4) - score(7, 5)) > 0.1
+    assert abs(score(7, 4) - score(4, 7)) > 0.01
+
+
+def test_rotation_and_frequencies_are_those_of_transformers() -> None:
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=4, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": THETA}
+    )
+    rotary = LlamaRotaryEmbedding(config)
+    frequencies = inverse_frequencies(THETA, 8)
+    assert relative(frequencies, rotary.inv_freq) < 1e-6
+    positions = torch.arange(5)
+    x_TD = lively(5, 8, seed=3).float()
+    expected, _ = apply_rotary_pos_emb(x_TD[None, None], x_TD[None, None], *rotary(x_TD, positions[None]))
+    assert relative(rotate(x_TD, frequencies, positions), expected[0, 0]) < 1e-6
+
+
+def test_to_moves_every_tensor_and_nothing_else() -> None:
+    moved = mla_weights().to(dtype=torch.bfloat16)
+    assert {value.dtype for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {torch.bfloat16}
+    assert moved.scaling == mla_weights().scaling

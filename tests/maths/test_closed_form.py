@@ -1,0 +1,100 @@
+"""A whole layer: exact where the target can hold the source, and close to it where it cannot."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from transmla.maths.attention import GqaWeights, mla_attention
+from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
+from transmla.maths.reference import gqa_naive
+from transmla.maths.rotary_split import rotary_split
+
+from .weights import THETA, gqa_weights, inputs, lively, moments, relative
+
+X_TD = inputs(20)
+
+
+def output_error(gqa: GqaWeights, seen: Moments, rank: int, rope: int, theta: float = THETA, **method: object) -> float:
+    mla = fit_layer(gqa, seen, rank, rope, theta, ClosedForm(**method)).mla  # type: ignore[arg-type]
+    return relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, gqa_naive(X_TD, gqa))
+
+
+@pytest.mark.parametrize("rank", [8, 11])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_multi_query_attention_is_converted_exactly(rank: int, weighted: bool) -> None:
+    """One key/value head, the rotary key as wide as it, the latent as wide as the value."""
+    gqa = gqa_weights(groups=1)
+    assert output_error(gqa, moments(gqa), rank, 8, attention_weighted=weighted) < 1e-9
+
+
+@pytest.mark.parametrize(("rank", "rope", "theta"), [(7, 8, THETA), (8, 6, THETA), (8, 8, 50.0)])
+def test_one_size_smaller_is_not_exact(rank: int, rope: int, theta: float) -> None:
+    gqa = gqa_weights(groups=1)
+    assert output_error(gqa, moments(gqa), rank, rope, theta) > 0.01
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_without_positions_any_source_is_converted_exactly(groups: int) -> None:
+    """Sources that hardly turn lose nothing to the latent, if that holds all keys and values."""
+    gqa = replace(gqa_weights(groups=groups), inv_freq_P=torch.full((4,), 1e-13, dtype=torch.float64))
+    rank = min(2 * groups * 8, 24)
+    found = fit_layer(gqa, moments(gqa), rank, 2, 1e13, ClosedForm())
+    still = replace(found.mla, inv_freq_M=torch.zeros(1, dtype=torch.float64))
+    assert relative(mla_attention(X_TD, still) @ still.o_DHv.T, gqa_naive(X_TD, gqa)) < 1e-7
+
+
+def test_loss_is_the_error_of_scores_and_values_in_the_output() -> None:
+    """Per head: importance * |score error|^2 under received inputs, |Wo_i value error|^2 under attended ones."""
+    gqa, method = gqa_weights(heads=6, groups=2, hidden=30), ClosedForm(key_weight=3.0, plain_share=0.25)
+    seen = moments(gqa)
+    found = fit_layer(gqa, seen, 9, 4, THETA, method)
+    split = rotary_split(
+        gqa, gqa.k_GdD, seen.converted_DD, seen.query_Hdd, seen.importance_H, seen.distance_HS, 4, THETA
+    )
+    attended_DD = 0.25 * seen.converted_DD + 0.75 * seen.attended_DD
+
+    def energy(latent_share: float) -> float:
+        total = 0.0
+        for head in range(6):
+            key_dD = split.leftover_HdK[head] @ gqa.k_GdD.flatten(0, 1)
+            key_dD = key_dD - latent_share * found.mla.k_up_Hnr[head] @ found.mla.kv_down_rD
+            score = (seen.query_Hdd[head] * (key_dD @ seen.received_DD @ key_dD.T)).sum() * gqa.scaling**2
+            value_dD = gqa.v_GdD[head // 3] - latent_share * found.mla.v_up_Hvr[head] @ found.mla.kv_down_rD
+            output_DD = gqa.o_DHd[:, 8 * head : 8 * head + 8] @ value_dD
+            total += float(3.0 * seen.importance_H[head] * score + (output_DD @ attended_DD * output_DD).sum())
+        return total
+
+    assert found.latent_loss == pytest.approx(energy(1.0) / energy(0.0), rel=1e-6)
+    assert 0.01 < found.latent_loss < 0.9
+
+
+def test_more_rank_loses_less() -> None:
+    gqa = gqa_weights()
+    losses = [fit_layer(gqa, moments(gqa), rank, 4, THETA, ClosedForm()).latent_loss for rank in (2, 6, 12, 24)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 1e-9
+
+
+def test_a_distorted_stream_is_repaired() -> None:
+    """The converted stream is a linear map of the source's: the conversion undoes it."""
+    gqa, clean = gqa_weights(groups=1), moments(gqa_weights(groups=1))
+    distort_DD: Tensor = torch.eye(24, dtype=torch.float64) + 0.05 * lively(24, 24, seed=6)
+    seen = moments(
+        gqa,
+        converted_DD=distort_DD @ clean.converted_DD @ distort_DD.T,
+        cross_DD=clean.converted_DD @ distort_DD.T,
+        received_DD=distort_DD @ clean.received_DD @ distort_DD.T,
+        attended_DD=distort_DD @ clean.attended_DD @ distort_DD.T,
+    )
+    errors = []
+    for two_streams in (True, False):
+        mla = fit_layer(gqa, seen, 8, 8, THETA, ClosedForm(two_streams=two_streams, stream_ridge=1e-12)).mla
+        errors.append(relative(mla_attention(X_TD @ distort_DD.T, mla) @ mla.o_DHv.T, gqa_naive(X_TD, gqa)))
+    assert errors[0] < 1e-8 and errors[1] > 0.05
+
+
+def test_heads_of_a_group_share_their_values() -> None:
+    gqa = gqa_weights(heads=6, groups=2)
+    v_up_Hvr = fit_layer(gqa, moments(gqa), 6, 4, THETA, ClosedForm()).mla.v_up_Hvr
+    assert torch.equal(v_up_Hvr[0], v_up_Hvr[2]) and not torch.equal(v_up_Hvr[2], v_up_Hvr[3])

@@ -1,0 +1,115 @@
+"""The folded block in the stock class is latent attention without a norm."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+
+from transmla.export.deepseek_v3 import deepseek_v3_config
+from transmla.geometry import MlaGeometry
+from transmla.maths import fold
+from transmla.maths.attention import MlaWeights
+from transmla.maths.fold import (
+    EPS,
+    INPUT_NORM_GAIN,
+    LARGEST_LATENT_SCALE,
+    MAX_NORM_DEVIATION,
+    fold_attention,
+    interleaved_order,
+    latent_scale,
+    residual_scale,
+)
+from transmla.maths.reference import mla_naive
+
+from .weights import THETA, inputs, mla_weights, relative
+
+SOURCE = {"vocab_size": 7, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "hidden_act": "silu"}
+X_TD = inputs(10)
+
+
+def stock_output(mla: MlaWeights, tensors: dict[str, Tensor], x_TD: Tensor = X_TD) -> Tensor:
+    """The stock attention, float64, on what the scaled input norm gives it."""
+    heads, nope, hidden = mla.q_nope_HnD.shape
+    sizes = MlaGeometry(1, hidden, heads, len(mla.kv_down_rD), len(mla.k_rope_eD), nope, mla.v_up_Hvr.shape[1])
+    settings = deepseek_v3_config(SOURCE | {"num_attention_heads": heads}, sizes, THETA, 64, "float32")
+    config = DeepseekV3Config(**settings)
+    config._attn_implementation = "sdpa"
+    block = DeepseekV3Attention(config, 0).double().eval()
+    block.load_state_dict(tensors)
+    angles = torch.arange(len(x_TD))[:, None] * DeepseekV3RotaryEmbedding(config).inv_freq.double()
+    turns = tuple(torch.cat([part, part], -1)[None] for part in (angles.cos(), angles.sin()))
+    with torch.no_grad():
+        return block(INPUT_NORM_GAIN * x_TD[None], position_embeddings=turns, attention_mask=None)[0][0]
+
+
+def test_stock_block_is_latent_attention() -> None:
+    mla = mla_weights()
+    folded = fold_attention(mla, LARGEST_LATENT_SCALE, residual=0.25)
+    assert relative(stock_output(mla, folded), 0.25 * mla_naive(X_TD, mla)) < 2e-4
+
+
+def test_error_falls_with_the_square_of_the_scale() -> None:
+    """Down to the float32 in which the class keeps its frequencies and computes its norm."""
+    mla = mla_weights()
+    errors = [
+        relative(stock_output(mla, fold_attention(mla, 2.0**-power, 1.0)), mla_naive(X_TD, mla))
+        for power in (10, 12, 14, 16, 20)
+    ]
+    assert errors[0] > 0.1
+    assert all(after < before / 3 for before, after in pairwise(errors))
+    assert errors[-1] < 1e-5
+
+
+@pytest.mark.parametrize("step", ["interleave", "gain", "softmax scale", "norm weight"])
+def test_every_step_is_needed(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mla = mla_weights()
+    if step == "interleave":
+        monkeypatch.setattr(fold, "interleaved_order", torch.arange)
+    folded = fold_attention(mla, LARGEST_LATENT_SCALE, residual=1.0)
+    if step == "gain":
+        folded["q_proj.weight"] *= INPUT_NORM_GAIN
+    if step == "softmax scale":
+        folded["q_proj.weight"] /= mla.scaling * math.sqrt(8 + 6)
+    if step == "norm weight":
+        folded["kv_a_layernorm.weight"] *= LARGEST_LATENT_SCALE / math.sqrt(EPS)
+    assert relative(stock_output(mla, folded), mla_naive(X_TD, mla)) > 0.05
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-8])
+def test_residual_scale_is_exact(eps: float) -> None:
+    tiny_TD = 1e-3 * X_TD  # so that epsilon matters
+
+    def norm(x_TD: Tensor, epsilon: float) -> Tensor:
+        return x_TD * (x_TD.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+    assert relative(norm(residual_scale(eps) * tiny_TD, EPS), norm(tiny_TD, eps)) < 1e-14
+    assert eps == EPS or relative(norm(tiny_TD, EPS), norm(tiny_TD, eps)) > 0.01
+
+
+@pytest.mark.parametrize("peak", [1e-6, 1.0, 7.9, 30.0, 1e3, 1e7])
+def test_latent_scale(peak: float) -> None:
+    """A power of two that keeps the deviation of the norm in bounds, and the largest such one below the cap."""
+    scale = latent_scale(peak)
+    assert math.log2(scale).is_integer()
+    assert scale**2 * peak / (2 * EPS) < MAX_NORM_DEVIATION
+    assert scale == LARGEST_LATENT_SCALE or (2 * scale) ** 2 * peak / (2 * EPS) >= MAX_NORM_DEVIATION
+
+
+def test_latent_scale_of_nothing() -> None:
+    assert latent_scale(0.0) == LARGEST_LATENT_SCALE
+
+
+def test_interleaved_order() -> None:
+    assert interleaved_order(8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_small_rows_survive_float16() -> None:
+    """The gain keeps the latent rows in the range of normal numbers."""
+    mla = mla_weights()
+    rows = fold_attention(mla, LARGEST_LATENT_SCALE, 1.0)["kv_a_proj_with_mqa.weight"][:10]
+    assert relative(rows.half(), rows) < 5e-4
+    assert relative((rows * INPUT_NORM_GAIN).half(), rows * INPUT_NORM_GAIN) > 2e-3

@@ -1,0 +1,99 @@
+"""One latent for keys and values: the loss is the dropped energy, and nothing of the same rank is better."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from transmla.maths.low_rank import Block, decode, joint_low_rank, symmetric_power
+
+from .weights import inputs, lively, relative
+
+SAMPLES_ND = inputs(400, 14)
+MOMENT_DD = SAMPLES_ND.T @ SAMPLES_ND / len(SAMPLES_ND)
+OTHER_DD = torch.diag(torch.linspace(0.1, 3, 14, dtype=torch.float64))
+
+
+def metric(size: int, seed: int) -> Tensor:
+    root = lively(size, size, seed=seed)
+    return root @ root.T
+
+
+def blocks(second_moment: Tensor = MOMENT_DD) -> tuple[Block, Block]:
+    keys = Block(lively(8, 14, seed=1), metric(8, 2), MOMENT_DD)
+    return keys, Block(lively(6, 14, seed=3), metric(6, 4), second_moment)
+
+
+def lost_on_samples(encoder_rD: Tensor, decoders: tuple[Tensor, ...]) -> float:
+    """Weighted squared error of all samples over their weighted energy, one sample at a time."""
+    lost = energy = 0.0
+    for x_D in SAMPLES_ND:
+        for block, decoder in zip(blocks(), decoders, strict=True):
+            exact = block.target_kD @ x_D
+            error = exact - decoder @ (encoder_rD @ x_D)
+            lost += float(error @ block.metric_kk @ error)
+            energy += float(exact @ block.metric_kk @ exact)
+    return lost / energy
+
+
+@pytest.mark.parametrize("rank", [1, 5, 11])
+def test_loss_is_the_dropped_energy(rank: int) -> None:
+    weighted = torch.cat([symmetric_power(block.metric_kk, 0.5) @ block.target_kD for block in blocks()])
+    energies = torch.linalg.svdvals(weighted @ symmetric_power(MOMENT_DD, 0.5)).square()
+    found = joint_low_rank(*blocks(), rank)
+    assert abs(found.loss - float(energies[rank:].sum() / energies.sum())) < 1e-8
+    assert abs(found.loss - lost_on_samples(found.encoder_rD, found.decoders)) < 1e-8
+
+
+def test_no_other_encoder_of_that_rank_is_better() -> None:
+    found = joint_low_rank(*blocks(), 5)
+    for seed in range(20):
+        nearby = found.encoder_rD + 10.0 ** -(seed % 4) * lively(5, 14, seed=50 + seed)
+        decoders = tuple(decode(block.target_kD, MOMENT_DD, nearby) for block in blocks())
+        assert lost_on_samples(nearby, decoders) > found.loss
+
+
+def test_decode_is_best_for_its_encoder() -> None:
+    encoder = lively(5, 14, seed=7)
+    decoders = tuple(decode(block.target_kD, MOMENT_DD, encoder) for block in blocks())
+    best = lost_on_samples(encoder, decoders)
+    other = tuple(decoder + 0.01 * lively(*decoder.shape, seed=8) for decoder in decoders)
+    assert lost_on_samples(encoder, other) > best
+
+
+def test_full_rank_loses_nothing() -> None:
+    found = joint_low_rank(*blocks(OTHER_DD), 14)
+    assert found.loss < 1e-12
+    for block, decoder in zip(blocks(), found.decoders, strict=True):
+        assert relative(decoder @ found.encoder_rD, block.target_kD) < 1e-7
+
+
+def test_sweeps_never_lose_more() -> None:
+    losses = [joint_low_rank(*blocks(OTHER_DD), 4, sweeps=sweeps).loss for sweeps in range(6)]
+    assert all(after <= before + 1e-12 for before, after in pairwise(losses))
+    assert losses[-1] < losses[0]
+    common = [joint_low_rank(*blocks(), 4, sweeps=sweeps).loss for sweeps in (0, 3)]
+    assert abs(common[0] - common[1]) < 1e-8
+
+
+def test_latent_has_unit_mean_square() -> None:
+    encoder = joint_low_rank(*blocks(OTHER_DD), 4).encoder_rD
+    mean_square = (encoder @ ((MOMENT_DD + OTHER_DD) / 2) * encoder).sum(1)
+    assert (mean_square - 1).abs().max() < 1e-8
+
+
+def test_a_block_that_does_not_matter_gets_no_rank() -> None:
+    keys, values = blocks()
+    found = joint_low_rank(Block(keys.target_kD, 0 * keys.metric_kk, MOMENT_DD), values, 6)
+    assert relative(found.decoders[1] @ found.encoder_rD, values.target_kD) < 1e-7
+    assert relative(found.decoders[0] @ found.encoder_rD, keys.target_kD) > 0.1
+
+
+def test_symmetric_power() -> None:
+    matrix = metric(6, seed=5)
+    root, inverse = symmetric_power(matrix, 0.5), symmetric_power(matrix, -1.0)
+    assert relative(root @ root, matrix) < 1e-12 and relative(root, root.T) < 1e-12
+    assert relative(inverse @ matrix, torch.eye(6)) < 1e-9
+    singular = torch.diag(torch.tensor([4.0, 0.0], dtype=torch.float64))
+    assert symmetric_power(singular, -0.5, floor=1e-4)[1, 1] == pytest.approx((4e-4) ** -0.5)

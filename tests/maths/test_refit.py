@@ -1,0 +1,36 @@
+"""Ridge regressions from moments: both ends of the ridge."""
+
+import torch
+
+from transmla.maths.refit import refit, stream_map
+
+from .weights import inputs, lively, relative
+
+FEATURES_TF = inputs(60, 10)
+EXACT_KF = lively(7, 10, seed=1)
+OLD_KF = EXACT_KF + 0.5 * lively(7, 10, seed=2)
+GRAM_FF = FEATURES_TF.T @ FEATURES_TF
+RESIDUAL_FK = FEATURES_TF.T @ (FEATURES_TF @ (EXACT_KF - OLD_KF).T)
+
+
+def test_without_a_ridge_the_weights_are_found() -> None:
+    assert relative(refit(OLD_KF, GRAM_FF, RESIDUAL_FK, 0.0), EXACT_KF) < 1e-10
+
+
+def test_a_large_ridge_keeps_the_weights() -> None:
+    assert relative(refit(OLD_KF, GRAM_FF, RESIDUAL_FK, 1e9), OLD_KF) < 1e-6
+
+
+def test_between_them_the_weights_move_towards_the_exact_ones() -> None:
+    errors = [relative(refit(OLD_KF, GRAM_FF, RESIDUAL_FK, ridge), EXACT_KF) for ridge in (0.01, 0.1, 1.0)]
+    assert 0 < errors[0] < errors[1] < errors[2] < relative(OLD_KF, EXACT_KF)
+
+
+def test_stream_map() -> None:
+    """Between the identity and E[x x_hat^T] E[x_hat x_hat^T]^-1."""
+    converted_DD, cross_DD = GRAM_FF / 60, GRAM_FF / 60 + 0.1 * lively(10, 10, seed=3)
+    exact_DD = cross_DD @ torch.linalg.inv(converted_DD)
+    assert relative(stream_map(converted_DD, cross_DD, 1e-14), exact_DD) < 1e-9
+    assert relative(stream_map(converted_DD, cross_DD, 1e9), torch.eye(10)) < 1e-6
+    assert relative(exact_DD, torch.eye(10)) > 0.05
+    assert relative(stream_map(converted_DD, converted_DD, 0.1), torch.eye(10)) < 1e-12

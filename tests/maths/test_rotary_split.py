@@ -1,0 +1,192 @@
+"""The rotary split: what it keeps exactly, and that what is left over is what it says."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies, rotate
+from transmla.maths.reference import gqa_naive, mla_naive
+from transmla.maths.rotary_split import RotarySplit, SplitOptions, mean_turn, nearest_pairs, rotary_split
+
+from .weights import THETA, gqa_weights, inputs, lively, moments, relative
+
+PLAIN = SplitOptions(query_weighted=False)
+
+
+def split(
+    gqa: GqaWeights, rope: int, theta: float = THETA, options: SplitOptions = SplitOptions(), **changes: Any
+) -> RotarySplit:
+    seen = moments(gqa, **changes)
+    return rotary_split(
+        gqa, gqa.k_GdD, seen.converted_DD, seen.query_Hdd, seen.importance_H, seen.distance_HS, rope, theta, options
+    )
+
+
+def at_distance(gqa: GqaWeights, distance: int, size: int = 30) -> dict[str, Tensor]:
+    """Every head looks exactly that far back."""
+    weights_HS = torch.zeros(len(gqa.q_HdD), size, dtype=torch.float64)
+    weights_HS[:, distance] = 1
+    return {"distance_HS": weights_HS}
+
+
+def scores(gqa: GqaWeights, found: RotarySplit, x_D: Tensor, y_D: Tensor, distance: int) -> tuple[Tensor, Tensor]:
+    """Scores [H] of query x at position `distance` and key y at 0: the source's, and rotary plus leftover."""
+    later, first = torch.tensor([distance]), torch.tensor([0])
+    q_Hd, k_Gd = gqa.q_HdD @ x_D, gqa.k_GdD @ y_D
+    k_Hd = k_Gd.repeat_interleave(len(q_Hd) // len(k_Gd), 0)
+    frequencies = gqa.inv_freq_P
+    source = rotate(q_Hd[:, None], frequencies, later) * rotate(k_Hd[:, None], frequencies, first)
+    q_rope_He, k_rope_e = found.q_rope_HeD @ x_D, found.k_rope_eD @ y_D
+    turned = rotate(q_rope_He[:, None], found.inv_freq_M, later) * rotate(k_rope_e[None], found.inv_freq_M, first)
+    still_H = (q_Hd * (found.leftover_HdK @ k_Gd.flatten())).sum(1)
+    return source.sum((1, 2)), turned.sum((1, 2)) + still_H
+
+
+def test_one_key_head_at_full_width_leaves_nothing_over() -> None:
+    gqa = gqa_weights(groups=1)
+    assert split(gqa, rope=8).leftover_HdK.abs().max() < 1e-12
+    assert split(gqa, rope=6).leftover_HdK.abs().max() > 0.1
+    assert split(gqa, rope=8, theta=50.0).leftover_HdK.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("rope", "theta"), [(8, THETA), (4, THETA), (2, 50.0), (8, 3.0)])
+@pytest.mark.parametrize("options", [SplitOptions(), SplitOptions(complex_component=False), PLAIN])
+def test_rotary_part_and_leftover_add_up(groups: int, rope: int, theta: float, options: SplitOptions) -> None:
+    """At distance 0 nothing turns: the two parts together are the source's score, whatever was chosen."""
+    gqa = gqa_weights(groups=groups)
+    found = split(gqa, rope, theta, options, **at_distance(gqa, 0))
+    source, both = scores(gqa, found, lively(24, seed=6), lively(24, seed=7), distance=0)
+    assert relative(both, source) < 1e-12
+
+
+def test_a_head_of_one_distance_is_exact_there() -> None:
+    """Leftovers keep the phase of the distance that the head attends to."""
+    gqa = gqa_weights(groups=2)
+    x_D, y_D = lively(24, seed=6), lively(24, seed=7)
+    found = split(gqa, 8, **at_distance(gqa, 2))
+    source, both = scores(gqa, found, x_D, y_D, distance=2)
+    assert relative(both, source) < 1e-12
+    source, both = scores(gqa, found, x_D, y_D, distance=3)
+    assert relative(both, source) > 0.05
+    found = split(gqa, 8, options=SplitOptions(shrink=False), **at_distance(gqa, 2))
+    source, both = scores(gqa, found, x_D, y_D, distance=2)
+    assert relative(both, source) > 0.05
+
+
+def test_leftover_is_the_complex_formula() -> None:
+    """leftover k = c_p (z_p - captured z_p) on complex numbers, for any keys."""
+    gqa = gqa_weights(groups=2)
+    whole = split(gqa, 4, options=PLAIN, **at_distance(gqa, 0)).leftover_HdK
+    shrunk = split(gqa, 4, options=PLAIN).leftover_HdK
+    turn_HP = mean_turn(moments(gqa).distance_HS, gqa.inv_freq_P)
+    k_K = lively(16, seed=8)
+    rest_HP = torch.complex(*(whole @ k_K).chunk(2, dim=1))
+    assert relative(torch.view_as_real(turn_HP * rest_HP).transpose(1, 2).flatten(1), shrunk @ k_K) < 1e-12
+
+
+def test_one_rotary_key_per_group_is_grouped_query_attention() -> None:
+    """Rotary keys of all groups, each read by its own heads only, lose nothing; one key less does."""
+    gqa = gqa_weights(groups=2)
+    heads, head_dim, hidden = gqa.q_HdD.shape
+    k_parts, q_parts = [], []
+    for group, rows in enumerate((slice(0, 2), slice(2, 4))):
+        found = split(replace(gqa, q_HdD=gqa.q_HdD[rows], k_GdD=gqa.k_GdD[group : group + 1]), head_dim)
+        own_HeD = torch.zeros(heads, head_dim, hidden, dtype=torch.float64)
+        own_HeD[rows] = found.q_rope_HeD
+        k_parts.append(found.k_rope_eD)
+        q_parts.append(own_HeD)
+
+    def side_by_side(parts: list[Tensor]) -> Tensor:
+        """Half-split: the real parts of all keys, then the imaginary ones."""
+        halves = zip(*(part.chunk(2, dim=-2) for part in parts), strict=True)
+        return torch.cat([piece for half in halves for piece in half], dim=-2)
+
+    select_Hvr = torch.eye(2 * head_dim, dtype=torch.float64).view(2, head_dim, -1).repeat_interleave(2, 0)
+    mla = MlaWeights(
+        q_nope_HnD=torch.zeros(heads, 1, hidden, dtype=torch.float64),
+        q_rope_HeD=side_by_side(q_parts),
+        kv_down_rD=gqa.v_GdD.flatten(0, 1),
+        k_rope_eD=side_by_side(k_parts),
+        k_up_Hnr=torch.zeros(heads, 1, 2 * head_dim, dtype=torch.float64),
+        v_up_Hvr=select_Hvr,
+        o_DHv=gqa.o_DHd,
+        inv_freq_M=gqa.inv_freq_P.repeat(2),
+        scaling=gqa.scaling,
+    )
+    x_TD = inputs()
+    expected = gqa_naive(x_TD, gqa)
+    assert relative(mla_naive(x_TD, mla), expected) < 1e-12
+    without = replace(mla, k_rope_eD=side_by_side([k_parts[0], torch.zeros_like(k_parts[1])]))
+    assert relative(mla_naive(x_TD, without), expected) > 0.1
+
+
+@pytest.mark.parametrize("query_weighted", [True, False])
+def test_complex_component_carries_most(query_weighted: bool) -> None:
+    """Of the weighted energy of a bucket, a complex direction carries at least as much as a real one."""
+    gqa, carried = gqa_weights(groups=2), []
+    for is_complex in (True, False):
+        options = SplitOptions(complex_component=is_complex, query_weighted=query_weighted)
+        k_rope_eD = split(gqa, 2, options=options).k_rope_eD
+        carried.append(float((k_rope_eD @ moments(gqa).converted_DD * k_rope_eD).sum()))
+    assert carried[0] > 1.01 * carried[1]
+    if query_weighted:
+        return
+    z_BD = torch.complex(*(half.flatten(0, 1) for half in gqa.k_GdD.chunk(2, dim=1)))
+    gram = z_BD @ moments(gqa).converted_DD.to(z_BD.dtype) @ z_BD.mH
+    for seed in range(20):
+        a_B = torch.complex(lively(8, seed=seed), lively(8, seed=100 + seed))
+        assert float((a_B.conj() @ gram @ a_B).real) / float(a_B.norm()) ** 2 < carried[0]
+
+
+def test_queries_decide_what_is_carried() -> None:
+    """A head that matters more keeps more of its rotary score."""
+    gqa = gqa_weights(groups=2)
+    errors = []
+    for importance in ([1.0, 1.0, 1e-3, 1e-3], [1e-3, 1e-3, 1.0, 1.0]):
+        found = split(gqa, 2, importance_H=torch.tensor(importance, dtype=torch.float64))
+        errors.append(float(found.leftover_HdK[0].norm()))
+    assert errors[0] < errors[1]
+
+
+def test_both_halves_of_a_query_pair_count() -> None:
+    """Turning all queries by a quarter swaps their real and imaginary parts and changes nothing that matters."""
+    gqa = gqa_weights(groups=2)
+    # no imaginary parts at all, then no real ones
+    real_HPD = gqa.q_HdD.chunk(2, dim=1)[0]
+    carried = []
+    for halves in ([real_HPD, 0 * real_HPD], [0 * real_HPD, real_HPD]):
+        k_rope_eD = split(replace(gqa, q_HdD=torch.cat(halves, dim=1)), 2).k_rope_eD
+        carried.append(k_rope_eD.T @ k_rope_eD)
+    assert relative(carried[0], carried[1]) < 1e-9
+
+
+def test_nearest_pairs_goes_by_the_logarithm() -> None:
+    targets = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    # 0.2 is nearer to 0.01 on a linear scale, 0.09 is nearer to it on the logarithmic one
+    found = nearest_pairs(torch.tensor([1.0, 0.2, 0.09, 0.001], dtype=torch.float64), targets)
+    assert found.tolist() == [0, 0, 1, 1]
+
+
+def test_mean_turn_is_the_sum_over_distances() -> None:
+    weights_HS = lively(3, 20, seed=1).softmax(-1)
+    f_P = inverse_frequencies(THETA, 8)
+    found = mean_turn(weights_HS, f_P)
+    direct = sum(weights_HS[:, d, None] * torch.polar(torch.ones_like(f_P), -f_P * d) for d in range(20))
+    assert isinstance(direct, Tensor) and relative(torch.view_as_real(found), torch.view_as_real(direct)) < 1e-12
+    assert found.abs().max() <= 1
+    assert all(slower > faster for faster, slower in pairwise(found.abs().mean(0).tolist()))
+    assert torch.equal(mean_turn(torch.eye(1, 20, dtype=torch.float64), f_P), torch.ones(1, 4, dtype=torch.complex128))
+
+
+def test_target_pairs_without_a_source_pair_stay_empty() -> None:
+    """All of a target's pairs may be faster than all but a few of the source's."""
+    gqa = gqa_weights(groups=2)
+    found = split(gqa, 8, theta=1.5)
+    empty = [m for m in range(4) if m not in nearest_pairs(gqa.inv_freq_P, found.inv_freq_M)]
+    assert empty and not found.k_rope_eD[empty].any() and not found.q_rope_HeD[:, empty].any()
+    assert found.leftover_HdK.isfinite().all()

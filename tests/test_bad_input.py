@@ -1,0 +1,293 @@
+"""What cannot be converted is refused before or during the work, in words, and nothing is left behind."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import MakeSource
+from safetensors.torch import load_file, save_file
+
+from transmla.conversion import convert
+from transmla.errors import (
+    DataError,
+    DestinationError,
+    GeometryError,
+    RecipeError,
+    SourceError,
+    TransmlaError,
+    UnsupportedError,
+)
+from transmla.planning import plan
+
+Change = Callable[[Path], Any]
+
+
+def config(**values: Any) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        stored = json.loads(path.read_text("utf-8")) | values
+        path.write_text(json.dumps({key: value for key, value in stored.items() if value is not ...}), encoding="utf-8")
+
+    return change
+
+
+def tensors(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
+    """edit changes the named tensors in place"""
+
+    def change(folder: Path) -> None:
+        stored = load_file(folder / "model.safetensors")
+        edit(stored)
+        save_file(stored, folder / "model.safetensors")
+
+    return change
+
+
+def shards(edit: Callable[[Path, dict[str, Any]], Any]) -> Change:
+    """Put the weights into two shards; edit gets the folder and the index before it is written"""
+
+    def change(folder: Path) -> None:
+        stored = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(stored)
+        files = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(names)}
+        for file in set(files.values()):
+            save_file({name: stored[name] for name in names if files[name] == file}, folder / file)
+        index = {"metadata": {}, "weight_map": files}
+        edit(folder, index)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+    return change
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def as_pickle(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        pickle.dump(stored, file)
+
+
+K_PROJ, UP_PROJ = "model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.up_proj.weight"
+
+# name: (what was done to a good folder, error, where, words of the message)
+SOURCES: dict[str, tuple[Change, type[TransmlaError], str, tuple[str, ...]]] = {
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), SourceError, "", ("model.safetensors",)),
+    "no config": (lambda folder: (folder / "config.json").unlink(), SourceError, "config.json", ("config.json",)),
+    "unknown family": (config(model_type="qwen9"), UnsupportedError, "config.json", ("'qwen9'", "llama, mistral")),
+    "encoder-decoder": (
+        config(model_type="t5", is_encoder_decoder=True),
+        UnsupportedError,
+        "config.json",
+        ("encoder-decoder", "decoder-only", "llama, mistral"),
+    ),
+    "no rotary positions": (config(model_type="gpt2"), UnsupportedError, "config.json", ("gpt2", "RoPE")),
+    "already latent": (
+        config(model_type="deepseek_v3", kv_lora_rank=512),
+        UnsupportedError,
+        "config.json",
+        ("already", "nothing to convert"),
+    ),
+    "dynamic rope": (
+        config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        UnsupportedError,
+        "config.json",
+        ("'dynamic'", "length of the text", "llama3"),
+    ),
+    "attention bias": (config(attention_bias=True), UnsupportedError, "config.json", ("attention_bias",)),
+    "quantised": (
+        config(quantization_config={"quant_method": "gptq"}),
+        UnsupportedError,
+        "config.json",
+        ("quantised", "gptq"),
+    ),
+    "impossible heads": (config(num_key_value_heads=4), UnsupportedError, "config.json", ("4 key/value heads",)),
+    "incomplete config": (config(vocab_size=...), UnsupportedError, "config.json", ("vocab_size",)),
+    "config without epsilon": (config(rms_norm_eps=...), UnsupportedError, "config.json", ("rms_norm_eps",)),
+    "missing shard": (
+        shards(lambda folder, _: (folder / "model-00002-of-00002.safetensors").unlink()),
+        SourceError,
+        "model.safetensors.index.json",
+        ("model-00002-of-00002.safetensors", "download"),
+    ),
+    "truncated shard": (
+        shards(lambda folder, _: truncate(folder / "model-00002-of-00002.safetensors")),
+        SourceError,
+        "model-00002-of-00002.safetensors",
+        ("truncated", "download"),
+    ),
+    "index that points outside": (
+        shards(lambda _, index: index["weight_map"].update({K_PROJ: "../other.safetensors"})),
+        SourceError,
+        "model.safetensors.index.json",
+        ("outside its folder", K_PROJ),
+    ),
+    "pickle": (as_pickle, SourceError, "pytorch_model.bin", ("unpickling", "safetensors")),
+    "mis-shaped tensor": (
+        tensors(lambda stored: stored.update({K_PROJ: torch.zeros(36, 48)})),
+        SourceError,
+        "",
+        (f"{K_PROJ} is [36, 48] instead of [24, 48]", "config"),
+    ),
+    "missing tensor": (tensors(lambda stored: stored.pop(UP_PROJ)), SourceError, "", (UP_PROJ, "missing", "complete")),
+    "missing head": (tensors(lambda stored: stored.pop("lm_head.weight")), SourceError, "", ("lm_head.weight",)),
+    "integer weights": (
+        tensors(lambda stored: stored.update({K_PROJ: torch.zeros(24, 48, dtype=torch.int8)})),
+        SourceError,
+        K_PROJ,
+        ("dtype",),
+    ),
+}
+
+
+@pytest.fixture
+def broken(lively: MakeSource, tmp_path: Path) -> Callable[[Change], Path]:
+    """A good folder with something done to it."""
+
+    def make(change: Change) -> Path:
+        folder = tmp_path / "source"
+        shutil.copytree(lively(), folder)
+        change(folder)
+        return folder
+
+    return make
+
+
+def check(error: TransmlaError, where: str, words: tuple[str, ...]) -> None:
+    assert all((error.what, error.where, error.why, error.remedy))
+    assert where in error.where, error.where
+    assert all(word in str(error) for word in words), str(error)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources_that_plan_refuses(broken: Callable[[Change], Path], name: str) -> None:
+    change, kind, where, words = SOURCES[name]
+    folder = broken(change)
+    with pytest.raises(kind) as caught:
+        plan(str(folder))
+    check(caught.value, str(folder) if where != K_PROJ else K_PROJ, words)
+    check(caught.value, where, ())
+    assert type(caught.value) is kind and caught.value.exit_code == {SourceError: 3, UnsupportedError: 4}[kind]
+
+
+def test_the_folder_itself_is_fine(broken: Callable[[Change], Path]) -> None:
+    assert plan(str(broken(lambda folder: None))).family.model_type == "llama"
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "smollm"])
+def test_sources_that_are_not_there(name: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        plan(name)
+    check(caught.value, name, ("not found", "stories260k"))
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"config\.json"):
+        plan(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        ({"latent": 0}, GeometryError, ("nearest", "--latent 1")),
+        ({"latent": 49}, GeometryError, ("nearest", "--latent 48", "hidden_size 48")),
+        ({"rope": 7}, GeometryError, ("nearest", "--rope 6")),
+        ({"rope": 14}, GeometryError, ("nearest", "--rope 12", "6 pairs per head")),
+        ({"latnet": 16}, RecipeError, ("'latnet'", "did you mean 'latent'?")),
+        ({"dtype": "int8"}, RecipeError, ("'int8'", "bfloat16")),
+        ({"theta": -1.0}, RecipeError, ("theta", "positive")),
+        ({"window": 0}, RecipeError, ("window", "positive")),
+        ({"recipe": "no-such-recipe"}, RecipeError, ("no-such-recipe",)),
+    ],
+    ids=str,
+)
+def test_settings_that_plan_refuses(
+    lively: MakeSource, settings: dict[str, Any], kind: type[TransmlaError], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(kind) as caught:
+        plan(str(lively()), **settings)
+    check(caught.value, "", words)
+    assert caught.value.exit_code == {GeometryError: 6, RecipeError: 10}[kind]
+
+
+def test_unknown_key_of_a_recipe_file(lively: MakeSource, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("ropes = 4\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        plan(str(lively()), recipe=recipe)
+    check(caught.value, str(recipe), ("'ropes'", "did you mean 'rope'?"))
+
+
+def test_existing_destination(lively: MakeSource, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("", encoding="utf-8")
+    for attempt in (plan, convert):
+        with pytest.raises(DestinationError) as caught:
+            attempt(str(lively()), out)
+        check(caught.value, str(out), ("exists already", "nothing is ever overwritten"))
+        assert caught.value.exit_code == 8
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_disk_too_small(lively: MakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    with pytest.raises(DestinationError) as caught:
+        convert(str(lively()), tmp_path / "out")
+    check(caught.value, str(tmp_path / "out"), ("disk is too small", "GiB are needed", "free some space"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [K_PROJ, UP_PROJ, "lm_head.weight"])
+def test_weights_that_are_not_finite(
+    broken: Callable[[Change], Path], tmp_path: Path, text_file: Path, name: str, bad: float
+) -> None:
+    """Headers cannot show it: the conversion stops at that tensor and leaves nothing."""
+    folder = broken(tensors(lambda stored: stored[name].view(-1)[7:8].fill_(bad)))
+    assert plan(str(folder))
+    with pytest.raises(SourceError) as caught:
+        convert(str(folder), tmp_path / "out", calibration=str(text_file), tokens=512, window=64)
+    check(caught.value, name, ("NaN or infinity", "model.safetensors"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_text_too_short(lively: MakeSource, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Once upon a time.", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        convert(str(lively()), tmp_path / "out", calibration=str(tmp_path / "short.txt"), window=64)
+    check(caught.value, "short.txt", ("too short", "two windows of 64 tokens", "longer text"))
+    assert caught.value.exit_code == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_no_such_text(lively: MakeSource, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither a file"):
+        convert(str(lively()), tmp_path / "out", calibration="nothing")
+
+
+def test_no_tokenizer(broken: Callable[[Change], Path], tmp_path: Path) -> None:
+    folder = broken(lambda folder: (folder / "tokenizer.json").unlink())
+    with pytest.raises(SourceError) as caught:
+        convert(str(folder), tmp_path / "out")
+    check(caught.value, str(folder), ("tokenizer",))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", K_PROJ.replace("k_proj", "o_proj")])
+def test_values_too_large_for_the_wanted_dtype(
+    broken: Callable[[Change], Path], tmp_path: Path, text_file: Path, name: str
+) -> None:
+    """Infinity in float16, and in a row that the calibration text never meets: it gets no name all the same."""
+    folder = broken(tensors(lambda stored: stored[name][-1].fill_(1e6)))
+    settings: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "window": 64, "theta": 1e4}
+    with pytest.raises(TransmlaError):
+        convert(str(folder), tmp_path / "out", dtype="float16", **settings)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,339 @@
+"""The whole conversion on lively models: plan, calibrate, fit, write, verify, load in two classes."""
+
+import hashlib
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import LINEAR, LLAMA3, THETA, YARN, MakeSource
+from maths.weights import relative
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transmla import conversion
+from transmla.checkpoint.read import Source
+from transmla.conversion import ConversionReport, convert, default_destination
+from transmla.errors import VerificationError
+from transmla.loading import load
+from transmla.maths.closed_form import ClosedForm
+from transmla.planning import plan
+
+PLAIN = ClosedForm(refit_output=False, two_streams=False)
+# of a source with one key/value head of 12: nothing is lost at these
+EXACT: dict[str, Any] = {"latent": 12, "rope": 12, "theta": THETA, "method": PLAIN}
+IDS = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(1))
+
+Convert = Callable[..., ConversionReport]
+
+
+@pytest.fixture
+def run(tmp_path: Path, text_file: Path) -> Convert:
+    """Convert to tmp_path/out, or another name, on eight windows of 64 tokens."""
+
+    def converted(source: Path, name: str = "out", **settings: Any) -> ConversionReport:
+        settings = {"calibration": str(text_file), "tokens": 512, "window": 64} | settings
+        return convert(str(source), tmp_path / name, **settings)
+
+    return converted
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """Of the stock class, float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    assert type(model).__module__.startswith("transformers.models.")
+    with torch.no_grad():
+        output: torch.Tensor = model(IDS).logits
+    return output
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tied": True},
+        {"eps": 1e-6},
+        {"eps": 1e-8},
+        {"model_type": "mistral"},
+        {"shards": 4},
+        {"heads": 4, "hidden": 64},
+    ],
+    ids=str,
+)
+def test_one_key_head_at_full_size_is_the_same_model(
+    lively: MakeSource, run: Convert, settings: dict[str, Any]
+) -> None:
+    """Nothing is lost, so every name, scale and layout of the written folder shows in the logits."""
+    source = lively(kv_heads=1, **settings)
+    report = run(source, **EXACT)
+    assert relative(logits(report.destination), logits(source)) < 2e-4
+    # the streams may run in bfloat16
+    assert report.heldout.converted == pytest.approx(report.heldout.source, abs=0.02)
+    assert max(layer.stream_loss_heldout for layer in report.layers) < 1e-2
+
+
+@pytest.mark.parametrize("smaller", [{"latent": 11}, {"rope": 10}, {"theta": 100.0}], ids=str)
+def test_one_size_smaller_is_another_model(lively: MakeSource, run: Convert, smaller: dict[str, Any]) -> None:
+    source = lively(kv_heads=1)
+    report = run(source, **EXACT | smaller)
+    assert relative(logits(report.destination), logits(source)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_heads": 6},
+        {"kv_heads": 2},
+        {"kv_heads": 1},
+        {"rope": LLAMA3},
+        {"rope": LINEAR},
+        {"rope": YARN},
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "sliding_window": 32},
+        {"tied": True, "shards": 10},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16, "eps": 1e-6},
+    ],
+    ids=str,
+)
+def test_every_kind_of_source_converts(lively: MakeSource, run: Convert, settings: dict[str, Any]) -> None:
+    """And gives one function in the stock class and in ours; verification has passed."""
+    source = lively(**settings)
+    report = run(source, latent=16, rope=8)
+    assert report.verification.relative_error < report.verification.tolerance
+    own = load(report.destination, dtype=torch.float32)
+    with torch.no_grad():
+        assert relative(own(IDS).logits, logits(report.destination)) < 1e-3
+    stored = {value.dtype for value in weights(report.destination).values()}
+    assert stored == {settings.get("dtype", torch.float32)}
+    assert len(report.layers) == 3 and all(0 < layer.latent_loss < 1 for layer in report.layers)
+
+
+def test_sliding_window_caps_the_context(lively: MakeSource, run: Convert) -> None:
+    report = run(lively(model_type="mistral", sliding_window=32), latent=16, rope=8)
+    config = json.loads((report.destination / "config.json").read_text("utf-8"))
+    assert config["max_position_embeddings"] == 32
+    assert any("becomes 32" in note for note in report.plan.notes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_written_in_another_dtype(lively: MakeSource, run: Convert, dtype: str) -> None:
+    source = lively(kv_heads=1)
+    report = run(source, dtype=dtype, **EXACT)
+    assert {str(value.dtype) for value in weights(report.destination).values()} == {f"torch.{dtype}"}
+    assert relative(logits(report.destination), logits(source)) < 0.05
+    config = json.loads((report.destination / "config.json").read_text("utf-8"))
+    assert config["dtype"] == config["torch_dtype"] == dtype
+
+
+def test_repair_helps(lively: MakeSource, run: Convert) -> None:
+    losses = [
+        run(lively(), name, tokens=2048, window=64, latent=12, rope=8, method=method).layers[-1].stream_loss_fitted
+        for name, method in (("plain", PLAIN), ("repaired", ClosedForm()))
+    ]
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_theta_is_chosen_or_taken(lively: MakeSource, run: Convert) -> None:
+    chosen, given = run(lively(), "chosen"), run(lively(), "given", theta=777.0)
+    assert chosen.theta in chosen.theta_losses and next(iter(chosen.theta_losses)) == THETA
+    assert all(len(losses) == 3 for losses in chosen.theta_losses.values())
+    assert given.theta == 777.0 and given.theta_losses == {}
+    config = json.loads((given.destination / "config.json").read_text("utf-8"))
+    assert config["rope_theta"] == 777.0
+
+
+def test_same_input_gives_the_same_bytes(lively: MakeSource, run: Convert) -> None:
+    folders = [run(lively(), name).destination for name in ("first", "second")]
+    assert digest(folders[0]) == digest(folders[1])
+    assert digest(folders[0]) != digest(run(lively(seed=1), "other").destination)
+
+
+def test_calibration_on_the_model_s_own_text(lively: MakeSource, run: Convert) -> None:
+    """The only step with chance in it: the seed decides."""
+    digests = [
+        digest(run(lively(), f"out{place}", calibration="self", theta=THETA, seed=seed).destination)
+        for place, seed in enumerate((3, 3, 4))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_one_shard_and_ten_hold_the_same(lively: MakeSource, run: Convert) -> None:
+    one = run(lively(), "one").destination
+    ten = run(lively(), "ten", shard_bytes=60_000).destination
+    assert len(list(one.glob("*.safetensors"))) == 1 and len(list(ten.glob("*.safetensors"))) >= 8
+    whole, dealt = weights(one), weights(ten)
+    assert whole.keys() == dealt.keys() and all(torch.equal(whole[name], dealt[name]) for name in whole)
+    assert torch.equal(logits(one), logits(ten))
+
+
+def test_sources_in_shards_and_as_bin_convert_to_the_same_bytes(
+    lively: MakeSource, run: Convert, tmp_path: Path
+) -> None:
+    whole = lively()
+    binary = tmp_path / "binary"
+    shutil.copytree(whole, binary, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(weights(whole), binary / "pytorch_model.bin")
+    digests = {digest(run(source, source.name + str(n)).destination) for n, source in enumerate((whole, binary))}
+    digests.add(digest(run(lively(shards=10), "shards").destination))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("stage", ["tokens", "choose theta", "convert layers", "hash source", "verify"])
+def test_an_interrupted_run_leaves_nothing(lively: MakeSource, run: Convert, tmp_path: Path, stage: str) -> None:
+    def interrupt(at: str, done: int, total: int, remark: str) -> None:
+        if at == stage and done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lively(), progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+    assert run(lively()).destination.is_dir()
+
+
+def test_progress_counts_to_the_end(lively: MakeSource, run: Convert) -> None:
+    seen: list[tuple[str, int, int]] = []
+    run(lively(), progress=lambda stage, done, total, remark: seen.append((stage, done, total)))
+    assert ("convert layers", 3, 3) in seen and ("verify", 3, 3) in seen and ("choose theta", 3, 3) in seen
+    assert seen.index(("convert layers", 3, 3)) < seen.index(("verify", 1, 3))
+
+
+def test_the_output_explains_itself(lively: MakeSource, run: Convert) -> None:
+    source = lively()
+    report = run(source, latent=16, rope=8, seed=5)
+    made = json.loads((report.destination / "transmla.json").read_text("utf-8"))
+    assert made["source"]["name"] == str(source) and made["source"]["revision"] is None
+    assert made["source"]["files"] == {"model.safetensors": digest(source)}
+    assert made["recipe"] | {"latent": 16, "rope": 8, "seed": 5, "window": 64, "dtype": "float32"} == made["recipe"]
+    assert made["geometry"]["gqa"]["num_key_value_heads"] == 2 and made["geometry"]["mla"]["kv_lora_rank"] == 16
+    assert made["method"]["refit_output"] is True and made["method"]["split"]["complex_component"] is True
+    assert {"transmla", "torch", "transformers", "safetensors", "python"} <= made["versions"].keys()
+    assert made["calibration"]["tokens"] == 512 and len(made["calibration"]["sha256"]) == 64
+    assert made["rope_theta"]["chosen"] == report.theta
+    assert [layer["layer"] for layer in made["layers"]] == [0, 1, 2]
+    assert made["layers"][1]["latent_loss"] == report.layers[1].latent_loss
+    assert made["heldout"]["source"] == report.heldout.source
+    card = (report.destination / "README.md").read_text("utf-8")
+    assert "16 + 8" in card and "for inference" in card.lower()
+
+
+def test_everything_that_goes_along(lively: MakeSource, run: Convert, text_file: Path) -> None:
+    source = lively()
+    folder = run(source).destination
+    text = text_file.read_text("utf-8")[:500]
+    before, after = (AutoTokenizer.from_pretrained(path)(text).input_ids for path in (source, folder))
+    assert before == after and len(after) > 100
+    assert (folder / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
+    assert (folder / "modeling_transmla.py").is_file()
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", lambda weight: weight.flip(0)),
+        ("model.layers.2.self_attn.q_proj.weight", lambda weight: weight * 2),
+        ("model.layers.0.self_attn.kv_a_layernorm.weight", lambda weight: weight * 0.9),
+        ("model.layers.0.input_layernorm.weight", lambda weight: weight * 128),
+        ("model.layers.2.mlp.down_proj.weight", torch.zeros_like),
+        ("model.embed_tokens.weight", lambda weight: weight * 3),
+    ],
+)
+def test_verification_sees_a_wrong_tensor(
+    lively: MakeSource, run: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Any
+) -> None:
+    verify = conversion.verify
+
+    def damaged(folder: Path, *args: Any) -> Any:
+        stored = load_file(folder / "model.safetensors")
+        stored[name] = damage(stored[name]).contiguous()
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        return verify(folder, *args)
+
+    monkeypatch.setattr(conversion, "verify", damaged)
+    with pytest.raises(VerificationError, match="does not compute") as caught:
+        run(lively())
+    assert caught.value.exit_code == 9 and "relative error" in caught.value.why
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["rope_interleave", "rope_theta", "rms_norm_eps"])
+def test_verification_sees_a_wrong_config(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    make = conversion.deepseek_v3_config
+    wrong = {"rope_interleave": False, "rope_theta": 50.0, "rms_norm_eps": 10.0}[setting]
+    monkeypatch.setattr(conversion, "deepseek_v3_config", lambda *args: make(*args) | {setting: wrong})
+    with pytest.raises(VerificationError):
+        run(lively())
+
+
+class LiveBytes:
+    """Bytes of the tensors that `Source.read` has delivered and that are still in memory, and their peaks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = {"layer": 0, "other": 0}
+        self.peak = dict(self.now)
+        read = Source.read
+
+        def counted(source: Source, name: str, **kwargs: Any) -> torch.Tensor:
+            # a tensor's memory dies with the array that lends it, whoever made views of it
+            array = read(source, name, **kwargs).numpy().copy()
+            kind = "layer" if ".layers." in name else "other"
+            self._add(kind, array.nbytes)
+            weakref.finalize(array, self._add, kind, -array.nbytes)
+            return torch.from_numpy(array)
+
+        monkeypatch.setattr(Source, "read", counted)
+
+    def _add(self, kind: str, num_bytes: int) -> None:
+        self.now[kind] += num_bytes
+        self.peak[kind] = max(self.peak[kind], self.now[kind])
+
+
+def layer_bytes(folder: Path) -> int:
+    return sum(value.nbytes for name, value in weights(folder).items() if name.startswith("model.layers.0."))
+
+
+def test_one_layer_in_memory(lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight layers never two at once, and of the other tensors never two: peaks by reference counts."""
+    source = lively(layers=8)
+    live = LiveBytes(monkeypatch)
+    report = run(source)
+    largest = max(layer_bytes(source), layer_bytes(report.destination))
+    embedding = weights(source)["model.embed_tokens.weight"].nbytes
+    assert 0 < live.peak["layer"] <= largest
+    assert 0 < live.peak["other"] <= embedding + 48 * 4
+    assert live.now == {"layer": 0, "other": 0}
+
+
+def test_holding_on_to_layers_would_show(lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = lively(layers=8)
+    live, kept, build = LiveBytes(monkeypatch), [], conversion.build_layer
+
+    def keep(*args: Any) -> Any:
+        kept.append(build(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(conversion, "build_layer", keep)
+    run(source, theta=THETA)
+    assert live.peak["layer"] >= 8 * layer_bytes(source)
+
+
+def test_default_destination(lively: MakeSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert default_destination(plan("stories260k", latent=24, rope=4)) == Path("stories260k-mla-24-4")
+    assert default_destination(plan(str(lively()), latent=24, rope=4)) == Path("model-mla-24-4")
+    monkeypatch.chdir(lively())
+    assert default_destination(plan(".", latent=24, rope=4)) == Path("model-mla-24-4")

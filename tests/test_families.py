@@ -1,0 +1,92 @@
+"""The table: every row has a lively model, and what has no row is refused in words."""
+
+from typing import Any
+
+import pytest
+from families import CLASSES, lively_config, lively_model
+
+from transmla.calibrate.layers import layer_tensor_names
+from transmla.errors import UnsupportedError
+from transmla.families import FAMILIES, MLA_MODEL_TYPES, NON_ROTARY_MODEL_TYPES, family_of, rope_parameters
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return dict(lively_config().to_dict()) | changes
+
+
+def refusal(**changes: Any) -> UnsupportedError:
+    with pytest.raises(UnsupportedError) as caught:
+        family_of(config(**changes), "here/config.json")
+    assert caught.value.where == "here/config.json" and caught.value.exit_code == 4 and caught.value.remedy
+    return caught.value
+
+
+def test_every_row_has_a_lively_model() -> None:
+    assert set(CLASSES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_names_of_a_row_are_those_of_its_class(model_type: str) -> None:
+    settings = lively_config(model_type=model_type)
+    family = family_of(settings.to_dict(), "config.json")
+    names = {family.embed_tokens, family.norm, family.lm_head}
+    for index in range(3):
+        names |= set(layer_tensor_names(family, settings, index))
+    assert names == set(lively_model(settings).state_dict())
+
+
+@pytest.mark.parametrize("model_type", ["qwen9", "None", "mixtral"])
+def test_an_unknown_family_names_the_known_ones(model_type: str) -> None:
+    error = refusal(model_type=model_type)
+    assert model_type in error.what and "llama, mistral" in error.remedy
+
+
+@pytest.mark.parametrize("model_type", sorted(MLA_MODEL_TYPES))
+def test_latent_already(model_type: str) -> None:
+    assert "already" in refusal(model_type=model_type, kv_lora_rank=512).what
+
+
+def test_latent_by_its_config() -> None:
+    assert "already" in refusal(model_type="something_new", kv_lora_rank=512).what
+
+
+@pytest.mark.parametrize("model_type", sorted(NON_ROTARY_MODEL_TYPES))
+def test_without_rotary_positions(model_type: str) -> None:
+    assert "no rotary" in refusal(model_type=model_type).what
+
+
+def test_encoder_decoder() -> None:
+    assert "encoder-decoder" in refusal(model_type="t5", is_encoder_decoder=True).what
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
+        ({"rope_parameters": {}, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial rotary"),
+    ],
+    ids=str,
+)
+def test_values_that_deepseek_has_no_place_for(change: dict[str, Any], fact: str) -> None:
+    assert fact in refusal(**change).what
+
+
+def test_rope_parameters_of_older_configs() -> None:
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert rope_parameters(old) == {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+    assert rope_parameters({"rope_theta": 5e5, "rope_scaling": None}) == {"rope_theta": 5e5, "rope_type": "default"}
+    assert rope_parameters({}) == {"rope_theta": 10000.0, "rope_type": "default"}
+    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn", "factor": 4.0}, "rope_theta": 1.0}
+    assert rope_parameters(new) == new["rope_parameters"]
+
+
+def test_rope_parameters_leave_the_config_alone() -> None:
+    old = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    rope_parameters(old)
+    assert old == {"rope_scaling": {"type": "linear", "factor": 2.0}}

@@ -1,0 +1,96 @@
+"""Imports point downwards, and weight files are opened in one place. Read from the source text, nothing is run."""
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import transmla
+
+PACKAGE = Path(transmla.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+WEIGHT_LIBRARIES = {"safetensors", "gguf", "pickle", "zipfile"}
+
+
+def imported(module: str) -> set[str]:
+    """Full names of what a module imports anywhere, and of torch.load."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+            found.add(ast.unparse(node))
+    return found
+
+
+def top(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+def within(names: set[str], *allowed: str) -> bool:
+    return all(any(name == part or name.startswith(f"{part}.") for part in allowed) for name in names)
+
+
+def own(names: set[str]) -> set[str]:
+    return {name for name in names if name.partition(".")[0] == "transmla"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("transmla.maths")])
+def test_maths_knows_torch_alone(module: str) -> None:
+    names = imported(module)
+    assert top(names) <= {"torch", "transmla"} and within(own(names), "transmla.maths")
+
+
+@pytest.mark.parametrize("module", ["families", "geometry", "errors", "recipe"])
+def test_tables_need_the_standard_library_only(module: str) -> None:
+    names = imported(f"transmla.{module}")
+    parts = ("families", "geometry", "errors", "recipe", "recipes")
+    assert top(names) <= {"transmla"} and within(own(names), *(f"transmla.{part}" for part in parts))
+
+
+def test_the_file_inside_checkpoints_stands_alone() -> None:
+    names = imported("transmla.modeling.modeling_transmla")
+    assert own(names) == set() and top(names) == {"torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    "module", [module for module in MODULES if module not in ("transmla.cli", "transmla.__main__")]
+)
+def test_nobody_imports_the_command_line(module: str) -> None:
+    names = imported(module)
+    assert not any(name.startswith("transmla.cli") for name in names)
+    assert "transmla.maths.reference" not in names, "the reference is for tests"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("transmla.checkpoint")])
+def test_weight_files_are_opened_in_one_place(module: str) -> None:
+    names = imported(module)
+    assert not top(names) & WEIGHT_LIBRARIES and not names & {"pickle", "zipfile", "torch.load", "torch.save"}
+
+
+def test_these_checks_can_fail() -> None:
+    assert "safetensors" in top(imported("transmla.checkpoint.write"))
+    assert "torch.load" in imported("transmla.checkpoint.bin_file")
+    assert not within({"transmla.maths", "transmla.calibrate.layers"}, "transmla.maths")
+    assert not within({"transmla.mathsmore"}, "transmla.maths")
+
+
+def test_packages_are_the_folders() -> None:
+    """Every folder of modules or data is named in pyproject.toml, so that wheels hold it."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = {".".join(path.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("*") if _is_package(path)}
+    assert set(settings["packages"]) == folders | {"transmla"} | set(settings["package-dir"])
+    for name, folder in settings["package-dir"].items():
+        assert name.startswith("transmla.") and (PACKAGE.parent / folder).is_dir()
+
+
+def _is_package(path: Path) -> bool:
+    return path.is_dir() and path.name != "__pycache__"
