@@ -1,6 +1,6 @@
 """Every part of the closed form left out once, on one real model: which of them pay?
 
-    python benchmarks/variants.py SRC --calibration TRAIN --text VALID [--tokens 24576] [--jobs 2] [--out DIR]
+    python benchmarks/variants.py SRC --calibration TRAIN --text VALID [--tokens 16384] [--jobs 2] [--out DIR]
 
 Writes variants.json and variants.md into DIR, a row as soon as it is measured; rows that are there are not run again.
 Defaults are chosen by the held-out windows of the calibration text; the validation text is only reported.
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--tokens", type=int, default=24576)
+    parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--only", help=argparse.SUPPRESS)

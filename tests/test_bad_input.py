@@ -21,6 +21,7 @@ from transmla.errors import (
     SourceError,
     TransmlaError,
     UnsupportedError,
+    VerificationError,
 )
 from transmla.planning import plan
 
@@ -100,6 +101,18 @@ SOURCES: dict[str, tuple[Change, type[TransmlaError], str, tuple[str, ...]]] = {
         UnsupportedError,
         "config.json",
         ("'dynamic'", "length of the text", "llama3"),
+    ),
+    "incomplete llama3": (
+        config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "high_freq_factor": 4.0}),
+        UnsupportedError,
+        "config.json",
+        ("incomplete", "factor, low_freq_factor"),
+    ),
+    "rope settings that are none": (
+        config(rope_parameters="fast"),
+        UnsupportedError,
+        "config.json",
+        ("of 'fast'", "llama3"),
     ),
     "attention bias": (config(attention_bias=True), UnsupportedError, "config.json", ("attention_bias",)),
     "quantised": (
@@ -285,9 +298,11 @@ def test_no_tokenizer(broken: Callable[[Change], Path], tmp_path: Path) -> None:
 def test_values_too_large_for_the_wanted_dtype(
     broken: Callable[[Change], Path], tmp_path: Path, text_file: Path, name: str
 ) -> None:
-    """Infinity in float16, and in a row that the calibration text never meets: it gets no name all the same."""
+    """Infinity in float16, and in a row that the calibration text never meets: it is named all the same."""
     folder = broken(tensors(lambda stored: stored[name][-1].fill_(1e6)))
     settings: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "window": 64, "theta": 1e4}
-    with pytest.raises(TransmlaError):
+    with pytest.raises(VerificationError, match="does not fit") as caught:
         convert(str(folder), tmp_path / "out", dtype="float16", **settings)
+    # an enormous o_proj makes the rest of its block enormous, too
+    check(caught.value, name.rpartition(".o_proj")[0] or name, ("bfloat16", "6.55e+04"))
     assert not (tmp_path / "out").exists()

@@ -128,6 +128,11 @@ def test_sliding_window_caps_the_context(lively: MakeSource, run: Convert) -> No
     assert any("becomes 32" in note for note in report.plan.notes)
 
 
+def test_no_window_is_written_as_minus_one_too(lively: MakeSource, run: Convert) -> None:
+    report = run(lively(model_type="mistral", sliding_window=-1), latent=16, rope=8)
+    assert report.plan.max_position_embeddings == report.plan.source.config["max_position_embeddings"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_written_in_another_dtype(lively: MakeSource, run: Convert, dtype: str) -> None:
     source = lively(kv_heads=1)
@@ -249,6 +254,8 @@ def test_everything_that_goes_along(lively: MakeSource, run: Convert, text_file:
         ("model.layers.0.input_layernorm.weight", lambda weight: weight * 128),
         ("model.layers.2.mlp.down_proj.weight", torch.zeros_like),
         ("model.embed_tokens.weight", lambda weight: weight * 3),
+        ("model.norm.weight", lambda weight: weight.flip(0)),
+        ("lm_head.weight", lambda weight: weight.roll(1, 0)),
     ],
 )
 def test_verification_sees_a_wrong_tensor(

@@ -38,6 +38,7 @@ from transmla.calibrate.tokens import CalibrationTokens, calibration_tokens, sam
 from transmla.checkpoint.companions import copy_companions, tokenizer
 from transmla.checkpoint.provenance import file_hashes, versions, write_provenance
 from transmla.checkpoint.write import CheckpointWriter
+from transmla.errors import VerificationError
 from transmla.export.deepseek_v3 import MODELING_FILE, deepseek_v3_config
 from transmla.export.model_card import model_card
 from transmla.families import rope_parameters
@@ -175,7 +176,7 @@ def convert(
         streams = run.streams(text.ids_NT)
         witness = Witness(text.ids_NT[-1], streams.source_NTD[-1])
         layers = _convert_layers(run, streams, witness, chosen, writer)
-        nats = _finish_weights(run, streams, text, writer)
+        nats = _finish_weights(run, streams, witness, text, writer)
         del streams
         config = deepseek_v3_config(
             planned.source.config, planned.mla, chosen, planned.max_position_embeddings, planned.dtype
@@ -294,22 +295,38 @@ def _write_layer(
         factor = {"input_layernorm.weight": INPUT_NORM_GAIN, "mlp.down_proj.weight": residual}.get(name, 1.0)
         tensors[name] = tensor * factor
     for name, tensor in tensors.items():
-        writer.add(f"model.layers.{layer.index}.{name}", tensor.to(dtype))
+        _add(writer, f"model.layers.{layer.index}.{name}", tensor, dtype)
 
 
-def _finish_weights(run: _Run, streams: Streams, text: CalibrationTokens, writer: CheckpointWriter) -> HeldoutNats:
+def _add(writer: CheckpointWriter, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write a tensor in its final dtype, unless that cannot hold it."""
+    stored = tensor.to(dtype)
+    if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
+        raise VerificationError(
+            "a weight does not fit into the wanted dtype",
+            where=name,
+            why=f"its largest value is {float(tensor.abs().max()):.3g}, {dtype} ends at {torch.finfo(dtype).max:.3g}",
+            remedy="use --dtype bfloat16 or float32",
+        )
+    writer.add(name, stored)
+
+
+def _finish_weights(
+    run: _Run, streams: Streams, witness: Witness, text: CalibrationTokens, writer: CheckpointWriter
+) -> HeldoutNats:
     """Write what is not in a layer, and read the head once for the held-out losses."""
     family, source, dtype = run.plan.family, run.plan.source, DTYPES[run.plan.dtype]
     eps = float(source.config["rms_norm_eps"])
     head_VD = source.read(family.embed_tokens)  # also the head, if the two are tied
-    writer.add("model.embed_tokens.weight", (head_VD.float() * residual_scale(eps)).to(dtype))
+    _add(writer, "model.embed_tokens.weight", head_VD.float() * residual_scale(eps), dtype)
     if family.lm_head in source.tensors and not source.config.get("tie_word_embeddings"):
         del head_VD  # before the next one is read
         head_VD = source.read(family.lm_head)
-    writer.add("lm_head.weight", head_VD.to(dtype))
+    _add(writer, "lm_head.weight", head_VD, dtype)
     norm_D = source.read(family.norm, dtype=torch.float32, device=run.device)
-    writer.add("model.norm.weight", norm_D.to(dtype))
+    _add(writer, "model.norm.weight", norm_D, dtype)
     writer.close_shards()
+    witness.finish(norm_D, eps, head_VD[witness.vocabulary_K])
     compute = run.autocast or torch.float32
     head_VD, norm_D = head_VD.to(run.device, compute), norm_D.to(run.device)
 
@@ -318,6 +335,13 @@ def _finish_weights(run: _Run, streams: Streams, text: CalibrationTokens, writer
         return normed.to(compute) @ head_VD.T
 
     source_N, converted_N = next_token_losses(streams, text.ids_NT, logits)
+    if not torch.isfinite(source_N).all() or not torch.isfinite(converted_N).all():
+        raise VerificationError(
+            "the model returns NaN or infinity",
+            where="held-out calibration windows",
+            why=f"losses {source_N.tolist()} of the source, {converted_N.tolist()} converted",
+            remedy="check the source with `transmla eval SRC --dtype float32`",
+        )
     return HeldoutNats(float(source_N.mean()), float(converted_N.mean()), len(source_N))
 
 

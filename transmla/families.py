@@ -66,6 +66,13 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# what each rope type needs besides rope_theta
+_ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+
 # Already latent: nothing to convert.
 MLA_MODEL_TYPES = frozenset({"deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "longcat_flash"})
 
@@ -120,7 +127,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, from it or from the older `rope_theta` + `rope_scaling`."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = dict(given) if isinstance(given, Mapping) else {"rope_type": f"of {given!r}"}
     parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
     return parameters
@@ -135,6 +143,14 @@ def _check_rotary(family: Family, config: Mapping[str, Any], where: str) -> None
             where=where,
             why="its frequencies change with the length of the text; one fixed set is converted",
             remedy=f"use a checkpoint with one of: {', '.join(family.rope_types)}",
+        )
+    missing = [key for key in _ROPE_KEYS.get(rope_type, ()) if not isinstance(parameters.get(key), int | float)]
+    if missing:
+        raise UnsupportedError(
+            f"rope_type {rope_type!r} is incomplete",
+            where=where,
+            why=f"missing or no number: {', '.join(missing)}",
+            remedy="restore the rope settings of the original config.json",
         )
     if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (1.0, None):
         raise UnsupportedError(

@@ -170,7 +170,9 @@ def engine_verdicts(target: MlaGeometry) -> tuple[EngineVerdict, ...]:
         EngineVerdict("transformers, stock class", True, "right, but decompresses the whole cache at every step"),
         EngineVerdict("transformers, own class", True, "latent cache, absorbed decode"),
         _mlx(target),
-        EngineVerdict("llama.cpp", True, "any size after conversion to GGUF; fast attention on GPUs: 512+64, 256+64"),
+        EngineVerdict(
+            "llama.cpp", True, "any size as GGUF, BPE vocabularies only; fast attention on GPUs: 512+64, 256+64"
+        ),
         EngineVerdict("vLLM (GPU)", gpu_ready, gpu_note),
         EngineVerdict("vLLM (CPU)", sizes == (512, 64), "runs 512+64 only"),
         EngineVerdict("SGLang", gpu_ready, gpu_note),

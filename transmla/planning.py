@@ -27,6 +27,8 @@ from transmla.recipe import Recipe, find_recipe, load_recipe
 # bits per cached value: bfloat16, and llama.cpp's q8_0 and q4_0 with their float16 scale per 32 values
 CACHE_BITS = {"bf16": 16.0, "8-bit": 8.5, "4-bit": 4.5}
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Python, torch and transformers themselves
+_RUNTIME_BYTES = 400 * 2**20
 # tokenizer, configs, provenance and modeling file, generously
 _COMPANION_BYTES = 32 * 2**20
 
@@ -197,7 +199,7 @@ def _context(source: Source) -> tuple[int, list[str]]:
     parameters = rope_parameters(config)
     notes = []
     window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and window < context:
+    if window and config.get("use_sliding_window", True) and 0 < window < context:
         notes.append(
             f"max_position_embeddings becomes {window:,}: up to there sliding and full attention are the same function"
         )
@@ -233,4 +235,4 @@ def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe) -
     moments = 10 * hidden * hidden * 8
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
     embedding = int(config["vocab_size"]) * hidden * 4
-    return streams + max(2 * layer + moments + attention, embedding)
+    return _RUNTIME_BYTES + streams + max(2 * layer + moments + attention, embedding)

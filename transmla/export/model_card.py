@@ -21,8 +21,8 @@ Converted by [transmla](https://pypi.org/project/transmla/) from {name}. The lic
 | attention | {gqa.kind}, {gqa.num_key_value_heads} key/value heads of {gqa.head_dim} | MLA |
 | `kv_lora_rank` + `qk_rope_head_dim` | | {mla.kv_lora_rank} + {mla.qk_rope_head_dim} |
 | cached values per token and layer | {gqa.cache_values()} | {mla.cache_values()} ({planned.cache_ratio - 1:+.1%}) |
-| perplexity, {heldout["num_windows"]} held-out calibration windows | {math.exp(heldout["source"]):.3f} | \
-{math.exp(heldout["converted"]):.3f} |
+| perplexity, {heldout["num_windows"]} held-out calibration windows | {_perplexity(heldout["source"])} | \
+{_perplexity(heldout["converted"])} |
 
 ## Use
 
@@ -38,3 +38,8 @@ AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # same fun
   put on the latent has to act as a linear map; one step of an ordinary optimiser destroys them.
 - `transmla.json` says what this was made from, with which text, and the loss of every layer.
 """
+
+
+def _perplexity(nats: float) -> str:
+    # a wrecked conversion is still described
+    return f"{math.exp(nats):.3f}" if nats < 100 else f"exp({nats:.0f})"
