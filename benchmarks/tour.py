@@ -27,8 +27,8 @@ STORIES = {
     "generate": ['generate stories260k-mla-24-8 "Once upon a time" --max-new-tokens 60 --seed 1'],
     "stories-results": [
         "eval stories260k-mla-24-8 --against stories260k --windows 64",
-        "convert stories260k --latent 12 --rope 4",
-        "eval stories260k-mla-12-4 --against stories260k --windows 64",
+        "convert stories260k --latent 10 --rope 6",
+        "eval stories260k-mla-10-6 --against stories260k --windows 64",
     ],
 }
 SMOLLM2 = {
