@@ -15,6 +15,8 @@ from transmla.maths.rotary_split import RotarySplit, SplitOptions, mean_turn, ne
 from .weights import THETA, gqa_weights, inputs, lively, moments, relative
 
 PLAIN = SplitOptions(query_weighted=False)
+# rank pressure under which no pair is left to the latent for turning with another frequency
+ALL_PAIRS = 10.0
 
 
 def split(
@@ -81,8 +83,9 @@ def test_a_head_of_one_distance_is_exact_there() -> None:
 def test_leftover_is_the_complex_formula() -> None:
     """leftover k = c_p (z_p - captured z_p) on complex numbers, for any keys."""
     gqa = gqa_weights(groups=2)
-    whole = split(gqa, 4, options=PLAIN, **at_distance(gqa, 0)).leftover_HdK
-    shrunk = split(gqa, 4, options=PLAIN).leftover_HdK
+    options = replace(PLAIN, rank_pressure=ALL_PAIRS)
+    whole = split(gqa, 4, options=options, **at_distance(gqa, 0)).leftover_HdK
+    shrunk = split(gqa, 4, options=options).leftover_HdK
     turn_HP = mean_turn(moments(gqa).distance_HS, gqa.inv_freq_P)
     k_K = lively(16, seed=8)
     rest_HP = torch.complex(*(whole @ k_K).chunk(2, dim=1))
@@ -130,7 +133,7 @@ def test_complex_component_carries_most(query_weighted: bool) -> None:
     """Of the weighted energy of a bucket, a complex direction carries at least as much as a real one."""
     gqa, carried = gqa_weights(groups=2), []
     for is_complex in (True, False):
-        options = SplitOptions(complex_component=is_complex, query_weighted=query_weighted)
+        options = SplitOptions(complex_component=is_complex, query_weighted=query_weighted, rank_pressure=ALL_PAIRS)
         k_rope_eD = split(gqa, 2, options=options).k_rope_eD
         carried.append(float((k_rope_eD @ moments(gqa).converted_DD * k_rope_eD).sum()))
     assert carried[0] > 1.01 * carried[1]
@@ -141,6 +144,22 @@ def test_complex_component_carries_most(query_weighted: bool) -> None:
     for seed in range(20):
         a_B = torch.complex(lively(8, seed=seed), lively(8, seed=100 + seed))
         assert float((a_B.conj() @ gram @ a_B).real) / float(a_B.norm()) ** 2 < carried[0]
+
+
+@pytest.mark.parametrize("query_weighted", [True, False])
+def test_pairs_that_would_turn_wrongly_stay_in_the_latent(query_weighted: bool) -> None:
+    """One target pair of frequency 1: a slow pair would turn with it over long distances, and not at distance 0."""
+    gqa = gqa_weights(groups=2)
+    slowest = len(gqa.inv_freq_P) - 1
+    options = SplitOptions(query_weighted=query_weighted, shrink=False)
+
+    def loses_something(found: RotarySplit) -> bool:
+        """Whether the leftover of head 0 differs from its whole slowest pair."""
+        own = found.leftover_HdK[0, slowest]
+        return bool((own - torch.eye(len(own), dtype=own.dtype)[slowest]).abs().max() > 1e-9)
+
+    assert loses_something(split(gqa, 2, options=options, **at_distance(gqa, 0)))
+    assert not loses_something(split(gqa, 2, options=options, **at_distance(gqa, 3)))
 
 
 def test_queries_decide_what_is_carried() -> None:
