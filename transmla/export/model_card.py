@@ -14,7 +14,7 @@ def model_card(planned: Plan, sections: dict[str, Any]) -> str:
     name = planned.resolved.name if planned.resolved.revision else planned.resolved.path.name
     return f"""# {name}, converted to multi-head latent attention
 
-Converted by [transmla](https://pypi.org/project/transmla/) from {name}. The licence is that of the source model.
+Converted by transmla from {name}. The licence is that of the source model.
 
 | | source | this model |
 |---|---|---|
