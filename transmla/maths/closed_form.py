@@ -39,7 +39,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """Which parts of the closed form are used; the defaults are what measured best (benchmarks/variants.md).
+    """Which parts of the closed form are used; measured side by side in benchmarks/variants.md.
 
     split:         see `SplitOptions`
     two_streams:   aim at the source's keys and values from the converted stream, repairing earlier layers

@@ -20,7 +20,7 @@ from transmla.maths.attention import GqaWeights, inverse_frequencies
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """Variants of the split; the defaults are what measured best (benchmarks/variants.md).
+    """Variants of the split; measured side by side in benchmarks/variants.md.
 
     complex_component: a complex component per bucket; False: a real one (RoRoPE, arXiv 2502.07864, section 4.1)
     query_weighted:    weight pairs by the energy and importance of the queries that read them
