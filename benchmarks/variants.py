@@ -85,7 +85,8 @@ def table(rows: list[dict[str, Any]], source: dict[str, Any], header: str) -> st
     lines = [
         header,
         "",
-        "| variant | held-out calibration loss over source (nats) | stream error | validation perplexity | x source | median window |",
+        "| variant | held-out calibration loss over source (nats) | stream error | validation perplexity | x source "
+        "| median window |",
         "|---|---|---|---|---|---|",
         f"| source | 0 | 0 | {source['perplexity']:.2f} ± {source['standard_error']:.2f} | 1 | 1 |",
     ]
@@ -94,7 +95,8 @@ def table(rows: list[dict[str, Any]], source: dict[str, Any], header: str) -> st
         losses = [found - own for found, own in zip(row["nats_N"], source["nats_N"], strict=True)]
         lines.append(
             f"| {row['name']} | {row['heldout_nats']:.4f} | {row['stream_error']:.2%} "
-            f"| {row['perplexity']:.2f} ± {row['standard_error']:.2f} | {ratio:.3f} | {math.exp(statistics.median(losses)):.3f} |"
+            f"| {row['perplexity']:.2f} ± {row['standard_error']:.2f} | {ratio:.3f} "
+            f"| {math.exp(statistics.median(losses)):.3f} |"
         )
     return "\n".join(lines) + "\n"
 
