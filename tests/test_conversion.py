@@ -78,7 +78,7 @@ def test_one_key_head_at_full_size_is_the_same_model(
     """Nothing is lost, so every name, scale and layout of the written folder shows in the logits."""
     source = lively(kv_heads=1, **settings)
     report = run(source, **EXACT)
-    assert relative(logits(report.destination), logits(source)) < 2e-4
+    assert relative(logits(report.destination), logits(source)) < 1e-4
     # the streams may run in bfloat16
     assert report.heldout.converted == pytest.approx(report.heldout.source, abs=0.02)
     assert max(layer.stream_loss_heldout for layer in report.layers) < 1e-2

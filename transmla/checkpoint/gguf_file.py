@@ -96,7 +96,7 @@ class GgufStore:
             return torch.from_numpy(np.array(data).view(np.float64))
         try:
             return torch.from_numpy(np.array(dequantize(data, encoding))).to(dtype)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # how the gguf library says that it has no decoder for an encoding
             remedy = "use a GGUF in F16, BF16, Q8_0 or a K-quant"
             raise broken_tensor(self._path, name, str(error), remedy) from error
 
