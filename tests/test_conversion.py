@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transmla import conversion
+from transmla import run as run_module
 from transmla.checkpoint.read import Source
 from transmla.conversion import ConversionReport, convert, default_destination
 from transmla.errors import VerificationError
@@ -36,7 +37,7 @@ def run(tmp_path: Path, text_file: Path) -> Convert:
     """Convert to tmp_path/out, or another name, on eight windows of 64 tokens."""
 
     def converted(source: Path, name: str = "out", **settings: Any) -> ConversionReport:
-        settings = {"calibration": str(text_file), "tokens": 512, "window": 64} | settings
+        settings = {"calibration": str(text_file), "tokens": 512, "window": 64, "refine": "off"} | settings
         return convert(str(source), tmp_path / name, **settings)
 
     return converted
@@ -229,6 +230,7 @@ def test_the_output_explains_itself(lively: MakeSource, run: Convert) -> None:
     assert made["rope_theta"]["chosen"] == report.theta
     assert [layer["layer"] for layer in made["layers"]] == [0, 1, 2]
     assert made["layers"][1]["latent_loss"] == report.layers[1].latent_loss
+    assert [layer["latent_scale"] for layer in made["layers"]] == list(report.latent_scales)
     assert made["heldout"]["source"] == report.heldout.source
     card = (report.destination / "README.md").read_text("utf-8")
     assert "16 + 8" in card and "for inference" in card.lower()
@@ -328,13 +330,13 @@ def test_one_layer_in_memory(lively: MakeSource, run: Convert, monkeypatch: pyte
 
 def test_holding_on_to_layers_would_show(lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
     source = lively(layers=8)
-    live, kept, build = LiveBytes(monkeypatch), [], conversion.build_layer
+    live, kept, build = LiveBytes(monkeypatch), [], run_module.build_layer
 
     def keep(*args: Any) -> Any:
         kept.append(build(*args))
         return kept[-1]
 
-    monkeypatch.setattr(conversion, "build_layer", keep)
+    monkeypatch.setattr(run_module, "build_layer", keep)
     run(source, theta=THETA)
     assert live.peak["layer"] >= 8 * layer_bytes(source)
 

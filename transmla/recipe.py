@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from transmla.errors import RecipeError
 
+REFINE_LEVELS = ("off", "fast", "full")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _WORDS = {str: "a string", int: "an integer", float: "a number"}
@@ -22,6 +23,7 @@ class Recipe:
     revision: str | None = None  # commit, branch or tag of a hub id
     latent: int | None = None  # kv_lora_rank
     rope: int | None = None  # qk_rope_head_dim
+    refine: str = "fast"  # how much gradient refinement: off, fast, full
     theta: float | str = "auto"  # rope_theta of the target
     calibration: str = "wikitext"  # name of an embedded text, or a file
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on
@@ -110,6 +112,8 @@ def _typed(key: str, value: Any, hint: Any, where: str) -> Any:
         raise _bad_value(key, value, where, f"{key} is {wanted}, not {given}")
     if key == "theta" and isinstance(value, str) and value != "auto":
         raise _bad_value(key, value, where, 'theta is a number or "auto"')
+    if key == "refine" and value not in REFINE_LEVELS:
+        raise _bad_value(key, value, where, f"refine is one of {', '.join(REFINE_LEVELS)}")
     if key == "dtype" and value not in DTYPES:
         raise _bad_value(key, value, where, f"dtype is one of {', '.join(DTYPES)}")
     # latent and rope are judged by geometry.py, which can name the nearest possible size

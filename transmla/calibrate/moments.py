@@ -43,18 +43,17 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
 
     converted_DD, cross_DD, received_DD, attended_DD = (zeros(size, size) for _ in range(4))
     received_D, query_Hdd, importance_H = zeros(size), zeros(heads, head_dim, head_dim), zeros(heads)
-    distance_HS = zeros(heads, streams.source_NTD.shape[1])
-    num_fitted, tokens = streams.num_fitted, streams.source_NTD.shape[1]
-    every = max(1, num_fitted // max(1, num_attended))
-    num_seen = 0
-    for index, source_TD, converted_TD in streams.windows():
-        if index >= num_fitted:
+    tokens, num_seen = streams.source_NTD.shape[1], zeros(1)
+    distance_HS = zeros(heads, tokens)
+    looked_at = _spread(num_attended, streams.num_fitted_of_all)
+    for place, source_TD, converted_TD in streams.windows():
+        if place >= streams.num_fitted:
             break
         x_TD = layer.input_layernorm(source_TD)
         x_hat_TD = layer.input_layernorm(converted_TD) if two_streams else x_TD
         converted_DD += (x_hat_TD.T @ x_hat_TD).double()
         cross_DD += (x_TD.T @ x_hat_TD).double()
-        if index % every or num_seen >= num_attended:
+        if streams.indices[place] not in looked_at:
             continue
         num_seen += 1
         seen = attended(x_TD, x_hat_TD, layer.gqa)
@@ -65,17 +64,36 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
         received_T = (seen.received_T / seen.received_T.mean()).float()
         received_D += (received_T @ x_hat_TD).double()
         received_DD += ((x_hat_TD * received_T[:, None]).T @ x_hat_TD).double()
-    mean_D = received_D / (num_seen * tokens)
+    sums = (
+        converted_DD,
+        cross_DD,
+        received_DD,
+        attended_DD,
+        received_D,
+        query_Hdd,
+        importance_H,
+        distance_HS,
+        num_seen,
+    )
+    streams.processes.sum_(sums)
+    num_fitted_tokens, num_seen_tokens = streams.num_fitted_of_all * tokens, float(num_seen) * tokens
+    mean_D = received_D / num_seen_tokens
     return Moments(
-        converted_DD=converted_DD / (num_fitted * tokens),
-        cross_DD=cross_DD / (num_fitted * tokens),
+        converted_DD=converted_DD / num_fitted_tokens,
+        cross_DD=cross_DD / num_fitted_tokens,
         # a key error shared by all tokens shifts every score of a row alike, and softmax does not see it
-        received_DD=received_DD / (num_seen * tokens) - torch.outer(mean_D, mean_D),
-        attended_DD=attended_DD / (num_seen * tokens),
-        query_Hdd=query_Hdd / (num_seen * tokens),
-        importance_H=importance_H / (num_seen * tokens),
+        received_DD=received_DD / num_seen_tokens - torch.outer(mean_D, mean_D),
+        attended_DD=attended_DD / num_seen_tokens,
+        query_Hdd=query_Hdd / num_seen_tokens,
+        importance_H=importance_H / num_seen_tokens,
         distance_HS=distance_HS / distance_HS.sum(1, keepdim=True).clamp_min(1e-300),
     )
+
+
+def _spread(wanted: int, available: int) -> set[int]:
+    """At most `wanted` of `available` indices, evenly spread."""
+    wanted = min(max(1, wanted), available)
+    return {place * available // wanted for place in range(wanted)}
 
 
 def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> _Attended:

@@ -1,10 +1,11 @@
-"""Calibration text -> windows of token ids. Four kinds of text, one result.
+"""Calibration text -> windows of token ids. Five kinds of text, one result.
 
     self             sampled from the source model itself (needs the whole source in memory)
     wikitext         an excerpt of WikiText-2 train that ships with the package
     wikitext-valid, tinystories-valid   ship, too, but only to be evaluated on
     FILE             .txt as it is; .jsonl, .json, .parquet, .csv by their `text` column
     DATASET          hub id, optionally OWNER/NAME:CONFIG, its train split, streamed
+    A+B              several of these, each with the same share of the tokens
 
 Legend: N windows, T tokens per window.
 """
@@ -90,24 +91,42 @@ def windows(
     ids_NT = torch.tensor([ids[start * window : (start + 1) * window] for start in starts])
     if prefix:
         ids_NT[::2, 0] = prefix[0]
-    return CalibrationTokens(ids_NT, name, hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest())
+    return _named(ids_NT, name)
 
 
 def calibration_tokens(
     name: str, tokenizer: Any, num_tokens: int, window: int, *, sampler: Any = None
 ) -> CalibrationTokens:
-    """Windows of token ids of the text called `name`.
+    """Windows of token ids of the text called `name`; of several, "A+B", in turns, each with its share of the tokens.
 
     tokenizer: a transformers tokenizer; no special tokens are added
     sampler:   for "self", a call (num_windows, window) -> int64 [N, T]
     """
+    parts = name.split("+")
+    if len(parts) > 1:
+        share = num_tokens // len(parts)
+        return _mixed([calibration_tokens(part, tokenizer, share, window, sampler=sampler) for part in parts])
     if name == "self":
         ids_NT = sampler(max(2, num_tokens // window), window)
-        return CalibrationTokens(ids_NT, name, hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest())
+        return _named(ids_NT, name)
     text = read_text(name, num_tokens * CHARACTERS_PER_TOKEN)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     prefix = tokenizer("", verbose=False).input_ids[:1]
     return windows(ids, num_tokens, window, name=name, prefix=prefix)
+
+
+def _mixed(texts: list[CalibrationTokens]) -> CalibrationTokens:
+    """Windows of all texts, spread so that every stretch holds some of each; texts too short for their share give
+    what they have."""
+    places = [
+        ((number + 0.5) / len(text.ids_NT), text.ids_NT[number]) for text in texts for number in range(len(text.ids_NT))
+    ]
+    ids_NT = torch.stack([ids_T for _, ids_T in sorted(places, key=lambda pair: pair[0])])
+    return _named(ids_NT, "+".join(text.name for text in texts))
+
+
+def _named(ids_NT: Tensor, name: str) -> CalibrationTokens:
+    return CalibrationTokens(ids_NT, name, hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest())
 
 
 def sample_from(model: Any, num_windows: int, window: int, *, seed: int, batch: int = 32) -> Tensor:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transmla.errors import DestinationError
 
 MARKER = ".transmla-partial"
+JOURNAL = "journal"
 
 _GIB = 2**30
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,6 +24,11 @@ def partial_of(destination: Path) -> Path:
     """The folder that is written to; it gets the name `destination` when all is done."""
     absolute = Path(os.path.abspath(destination))
     return absolute.with_name(absolute.name + ".partial")
+
+
+def journal_of(destination: Path) -> Path:
+    """Where the finished steps of an unfinished conversion are kept, see checkpoint/journal.py."""
+    return partial_of(destination) / JOURNAL
 
 
 def check_destination(path: Path, needed_bytes: int = 0) -> None:
@@ -46,7 +52,7 @@ def check_destination(path: Path, needed_bytes: int = 0) -> None:
 
 
 def lock_partial(destination: Path) -> IO[str]:
-    """Make an empty DST.partial and hold its marker file locked; closing the file unlocks it.
+    """Make DST.partial, empty but for a journal, and hold its marker file locked; closing the file unlocks it.
 
     The lock belongs to the open file, so it vanishes with a killed process and leaves nothing to guess at.
     """
@@ -69,15 +75,22 @@ def lock_partial(destination: Path) -> IO[str]:
             why = f"process {lock.read().strip() or 'unknown'} is writing there"
             lock.close()
             raise _refused(partial, "the destination is in use", why, "wait for it, or stop it") from None
-        for entry in partial.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != MARKER:
-                entry.unlink()
+        clear_partial(destination)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
     return lock
+
+
+def clear_partial(destination: Path) -> None:
+    """Empty DST.partial, except for marker and journal."""
+    for entry in partial_of(destination).iterdir():
+        if entry.name in (MARKER, JOURNAL):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 @contextlib.contextmanager

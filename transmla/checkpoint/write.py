@@ -1,5 +1,6 @@
 """Write a checkpoint: everything into DST.partial, shard by shard, and one rename when it is right."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from transmla.checkpoint.destination import (
     MARKER,
     check_destination,
+    clear_partial,
     disk_errors,
+    journal_of,
     lock_partial,
     partial_of,
     sync,
@@ -23,7 +26,7 @@ __all__ = ["CheckpointWriter", "check_destination"]
 
 
 class CheckpointWriter:
-    """Context manager. Without `commit()` nothing is left at the end, whatever happened inside."""
+    """Context manager. Without `commit()` nothing is left at the end, whatever happened inside, but a journal."""
 
     def __init__(self, destination: Path, *, shard_bytes: int = 4 * 2**30) -> None:
         """shard_bytes: a weight file is ended before it would grow beyond this"""
@@ -49,7 +52,11 @@ class CheckpointWriter:
     ) -> None:
         self._pending.clear()
         if not self._committed:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            if journal_of(self.destination).is_dir():
+                with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+                    clear_partial(self.destination)
+            else:
+                shutil.rmtree(self.partial, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
 
@@ -103,6 +110,7 @@ class CheckpointWriter:
         if not self._closed:
             raise ValueError("close_shards() comes before commit()")
         with disk_errors(self.destination):
+            shutil.rmtree(journal_of(self.destination), ignore_errors=True)
             for path in self.partial.rglob("*"):
                 sync(path)
             # replaces an empty folder, fails on any other

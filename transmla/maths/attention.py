@@ -84,28 +84,45 @@ def gqa_attention(x_TD: Tensor, gqa: GqaWeights) -> Tensor:
     return out_HTd.transpose(0, 1).flatten(1)
 
 
-def mla_attention(x_TD: Tensor, mla: MlaWeights) -> Tensor:
-    """Causal latent attention of one text at positions 0..T-1, heads side by side [T, H v]; no o_proj."""
-    positions = torch.arange(len(x_TD), device=x_TD.device)
-    c_Tr = x_TD @ mla.kv_down_rD.T
-    k_rope_Te = rotate(x_TD @ mla.k_rope_eD.T, mla.inv_freq_M, positions)
-    q_rope_HTe = rotate(torch.einsum("TD,HeD->HTe", x_TD, mla.q_rope_HeD), mla.inv_freq_M, positions)
-    q_nope_HTn = torch.einsum("TD,HnD->HTn", x_TD, mla.q_nope_HnD)
-    k_nope_HTn = torch.einsum("Tr,Hnr->HTn", c_Tr, mla.k_up_Hnr)
-    v_HTv = torch.einsum("Tr,Hvr->HTv", c_Tr, mla.v_up_Hvr)
-    k_rope_HTe = k_rope_Te.expand(len(q_rope_HTe), -1, -1)
-    out_HTv = _causal(
-        torch.cat([q_nope_HTn, q_rope_HTe], -1), torch.cat([k_nope_HTn, k_rope_HTe], -1), v_HTv, mla.scaling
+def mla_attention(x_BTD: Tensor, mla: MlaWeights) -> Tensor:
+    """Causal latent attention at positions 0..T-1, heads side by side [..., T, H v]; no o_proj.
+
+    x_BTD: one text [T, D] or several [B, T, D]
+    """
+    heads, nope, _ = mla.q_nope_HnD.shape
+    rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
+    positions = torch.arange(x_BTD.shape[-2], device=x_BTD.device)
+    # two wide products instead of six narrow ones: this is the inner loop of the refinement
+    down_kD = torch.cat([mla.q_nope_HnD.flatten(0, 1), mla.q_rope_HeD.flatten(0, 1), mla.kv_down_rD, mla.k_rope_eD])
+    up_kr = torch.cat([mla.k_up_Hnr.flatten(0, 1), mla.v_up_Hvr.flatten(0, 1)])
+    projected_BTk = torch.nn.functional.linear(x_BTD, down_kD)
+    q_nope, q_rope, c_BTr, k_rope = projected_BTk.split([heads * nope, heads * rope, rank, rope], dim=-1)
+    k_nope, value = torch.nn.functional.linear(c_BTr, up_kr).split([heads * nope, len(up_kr) - heads * nope], dim=-1)
+    q_rope_BHTe = rotate(_per_head(q_rope, heads), mla.inv_freq_M, positions)
+    k_rope_BHTe = rotate(_per_head(k_rope, 1), mla.inv_freq_M, positions).expand_as(q_rope_BHTe)
+    out_BHTv = _causal(
+        torch.cat([_per_head(q_nope, heads), q_rope_BHTe], -1),
+        torch.cat([_per_head(k_nope, heads), k_rope_BHTe], -1),
+        _per_head(value, heads),
+        mla.scaling,
     )
-    return out_HTv.transpose(0, 1).flatten(1)
+    return out_BHTv.transpose(-3, -2).flatten(-2)
 
 
-def _causal(q_HTk: Tensor, k_GTk: Tensor, v_GTv: Tensor, scaling: float) -> Tensor:
-    width = v_GTv.shape[-1]
-    if q_HTk.shape[-1] > width:
+def _per_head(x_BTk: Tensor, heads: int) -> Tensor:
+    """[..., T, heads * k] -> [..., heads, T, k]"""
+    return x_BTk.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def _causal(q_BHTk: Tensor, k_BGTk: Tensor, v_BGTv: Tensor, scaling: float) -> Tensor:
+    """Attention of one text [H, T, .] or several [B, H, T, .]."""
+    width = v_BGTv.shape[-1]
+    if q_BHTk.shape[-1] > width:
         # fused kernels on CPUs want keys and values of one width; the zeros cost less than the fallback
-        v_GTv = torch.nn.functional.pad(v_GTv, (0, q_HTk.shape[-1] - width))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q_HTk[None], k_GTk[None], v_GTv[None], is_causal=True, scale=scaling, enable_gqa=len(q_HTk) != len(k_GTk)
-    )
-    return out[0, ..., :width]
+        v_BGTv = torch.nn.functional.pad(v_BGTv, (0, q_BHTk.shape[-1] - width))
+    one = q_BHTk.dim() == 3
+    q, k, v = (x[None] if one else x for x in (q_BHTk, k_BGTk, v_BGTv))  # kernels want four axes
+    out_BHTv = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )[..., :width]
+    return out_BHTv[0] if one else out_BHTv

@@ -1,0 +1,83 @@
+"""What an unfinished conversion has finished already: DST.partial/journal, one file per step.
+
+A step is written under another name, forced to the disk and renamed, so it is there whole or not at all, also after
+kill -9. The folder goes when the conversion is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from transmla.checkpoint.destination import disk_errors, journal_of, sync
+from transmla.errors import DestinationError
+
+_SETTINGS = "settings.json"
+
+
+class Journal:
+    """Steps by name, each a few tensors and a few numbers."""
+
+    def __init__(self, destination: Path, settings: Mapping[str, Any], *, restart: bool = False) -> None:
+        """Go on with the journal of `destination`, or begin one.
+
+        settings: all that the steps depend on; a journal of other settings is refused, or with `restart` deleted
+        """
+        self.folder = journal_of(destination)
+        self._settings = json.dumps(settings, indent=2, sort_keys=True)
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        path = self.folder / _SETTINGS
+        if path.is_file() and (found := path.read_text("utf-8")) != self._settings:
+            raise DestinationError(
+                "an unfinished conversion with other settings is in the way",
+                where=str(self.folder),
+                why=f"it differs in {', '.join(_differences(json.loads(found), dict(settings)))}",
+                remedy="finish it with its own settings, choose another destination, or delete it with --restart",
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None = None) -> None:
+        """Keep a step; one of the same name is replaced. values: whatever JSON can hold."""
+        path = self._path(name)
+        temporary = path.with_suffix(".writing")
+        with disk_errors(path):
+            if not self.folder.is_dir():
+                self.folder.mkdir()
+                (self.folder / _SETTINGS).write_text(self._settings, encoding="utf-8")
+            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(kept, temporary, metadata={"values": json.dumps(dict(values or {}))})
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(self.folder)
+
+    def load(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(tensors, values) of a step, or None if it was not finished."""
+        if name not in self:
+            return None
+        with safe_open(self._path(name), framework="pt") as file:
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["values"])
+
+    def drop(self, name: str) -> None:
+        """Forget a step."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return [
+        key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != json.loads(json.dumps(wanted.get(key)))
+    ]

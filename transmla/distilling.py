@@ -1,0 +1,143 @@
+"""Blocks of fitted layers against the source, first block to last; one block of all layers where memory allows.
+
+Legend: see transmla/calibrate/streams.py.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from transmla.calibrate.streams import Streams, add_mlp, add_source_attention
+from transmla.calibrate.tokens import CalibrationTokens
+from transmla.checkpoint.journal import Journal
+from transmla.fitting import layer_name, packed, unpacked
+from transmla.maths.attention import MlaWeights
+from transmla.refine.descent import TOKENS_PER_PASS
+from transmla.refine.distil import SAVE_EVERY, BlockDistiller, DistilledBlock, through
+from transmla.refine.settings import Descent
+from transmla.run import Run, free_bytes
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block of layers: mean held-out loss before and after, in nats (KL) for the last block, else stream error."""
+
+    first_layer: int
+    last_layer: int
+    loss_before: float
+    loss_after: float
+    steps: int
+
+
+def distil_layers(run: Run, streams: Streams, text: CalibrationTokens, journal: Journal) -> tuple[BlockReport, ...]:
+    """Train the layers of the journal against the source; the streams must be behind the last layer.
+
+    The distilled weights go into the journal beside the fitted ones.
+    """
+    descent = run.refinement.distil
+    if descent is None:
+        return ()
+    total = run.plan.mla.num_hidden_layers
+    size = min(total, run.block_layers or run.processes.from_first(layers_that_fit(run, streams)))
+    ids_NT = text.ids_NT[streams.indices]
+    run.embed(ids_NT, streams.converted_NTD)
+    if size < total:
+        run.embed(ids_NT, streams.source_NTD)
+    reports = []
+    for first in range(0, total, size):
+        indices = range(first, min(first + size, total))
+        if size < total:
+            for index in indices:
+                layer = run.layer(index)
+                add_source_attention(layer, streams)
+                add_mlp(layer, streams, only="source")
+                del layer  # before the next one is read
+        reports.append(_distil_block(run, indices, streams, descent, journal))
+    return tuple(reports)
+
+
+def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, journal: Journal) -> BlockReport:
+    """One block, and the converted stream past it if another one follows."""
+    final = indices.stop == run.plan.mla.num_hidden_layers
+    done_name = layer_name(run, indices[-1], "distilled")
+    kept = run.processes.from_first(journal.load(done_name))
+    block = [run.frozen_layer(index) for index in indices] if kept is None or not final else []
+    if kept is not None:
+        report = BlockReport(**kept[1]["block"])
+        weights = load_layers(run, indices, journal, "distilled")
+    else:
+        given = load_layers(run, indices, journal, "fitted")
+        distiller = BlockDistiller(block, given, streams, run.head() if final else None, descent)
+        found = _train(run, distiller, indices, journal)
+        weights = found.weights
+        steps = distiller.descender.num_steps
+        report = BlockReport(indices[0], indices[-1], found.loss_before, found.loss_after, steps)
+        if run.processes.first:
+            for index, mla in zip(indices, weights, strict=True):
+                journal.save(layer_name(run, index, "distilled"), packed(mla), {"block": vars(report)})
+            journal.drop(layer_name(run, indices[0], "state"))
+    if not final:
+        for place, _, converted_TD in streams.windows():
+            with streams.computing():
+                streams.converted_NTD[place] = through(block, weights, converted_TD[None])[0].cpu()
+    return report
+
+
+def _train(run: Run, distiller: BlockDistiller, indices: range, journal: Journal) -> DistilledBlock:
+    """All steps, from a saved state if there is one; the state is saved every few minutes."""
+    descender = distiller.descender
+    name = layer_name(run, indices[0], "state")
+    state = run.processes.from_first(journal.load(name))
+    before = distiller.heldout() if state is None else state[1]["loss_before"]
+    if state is not None:
+        descender.restore(*state)
+    saved = time.monotonic()
+    unit = "nats" if indices.stop == run.plan.mla.num_hidden_layers else "of the stream"
+    mean = before
+
+    def after_step(loss: float) -> None:
+        nonlocal saved, mean
+        mean = 0.9 * mean + 0.1 * loss
+        run.progress(_stage(run, indices), descender.done, descender.num_steps, f"loss {mean:.4f} {unit}")
+        if run.processes.first and time.monotonic() - saved > SAVE_EVERY:
+            tensors, values = descender.state()
+            journal.save(name, tensors, values | {"loss_before": before})
+            saved = time.monotonic()
+
+    return distiller.run(before, after_step)
+
+
+def _stage(run: Run, indices: range) -> str:
+    whole = len(indices) == run.plan.mla.num_hidden_layers
+    return "distil" if whole else f"distil layers {indices[0]}-{indices[-1]}"
+
+
+def load_layers(run: Run, indices: range, journal: Journal, stage: str) -> list[MlaWeights]:
+    """Weights of layers from the journal, on the device."""
+    found = []
+    for index in indices:
+        kept = run.processes.from_first(journal.load(layer_name(run, index, stage)))
+        found.append(unpacked(kept[0], run))
+    return found
+
+
+def layers_that_fit(run: Run, streams: Streams) -> int:
+    """How many layers can be trained at once in half of the memory that is free.
+
+    Per layer: attention weights, gradients and two moments of Adam in float32, the MLP in the dtype of the products,
+    and what backward needs of each token: about 12 hidden sizes, 4 inner sizes, and queries, keys, values twice.
+    """
+    config, mla = run.plan.source.config, run.plan.mla
+    hidden, inner, heads = mla.hidden_size, int(config["intermediate_size"]), mla.num_attention_heads
+    width = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    expanded = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    attention = hidden * (width + mla.cache_values() + heads * mla.v_head_dim) + mla.kv_lora_rank * expanded
+    tokens = max(TOKENS_PER_PASS[run.device.type], streams.source_NTD.shape[1])
+    compute = torch.empty((), dtype=run.compute).element_size()
+    per_token = 12 * hidden * 4 + (4 * inner + 2 * (2 * width + expanded)) * compute
+    layer = 16 * attention + (3 * hidden * inner) * compute + tokens * per_token
+    head = int(config["vocab_size"]) * hidden * compute + 6 * tokens * hidden * 4
+    return max(1, int((free_bytes(run.device) / 2 - head) // layer))

@@ -1,0 +1,183 @@
+"""Layer by layer: calibrate -> split -> factor -> repair -> refine. Each finished layer goes into the journal.
+
+Never more than one layer of weights, the two streams of calibration activations and one head buffer are in memory.
+Legend: see transmla/calibrate/streams.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.calibrate.layers import SourceLayer
+from transmla.calibrate.moments import observe
+from transmla.calibrate.streams import (
+    Streams,
+    add_converted_attention,
+    add_mlp,
+    add_source_attention,
+    converted_heads,
+    repair_output,
+    stream_loss,
+)
+from transmla.calibrate.survey import candidates, choose, output_error, surveyed_layers
+from transmla.calibrate.tokens import CalibrationTokens
+from transmla.checkpoint.journal import Journal
+from transmla.families import rope_parameters
+from transmla.maths.attention import MlaWeights
+from transmla.maths.closed_form import fit_layer
+from transmla.processes import ALONE
+from transmla.refine.layerwise import refine_layer
+from transmla.run import Run
+
+# windows whose attention matrices are looked at
+NUM_ATTENDED = 16
+# windows of the survey that chooses theta
+NUM_SURVEYED = 10
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """What one layer lost: see `LowRank.loss` and `StreamLoss` of its closed form; the last two are the held-out
+    stream errors of layer-wise refinement, equal where there was none."""
+
+    layer: int
+    latent_loss: float
+    stream_loss_fitted: float
+    stream_loss_heldout: float
+    refined_before: float
+    refined_after: float
+
+
+def choose_theta(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[float, dict[float, list[float]]]:
+    """rope_theta of the target and, if it was chosen here, the losses of all candidates by surveyed layer."""
+    wanted = run.plan.recipe.theta
+    if not isinstance(wanted, str):
+        return float(wanted), {}
+    if kept := run.processes.from_first(journal.load(_name(run, "theta"))):
+        return kept[1]["chosen"], {float(theta): losses for theta, losses in kept[1]["losses"].items()}
+    own = float(rope_parameters(run.plan.source.config)["rope_theta"])
+    mla = run.plan.mla
+    tried = candidates(own, run.plan.gqa.head_dim, mla.qk_rope_head_dim)
+    every = max(1, len(text.ids_NT) // NUM_SURVEYED)
+    # so few windows are not worth dealing out
+    alone = replace(run, processes=ALONE, folder=None)
+    streams = alone.streams(text.ids_NT[::every][:NUM_SURVEYED], num_heldout=2)
+    streams.converted_NTD = streams.source_NTD
+    method = replace(run.method, two_streams=False)
+    losses: dict[float, list[float]] = {theta: [] for theta in tried}
+    surveyed = surveyed_layers(mla.num_hidden_layers)
+    for index in range(max(surveyed) + 1):
+        layer = run.layer(index)
+        if index in surveyed:
+            moments = observe(layer, streams, streams.num_fitted, two_streams=False)
+            for theta in tried:
+                sizes = (mla.kv_lora_rank, mla.qk_rope_head_dim)
+                losses[theta].append(output_error(layer, moments, streams, sizes, theta, method))
+        add_source_attention(layer, streams)
+        add_mlp(layer, streams, only="source")
+        del layer  # before the next one is read
+        run.progress("choose theta", index + 1, max(surveyed) + 1, "")
+    chosen: float = run.processes.from_first(choose(losses))
+    if run.processes.first:
+        values = {"chosen": chosen, "losses": {str(theta): found for theta, found in losses.items()}}
+        journal.save(_name(run, "theta"), {}, values)
+    return chosen, losses
+
+
+def fit_layers(run: Run, streams: Streams, theta: float, journal: Journal) -> tuple[FittedLayer, ...]:
+    """Fit every layer that the journal does not hold yet; the streams end behind the last one."""
+    reports = []
+    total = run.plan.mla.num_hidden_layers
+    for index in range(total):
+        layer = run.layer(index)
+        kept = run.processes.from_first(journal.load(layer_name(run, index)))
+        if kept is None:
+            mla, report = _fit(run, layer, streams, theta)
+            if run.processes.first:
+                journal.save(layer_name(run, index), packed(mla), vars(report))
+        else:
+            mla, report = unpacked(kept[0], run), FittedLayer(**kept[1])
+            add_source_attention(layer, streams)
+            add_converted_attention(mla.o_DHv, converted_heads(layer, mla, streams).out_NTF, streams)
+        add_mlp(layer, streams)
+        del layer  # before the next one is read
+        reports.append(report)
+        run.progress("convert layers", index + 1, total, _remark(report))
+    return tuple(reports)
+
+
+def _fit(run: Run, layer: SourceLayer, streams: Streams, theta: float) -> tuple[MlaWeights, FittedLayer]:
+    """One layer, and both streams past its attention."""
+    sizes, method = run.plan.mla, run.method
+    moments = observe(layer, streams, NUM_ATTENDED, two_streams=method.two_streams)
+    gqa = layer.gqa.to(dtype=torch.float64)
+    fitted = fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, method)
+    add_source_attention(layer, streams)
+    heads_NTF = converted_heads(layer, fitted.mla, streams).out_NTF
+    o_DHv = fitted.mla.o_DHv
+    if method.refit_output:
+        o_DHv = repair_output(o_DHv, heads_NTF, streams, method.output_ridge)
+    # float32, as the journal keeps it: a resumed run computes the same
+    mla = _agreed(replace(fitted.mla, o_DHv=o_DHv).to(dtype=torch.float32), run)
+    before = after = float("nan")
+    if run.refinement.layerwise is not None:
+        stage = f"refine layer {layer.index}"
+        refined = refine_layer(
+            layer,
+            mla,
+            streams,
+            run.refinement.layerwise,
+            lambda done, of, remark: run.progress(stage, done, of, remark),
+        )
+        mla, before, after = _agreed(refined.mla, run), refined.loss_before, refined.loss_after
+        heads_NTF = converted_heads(layer, mla, streams).out_NTF
+    add_converted_attention(mla.o_DHv, heads_NTF, streams)
+    loss = stream_loss(streams)
+    if run.refinement.layerwise is None:
+        before = after = loss.heldout
+    return mla, FittedLayer(layer.index, fitted.latent_loss, loss.fitted, loss.heldout, before, after)
+
+
+def layer_name(run: Run, index: int, stage: str = "fitted") -> str:
+    """Of a layer in the journal."""
+    return _name(run, f"layer-{index:05d}-{stage}")
+
+
+def packed(mla: MlaWeights) -> dict[str, Tensor]:
+    """A layer's weights as the journal keeps them."""
+    named = {field.name: getattr(mla, field.name) for field in fields(mla)}
+    return {
+        name: torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+        for name, value in named.items()
+    }
+
+
+def unpacked(tensors: dict[str, Tensor], run: Run) -> MlaWeights:
+    """The weights on the device."""
+    scaling = float(tensors["scaling"])
+    return MlaWeights(**{name: value for name, value in tensors.items() if name != "scaling"}, scaling=scaling).to(
+        device=run.device
+    )
+
+
+def _name(run: Run, step: str) -> str:
+    mla = run.plan.mla
+    return f"{mla.kv_lora_rank}-{mla.qk_rope_head_dim}-{step}"
+
+
+def _agreed(mla: MlaWeights, run: Run) -> MlaWeights:
+    """The weights of process 0: the last bits of an eigenvector may differ between machines."""
+    if run.processes.size == 1:
+        return mla
+    first: Any = run.processes.from_first(mla.to(device="cpu"))
+    return first.to(device=run.device)
+
+
+def _remark(report: FittedLayer) -> str:
+    if report.refined_before == report.refined_after:
+        return f"stream error {report.stream_loss_heldout:.2%} held out"
+    return f"stream error {report.refined_before:.2%} -> {report.refined_after:.2%} held out"

@@ -1,0 +1,130 @@
+"""Adam on converted attention weights, windows dealt to processes, the same steps whatever their number.
+
+Legend: see transmla/maths/__init__.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.maths.attention import MlaWeights
+from transmla.processes import Processes
+from transmla.refine.settings import Descent
+
+TRAINED = ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr", "o_DHv")
+# tokens that go forward and backward at once; more only costs memory on a CPU
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 8192}
+WARMUP = 0.1
+BETAS = (0.9, 0.95)
+
+
+def trainable(mla: MlaWeights, device: torch.device) -> MlaWeights:
+    """A float32 copy on the device whose weights take gradients."""
+    moved = mla.to(dtype=torch.float32, device=device)
+    leaves = {name: getattr(moved, name).detach().clone().requires_grad_() for name in TRAINED}
+    return replace(moved, **leaves)
+
+
+def detached(mla: MlaWeights) -> MlaWeights:
+    """The weights without gradients, sharing memory."""
+    return replace(mla, **{name: getattr(mla, name).detach() for name in TRAINED})
+
+
+def leaves(weights: Sequence[MlaWeights]) -> list[Tensor]:
+    return [getattr(mla, name) for mla in weights for name in TRAINED]
+
+
+class Descender:
+    """Adam with a step size relative to each matrix, warmed up and annealed; can be saved and restored."""
+
+    def __init__(self, weights: Sequence[MlaWeights], descent: Descent, num_windows: int, processes: Processes) -> None:
+        self.descent, self.processes = descent, processes
+        self.num_windows, self.batch = num_windows, min(descent.batch, num_windows)
+        self.num_steps = max(1, round(descent.passes * num_windows / self.batch))
+        self.done = 0
+        self._leaves = leaves(weights)
+        sizes = [float(leaf.detach().square().mean().sqrt()) for leaf in self._leaves]
+        groups = [{"params": [leaf], "lr": size} for leaf, size in zip(self._leaves, sizes, strict=True)]
+        self._adam = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, foreach=False, fused=_fused(self._leaves))
+        self._sizes = sizes
+
+    def steps(self, loss_of: Callable[[list[int]], Tensor], places: dict[int, int], at_once: int) -> Iterator[float]:
+        """Take the remaining steps; yields the mean loss of each.
+
+        loss_of: places of windows of this process -> sum of their losses
+        places:  place here by index of the window, for the windows that this process holds
+        """
+        for indices in _batches(self.num_windows, self.batch, self.num_steps)[self.done :]:
+            here = [places[index] for index in indices if index in places]
+            total = torch.zeros((), device=self._leaves[0].device)
+            for start in range(0, len(here), at_once):
+                with torch.enable_grad():
+                    loss = loss_of(here[start : start + at_once]) / len(indices)
+                loss.backward()
+                total += loss.detach()
+            self._step()
+            self.processes.sum_((total,))
+            yield float(total)
+
+    def _step(self) -> None:
+        for leaf in self._leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        self.processes.sum_(leaf.grad for leaf in self._leaves if leaf.grad is not None)
+        rate = self.descent.rate * _annealed(self.done, self.num_steps)
+        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
+            group["lr"] = rate * size
+        self._adam.step()
+        self._adam.zero_grad()
+        self.done += 1
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on, as tensors and plain values."""
+        tensors: dict[str, Tensor] = {}
+        for place, leaf in enumerate(self._leaves):
+            held = self._adam.state[leaf]
+            tensors |= {f"{place}.weight": leaf, f"{place}.m": held["exp_avg"], f"{place}.v": held["exp_avg_sq"]}
+        return tensors, {"done": self.done, "sizes": self._sizes}
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Continue from a `state`."""
+        self.done, self._sizes = int(values["done"]), list(values["sizes"])
+        with torch.no_grad():
+            for place, leaf in enumerate(self._leaves):
+                leaf.copy_(tensors[f"{place}.weight"])
+                self._adam.state[leaf] = {
+                    "step": torch.tensor(float(self.done)),
+                    "exp_avg": tensors[f"{place}.m"].to(leaf),
+                    "exp_avg_sq": tensors[f"{place}.v"].to(leaf),
+                }
+
+
+def _fused(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.device.type in ("cpu", "cuda") for tensor in tensors)
+
+
+def _annealed(step: int, num_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    warm = max(1, round(WARMUP * num_steps))
+    return min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+
+
+def _batches(num_windows: int, batch: int, num_steps: int) -> list[list[int]]:
+    """Indices of windows for each step.
+
+    Column c of the windows (index % batch) feeds place c of every batch, so that processes that hold every size-th
+    window have equal shares; the order within a column changes with each pass.
+    """
+    columns = [list(range(column, num_windows, batch)) for column in range(batch)]
+    generator = torch.Generator().manual_seed(0)
+    found: list[list[int]] = []
+    while len(found) < num_steps:
+        orders = [[column[k] for k in torch.randperm(len(column), generator=generator)] for column in columns]
+        found += [list(step) for step in zip(*orders, strict=False)]
+    return found[:num_steps]

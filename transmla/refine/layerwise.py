@@ -1,0 +1,67 @@
+"""One layer against the source's stream (method, section 4): it repairs what the layers before it broke.
+
+Legend: see transmla/calibrate/streams.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transmla.calibrate.layers import SourceLayer
+from transmla.calibrate.streams import Streams
+from transmla.maths.attention import MlaWeights, mla_attention
+from transmla.maths.losses import stream_error
+from transmla.refine.descent import TOKENS_PER_PASS, Descender, detached, trainable
+from transmla.refine.settings import Descent
+
+
+@dataclass(frozen=True)
+class RefinedLayer:
+    """Weights (float32) and their mean loss over the held-out windows, before and after."""
+
+    mla: MlaWeights
+    loss_before: float
+    loss_after: float
+
+
+def refine_layer(
+    layer: SourceLayer, mla: MlaWeights, streams: Streams, descent: Descent, progress: Callable[[int, int, str], None]
+) -> RefinedLayer:
+    """Fit all weights of one attention block to the source's stream behind it.
+
+    `add_source_attention` must have run, the converted stream must still be in front of the block. Weights that do not
+    lower the loss of the held-out windows are not taken.
+    """
+    trained = trainable(mla, streams.device)
+
+    def losses(places: list[int]) -> list[Tensor]:
+        target_BTD = streams.source_NTD[places].to(streams.device)
+        converted_BTD = streams.converted_NTD[places].to(streams.device)
+        with streams.computing():
+            out_BTD = mla_attention(layer.input_layernorm(converted_BTD), trained) @ trained.o_DHv.T
+        found_BTD = converted_BTD + out_BTD.float()
+        return [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
+
+    before = _heldout(losses, streams)
+    descender = Descender([trained], descent, streams.num_fitted_of_all, streams.processes)
+    places = {index: place for place, index in enumerate(streams.indices)}
+    at_once = max(1, TOKENS_PER_PASS[streams.device.type] // streams.source_NTD.shape[1])
+    for loss in descender.steps(lambda here: torch.stack(losses(here)).sum(), places, at_once):
+        progress(descender.done, descender.num_steps, f"stream error {loss:.2%}")
+    after = _heldout(losses, streams)
+    if not after < before:
+        return RefinedLayer(mla.to(dtype=torch.float32), before, before)
+    return RefinedLayer(detached(trained), before, after)
+
+
+def _heldout(losses: Callable[[list[int]], list[Tensor]], streams: Streams) -> float:
+    here = {
+        streams.indices[place]: float(losses([place])[0])
+        for place in range(streams.num_fitted, len(streams.source_NTD))
+    }
+    found = list(streams.processes.gather(here).values())
+    return sum(found) / len(found)

@@ -1,0 +1,33 @@
+"""How much refinement: the levels of `transmla convert --refine`. Measured in benchmarks/refine.md."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Descent:
+    """One run of Adam.
+
+    passes: over the fitted calibration windows;  batch: windows per step, over all processes
+    rate:   largest step, relative to each matrix's root mean square
+    """
+
+    passes: float
+    batch: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """layerwise: each layer against the source's stream, while the streams pass it; None leaves it out
+    distil:     blocks of layers against the source's predictions (a last block) or its stream (others)
+    """
+
+    layerwise: Descent | None
+    distil: Descent | None
+
+
+LEVELS: dict[str, Refinement] = {
+    "off": Refinement(None, None),
+    "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=2e-3)),
+    "full": Refinement(None, Descent(passes=4.0, batch=2, rate=2e-3)),
+}

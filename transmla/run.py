@@ -1,0 +1,125 @@
+"""One conversion at work: the plan, the machine and the processes that all steps share, and what they read.
+
+Legend: N windows of this process, T tokens, D hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from transmla.calibrate.layers import SourceLayer, build_layer, layer_tensor_names, source_config, source_frequencies
+from transmla.calibrate.streams import Streams, allocate
+from transmla.maths.closed_form import ClosedForm
+from transmla.planning import Plan
+from transmla.processes import ALONE, Processes
+from transmla.refine.distil import FrozenLayer, Head
+from transmla.refine.settings import Refinement
+
+# (stage, done, total, remark)
+Progress = Callable[[str, int, int, str], None]
+# share of the calibration windows that only measure, and how many at most
+HELDOUT_SHARE, MAX_HELDOUT = 1 / 16, 8
+
+
+@dataclass
+class Run:
+    """folder: where activations go that shall not stay in memory;  block_layers: layers distilled at once, None: all
+    that fit into memory"""
+
+    plan: Plan
+    method: ClosedForm
+    refinement: Refinement
+    device: torch.device
+    progress: Progress
+    processes: Processes = ALONE
+    folder: Path | None = None
+    block_layers: int | None = None
+    autocast: torch.dtype | None = field(init=False)
+    frequencies: tuple[Tensor, float] = field(init=False)
+    config: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        source = self.plan.source
+        self.autocast = _autocast(self.device)
+        self.config = source_config(source.config)
+        self.frequencies = source_frequencies(self.config, self.plan.gqa, source.rope_frequency_factors)
+        if not self.processes.first:
+            self.progress = lambda *_: None
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of matrix products in forward passes."""
+        return self.autocast or torch.float32
+
+    def layer(self, index: int) -> SourceLayer:
+        """Read one layer, float32 on the device."""
+        names = layer_tensor_names(self.plan.family, self.config, index)
+        read = self.plan.source.read
+        tensors = {name: read(name, dtype=torch.float32, device=self.device) for name in names}
+        return build_layer(self.plan.family, self.config, self.plan.gqa, index, tensors, *self.frequencies)
+
+    def frozen_layer(self, index: int) -> FrozenLayer:
+        """Read what is not attention of a layer."""
+        layer = self.layer(index)
+        mlp: Any = layer.mlp
+        return FrozenLayer(layer.input_layernorm, layer.post_attention_layernorm, mlp.to(self.compute))
+
+    def head(self) -> Head:
+        """Read final norm and head."""
+        source, family = self.plan.source, self.plan.family
+        eps = float(source.config["rms_norm_eps"])
+        norm_D = source.read(family.norm, dtype=torch.float32, device=self.device)
+        head_VD = source.read(self.head_name).to(self.device, self.compute)
+        return Head(lambda x_TD: torch.nn.functional.rms_norm(x_TD, norm_D.shape, norm_D, eps), head_VD)
+
+    @property
+    def head_name(self) -> str:
+        """The tensor that predicts: the embedding, if the two are tied."""
+        source, family = self.plan.source, self.plan.family
+        own = family.lm_head in source.tensors and not source.config.get("tie_word_embeddings")
+        return family.lm_head if own else family.embed_tokens
+
+    def streams(self, ids_NT: Tensor, num_heldout: int | None = None) -> Streams:
+        """Both streams of this process's windows at the input of layer 0.
+
+        ids_NT: all windows;  num_heldout: the last ones that only measure; default: a sixteenth, at most 8
+        """
+        if num_heldout is None:
+            num_heldout = min(MAX_HELDOUT, max(1, round(len(ids_NT) * HELDOUT_SHARE)))
+        mine = self.processes.mine(len(ids_NT))
+        shape = (len(mine), ids_NT.shape[1], self.plan.gqa.hidden_size)
+        source_NTD, converted_NTD = (allocate(shape, self.folder) for _ in range(2))
+        self.embed(ids_NT[mine], source_NTD)
+        for place in range(len(mine)):
+            converted_NTD[place] = source_NTD[place]
+        return Streams(
+            source_NTD, converted_NTD, num_heldout, self.device, self.autocast, self.processes, len(ids_NT), self.folder
+        )
+
+    def embed(self, ids_NT: Tensor, stream_NTD: Tensor) -> None:
+        """Fill a stream with the embeddings; only those of tokens that occur are read."""
+        ids, places_NT = ids_NT.unique(return_inverse=True)
+        rows = self.plan.source.rows(self.plan.family.embed_tokens, ids).float()
+        for place, places_T in enumerate(places_NT):
+            stream_NTD[place] = rows[places_T]
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """bfloat16 for the forward passes where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

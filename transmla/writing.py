@@ -1,0 +1,185 @@
+"""The journal's layers measured, folded and written: what the closing summary says and what the folder holds.
+
+Legend: N windows, T tokens, D hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.calibrate.layers import SourceLayer
+from transmla.calibrate.streams import Streams, add_converted_attention, add_mlp, converted_heads, next_token_losses
+from transmla.calibrate.tokens import CalibrationTokens
+from transmla.checkpoint.companions import copy_companions
+from transmla.checkpoint.journal import Journal
+from transmla.checkpoint.provenance import file_hashes, versions, write_provenance
+from transmla.checkpoint.write import CheckpointWriter
+from transmla.distilling import load_layers
+from transmla.errors import VerificationError
+from transmla.export.deepseek_v3 import MODELING_FILE
+from transmla.export.model_card import model_card
+from transmla.maths.attention import MlaWeights
+from transmla.maths.fold import INPUT_NORM_GAIN, fold_attention, latent_scale, residual_scale
+from transmla.run import Run
+from transmla.verification import Witness
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# fitted windows that are looked at for the largest latent, besides the held-out ones
+NUM_PEAK = 8
+
+
+@dataclass(frozen=True)
+class HeldoutNats:
+    """Mean next-token loss in nats over the held-out calibration windows."""
+
+    source: float
+    converted: float
+    num_windows: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """latent_peaks: largest mean square of one token's latent, by layer (see `maths.fold.latent_scale`)"""
+
+    heldout: HeldoutNats
+    latent_peaks: tuple[float, ...]
+
+
+def measure(run: Run, streams: Streams, text: CalibrationTokens, journal: Journal) -> Measured:
+    """The finished layers on the held-out windows and a few others, the same as the written model will compute.
+
+    The streams must be behind the last layer; of the source's, only its end is used.
+    """
+    part = _part(run, streams, text)
+    peaks = []
+    total = run.plan.mla.num_hidden_layers
+    for index in range(total):
+        layer = run.layer(index)
+        mla = final_layer(run, index, journal)
+        heads = converted_heads(layer, mla, part)
+        add_converted_attention(mla.o_DHv, heads.out_NTF, part)
+        add_mlp(layer, part, only="converted")
+        del layer  # before the next one is read
+        peaks.append(heads.latent_peak)
+        run.progress("measure", index + 1, total, "")
+    head = run.head()
+
+    def logits(stream_TD: Tensor) -> Tensor:
+        return head.norm(stream_TD).to(run.compute) @ head.weight_VD.T
+
+    mine_NT = text.ids_NT[part.indices]
+    source_N, converted_N = next_token_losses(part, mine_NT, logits)
+    if not torch.isfinite(source_N).all() or not torch.isfinite(converted_N).all():
+        raise VerificationError(
+            "the model returns NaN or infinity",
+            where="held-out calibration windows",
+            why=f"losses {source_N.tolist()} of the source, {converted_N.tolist()} converted",
+            remedy="check the source with `transmla eval SRC --dtype float32`",
+        )
+    nats = HeldoutNats(float(source_N.mean()), float(converted_N.mean()), len(source_N))
+    return Measured(nats, tuple(peaks))
+
+
+def _part(run: Run, streams: Streams, text: CalibrationTokens) -> Streams:
+    """Held-out windows and a few fitted ones: the source's stream behind the last layer, the converted one anew."""
+    first = max(0, streams.num_fitted - max(1, NUM_PEAK // run.processes.size))
+    indices = streams.indices[first:]
+    part = replace(
+        streams,
+        source_NTD=streams.source_NTD[first:].clone(),
+        converted_NTD=torch.empty_like(streams.converted_NTD[first:]),
+        folder=None,
+        indices=indices,
+    )
+    run.embed(text.ids_NT[indices], part.converted_NTD)
+    return part
+
+
+def final_layer(run: Run, index: int, journal: Journal) -> MlaWeights:
+    """A layer's weights after all steps, on the device."""
+    stage = "fitted" if run.refinement.distil is None else "distilled"
+    return load_layers(run, range(index, index + 1), journal, stage)[0]
+
+
+def write_weights(
+    run: Run, witness: Witness, measured: Measured, journal: Journal, writer: CheckpointWriter
+) -> tuple[float, ...]:
+    """Fold and write every tensor; the witness passes all of them. Returns the latent scales."""
+    source, family, dtype = run.plan.source, run.plan.family, DTYPES[run.plan.dtype]
+    eps = float(source.config["rms_norm_eps"])
+    residual = residual_scale(eps)
+    scales = tuple(latent_scale(peak) for peak in measured.latent_peaks)
+    for index, scale in enumerate(scales):
+        layer = run.layer(index)
+        mla = final_layer(run, index, journal)
+        witness.advance(layer, mla)
+        _write_layer(layer, fold_attention(mla, scale, residual), residual, dtype, writer)
+        del layer  # before the next one is read
+        run.progress("write", index + 1, len(scales), "")
+    embed_VD = source.read(family.embed_tokens)
+    _add(writer, "model.embed_tokens.weight", embed_VD.float() * residual, dtype)
+    if run.head_name != family.embed_tokens:
+        del embed_VD  # before the next one is read
+        embed_VD = source.read(run.head_name)
+    head_VD = embed_VD
+    _add(writer, "lm_head.weight", head_VD, dtype)
+    norm_D = source.read(family.norm, dtype=torch.float32, device=run.device)
+    _add(writer, "model.norm.weight", norm_D, dtype)
+    writer.close_shards()
+    witness.finish(norm_D, eps, head_VD[witness.vocabulary_K])
+    return scales
+
+
+def _write_layer(
+    layer: SourceLayer, attention: dict[str, Tensor], residual: float, dtype: torch.dtype, writer: CheckpointWriter
+) -> None:
+    tensors = {f"self_attn.{name}": tensor for name, tensor in attention.items()}
+    for name, tensor in layer.other_tensors.items():
+        factor = {"input_layernorm.weight": INPUT_NORM_GAIN, "mlp.down_proj.weight": residual}.get(name, 1.0)
+        tensors[name] = tensor * factor
+    for name, tensor in tensors.items():
+        _add(writer, f"model.layers.{layer.index}.{name}", tensor, dtype)
+
+
+def _add(writer: CheckpointWriter, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write a tensor in its final dtype, unless that cannot hold it."""
+    stored = tensor.to(dtype)
+    if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
+        raise VerificationError(
+            "a weight does not fit into the wanted dtype",
+            where=name,
+            why=f"its largest value is {float(tensor.abs().max()):.3g}, {dtype} ends at {torch.finfo(dtype).max:.3g}",
+            remedy="use --dtype bfloat16 or float32",
+        )
+    writer.add(name, stored)
+
+
+def write_companions(run: Run, config: dict[str, Any], sections: dict[str, Any], writer: CheckpointWriter) -> None:
+    """Everything beside the weights: config, modeling file, tokenizer, provenance, model card."""
+    planned = run.plan
+    writer.write_json("config.json", config)
+    modeling = resources.files("transmla.modeling") / MODELING_FILE
+    writer.write_text(MODELING_FILE, modeling.read_text("utf-8"))
+    copied = copy_companions(planned.source, writer.partial)
+    run.progress("hash source", 0, 1, "")
+    provenance = {
+        "source": {
+            "name": planned.resolved.name,
+            "revision": planned.resolved.revision,
+            "files": file_hashes(planned.source.files()),
+        },
+        "recipe": planned.recipe.resolved | {"source": planned.resolved.name, "dtype": planned.dtype},
+        "geometry": {"gqa": asdict(planned.gqa), "mla": asdict(planned.mla)},
+        "method": asdict(run.method),
+        "refinement": asdict(run.refinement),
+        "companions": copied,
+        "versions": versions(),
+        **sections,
+    }
+    write_provenance(writer, **provenance)
+    writer.write_text("README.md", model_card(planned, sections))
