@@ -17,6 +17,7 @@ EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 6 impossible geometry, "
     "7 text missing or too short, 8 destination, 9 verification failed, 10 recipe, 130 interrupted, 1 anything else."
 )
+REFINE_LEVELS = ("off", "fast", "full")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -57,7 +58,7 @@ def _errors() -> Iterator[None]:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        click.echo("interrupted; nothing was left behind", err=True)
+        click.echo("interrupted; no destination was left half-written", err=True)
         sys.exit(130)
 
 
@@ -112,7 +113,14 @@ def plan_command(source: str, latent: int | None, rope: int | None, recipe: str 
     "--calibration",
     metavar="TEXT",
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
-    "wikitext (an excerpt that ships with the program) or self (sampled from SRC). [default: wikitext]",
+    "wikitext (an excerpt that ships with the program) or self (sampled from SRC); A+B: shares of both. "
+    "[default: wikitext]",
+)
+@_option(
+    "--refine",
+    type=click.Choice(REFINE_LEVELS),
+    help="Gradient refinement on the calibration tokens after the closed form: off, fast or full (several passes). "
+    "[default: fast]",
 )
 @_option("--tokens", type=click.IntRange(min=1), metavar="N", help="Calibration tokens in all. [default: 131072]")
 @_option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
@@ -124,15 +132,37 @@ def plan_command(source: str, latent: int | None, rope: int | None, recipe: str 
 @_option("--dtype", type=click.Choice(DTYPES), help="Of the written weights; auto: as in SRC. [default: auto]")
 @_device
 @_option("--seed", type=int, help="Of sampled calibration text. [default: 0]")
+@_option(
+    "--offload",
+    type=click.FloatRange(min=0),
+    metavar="GIB",
+    help="Calibration activations beyond GIB go into a file beside DST. [default: half of the free memory]",
+)
+@_option(
+    "--block-layers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Layers that are refined together at the end. [default: all that fit into half of the free memory]",
+)
+@_option("--restart", is_flag=True, help="Delete an unfinished conversion to DST instead of going on with it.")
 @_option("--dry-run", is_flag=True, help="Only show the plan, with the checks of DST.")
 @_option("-q", "--quiet", is_flag=True, help="No progress bars.")
 def convert_command(
-    source: str, destination: str | None, dry_run: bool, quiet: bool, device: str, **given: Any
+    source: str,
+    destination: str | None,
+    dry_run: bool,
+    quiet: bool,
+    device: str,
+    offload: float | None,
+    block_layers: int | None,
+    restart: bool,
+    **given: Any,
 ) -> None:
     """Convert SRC and write DST: one folder for transformers, with or without remote code, and other engines.
 
     DST defaults to NAME-mla-LATENT-ROPE in the working directory and is never overwritten. It appears only when all
-    of it is written and the stock deepseek_v3 class computes from it what was converted.
+    of it is written and the stock deepseek_v3 class computes from it what was converted. A conversion that was
+    interrupted or killed keeps its finished layers in DST.partial; the same command goes on from there.
     """
     with _errors():
         import transmla
@@ -152,9 +182,19 @@ def convert_command(
             show_plan(transmla.plan(source, target, **given), console)
             console.print(f"would write {target}", highlight=False)
             return
-        with progress(quiet) as update:
-            report = transmla.convert(source, destination, device=device, progress=update, **given)
-        show_conversion(report, _peak_memory(), console)
+        with progress(quiet or not _first_process()) as update:
+            report = transmla.convert(
+                source,
+                destination,
+                device=device,
+                progress=update,
+                offload=offload,
+                block_layers=block_layers,
+                restart=restart,
+                **given,
+            )
+        if _first_process():
+            show_conversion(report, _peak_memory(), console)
 
 
 @main.command("eval", epilog=EPILOG)
@@ -220,6 +260,12 @@ def _theta(text: str | None) -> float | str | None:
         return float(text)
     except ValueError:
         raise click.BadParameter(f"{text!r} is neither a number nor auto", param_hint="--theta") from None
+
+
+def _first_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _peak_memory() -> int:

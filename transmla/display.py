@@ -82,16 +82,22 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
     )
     console.print(table)
     last = report.layers[-1]
+    refined = {
+        f"refined, layers {block.first_layer}-{block.last_layer}": f"{block.loss_before:.4f} -> {block.loss_after:.4f} "
+        f"{'nats of KL' if block is report.blocks[-1] else 'of the stream'}, held out, {block.steps} steps"
+        for block in report.blocks
+    }
     facts = {
         "rope_theta": f"{report.theta:g}" + (" (chosen by measured error)" if report.theta_losses else ""),
-        "residual stream error": f"{last.stream_loss_fitted:.2%} fitted, {last.stream_loss_heldout:.2%} held out",
+        "stream error, fitted": f"{last.stream_loss_fitted:.2%} fitted, {last.stream_loss_heldout:.2%} held out",
+        **refined,
         "verified": f"stock deepseek_v3 class, relative error {report.verification.relative_error:.1e}",
         "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.calibration}",
         "time, peak memory": f"{report.seconds:.0f} s, {size(peak_memory)}",
         "written": f"{report.destination}  ({size(report.written_bytes)}, {report.plan.dtype})",
     }
     for name, value in facts.items():
-        console.print(f"{name:<22} {value}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<24} {value}", highlight=False, soft_wrap=True)
 
 
 def show_evaluation(report: EvaluationReport, console: Console) -> None:

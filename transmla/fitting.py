@@ -125,13 +125,12 @@ def _fit(run: Run, layer: SourceLayer, streams: Streams, theta: float) -> tuple[
     mla = _agreed(replace(fitted.mla, o_DHv=o_DHv).to(dtype=torch.float32), run)
     before = after = float("nan")
     if run.refinement.layerwise is not None:
-        stage = f"refine layer {layer.index}"
         refined = refine_layer(
             layer,
             mla,
             streams,
             run.refinement.layerwise,
-            lambda done, of, remark: run.progress(stage, done, of, remark),
+            lambda done, of, remark: run.progress("refine layer", done, of, f"layer {layer.index}: {remark}"),
         )
         mla, before, after = _agreed(refined.mla, run), refined.loss_before, refined.loss_after
         heads_NTF = converted_heads(layer, mla, streams).out_NTF
