@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.calibrate.tokens import CalibrationTokens, calibration_tokens, sample_from
+from transmla.calibrate.tokens import CalibrationTokens, calibration_tokens, sample_from, shuffled
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.destination import partial_of
 from transmla.checkpoint.journal import Journal
@@ -185,7 +185,8 @@ def _tokens(run: Run) -> CalibrationTokens:
         return sample_from(model, num_windows, length, seed=recipe.seed).cpu()
 
     if run.processes.first:
-        found = calibration_tokens(recipe.calibration, tokenizer(source), recipe.tokens, window, sampler=sampler)
+        made = calibration_tokens(recipe.calibration, tokenizer(source), recipe.tokens, window, sampler=sampler)
+        found = shuffled(made, recipe.seed)
     text: CalibrationTokens = run.processes.from_first(found)
     run.progress("tokens", 1, 1, f"{text.ids_NT.numel():,} tokens")
     return text

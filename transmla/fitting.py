@@ -89,38 +89,54 @@ def choose_theta(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[f
 
 
 def fit_layers(run: Run, streams: Streams, theta: float, journal: Journal) -> tuple[FittedLayer, ...]:
-    """Fit every layer that the journal does not hold yet; the streams end behind the last one."""
+    """Fit every layer that the journal does not hold yet; the source's stream ends behind the last one.
+
+    Where distillation follows, the closed form is content with some of the windows; the others only pass the source.
+    """
     reports = []
     total = run.plan.mla.num_hidden_layers
+    closed = streams.last(_num_closed(run, streams))
     for index in range(total):
         layer = run.layer(index)
         kept = run.processes.from_first(journal.load(layer_name(run, index)))
         if kept is None:
-            mla, report = _fit(run, layer, streams, theta)
+            mla, report = _fit(run, layer, streams, closed, theta)
             if run.processes.first:
                 journal.save(layer_name(run, index), packed(mla), vars(report))
         else:
             mla, report = unpacked(kept[0], run), FittedLayer(**kept[1])
             add_source_attention(layer, streams)
-            add_converted_attention(mla.o_DHv, converted_heads(layer, mla, streams).out_NTF, streams)
-        add_mlp(layer, streams)
+            add_converted_attention(mla.o_DHv, converted_heads(layer, mla, closed).out_NTF, closed)
+        add_mlp(layer, streams, only="source")
+        add_mlp(layer, closed, only="converted")
         del layer  # before the next one is read
         reports.append(report)
         run.progress("convert layers", index + 1, total, _remark(report))
     return tuple(reports)
 
 
-def _fit(run: Run, layer: SourceLayer, streams: Streams, theta: float) -> tuple[MlaWeights, FittedLayer]:
-    """One layer, and both streams past its attention."""
+def _num_closed(run: Run, streams: Streams) -> int:
+    """Windows of all processes that the closed form sees, held-out ones included."""
+    tokens = run.refinement.closed_form_tokens
+    if tokens is None or run.refinement.distil is None:
+        return streams.num_windows
+    wanted = max(1, tokens // streams.source_NTD.shape[1]) + streams.num_heldout
+    return min(streams.num_windows, wanted)
+
+
+def _fit(
+    run: Run, layer: SourceLayer, streams: Streams, closed: Streams, theta: float
+) -> tuple[MlaWeights, FittedLayer]:
+    """One layer, the source's stream past its attention, and the converted one of the windows that are fitted to."""
     sizes, method = run.plan.mla, run.method
-    moments = observe(layer, streams, NUM_ATTENDED, two_streams=method.two_streams)
+    moments = observe(layer, closed, NUM_ATTENDED, two_streams=method.two_streams)
     gqa = layer.gqa.to(dtype=torch.float64)
     fitted = fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, method)
     add_source_attention(layer, streams)
-    heads_NTF = converted_heads(layer, fitted.mla, streams).out_NTF
+    heads_NTF = converted_heads(layer, fitted.mla, closed).out_NTF
     o_DHv = fitted.mla.o_DHv
     if method.refit_output:
-        o_DHv = repair_output(o_DHv, heads_NTF, streams, method.output_ridge)
+        o_DHv = repair_output(o_DHv, heads_NTF, closed, method.output_ridge)
     # float32, as the journal keeps it: a resumed run computes the same
     mla = _agreed(replace(fitted.mla, o_DHv=o_DHv).to(dtype=torch.float32), run)
     before = after = float("nan")
@@ -128,14 +144,14 @@ def _fit(run: Run, layer: SourceLayer, streams: Streams, theta: float) -> tuple[
         refined = refine_layer(
             layer,
             mla,
-            streams,
+            closed,
             run.refinement.layerwise,
             lambda done, of, remark: run.progress("refine layer", done, of, f"layer {layer.index}: {remark}"),
         )
         mla, before, after = _agreed(refined.mla, run), refined.loss_before, refined.loss_after
-        heads_NTF = converted_heads(layer, mla, streams).out_NTF
-    add_converted_attention(mla.o_DHv, heads_NTF, streams)
-    loss = stream_loss(streams)
+        heads_NTF = converted_heads(layer, mla, closed).out_NTF
+    add_converted_attention(mla.o_DHv, heads_NTF, closed)
+    loss = stream_loss(closed)
     if run.refinement.layerwise is None:
         before = after = loss.heldout
     return mla, FittedLayer(layer.index, fitted.latent_loss, loss.fitted, loss.heldout, before, after)

@@ -72,8 +72,7 @@ def measure(run: Run, streams: Streams, text: CalibrationTokens, journal: Journa
     def logits(stream_TD: Tensor) -> Tensor:
         return head.norm(stream_TD).to(run.compute) @ head.weight_VD.T
 
-    mine_NT = text.ids_NT[part.indices]
-    source_N, converted_N = next_token_losses(part, mine_NT, logits)
+    source_N, converted_N = next_token_losses(part, _ids(text, part), logits)
     if not torch.isfinite(source_N).all() or not torch.isfinite(converted_N).all():
         raise VerificationError(
             "the model returns NaN or infinity",
@@ -87,17 +86,15 @@ def measure(run: Run, streams: Streams, text: CalibrationTokens, journal: Journa
 
 def _part(run: Run, streams: Streams, text: CalibrationTokens) -> Streams:
     """Held-out windows and a few fitted ones: the source's stream behind the last layer, the converted one anew."""
-    first = max(0, streams.num_fitted - max(1, NUM_PEAK // run.processes.size))
-    indices = streams.indices[first:]
-    part = replace(
-        streams,
-        source_NTD=streams.source_NTD[first:].clone(),
-        converted_NTD=torch.empty_like(streams.converted_NTD[first:]),
-        folder=None,
-        indices=indices,
-    )
-    run.embed(text.ids_NT[indices], part.converted_NTD)
+    last = streams.last(min(streams.num_windows, streams.num_heldout + NUM_PEAK))
+    part = replace(last, converted_NTD=torch.empty_like(last.converted_NTD), folder=None)
+    run.embed(_ids(text, part), part.converted_NTD)
     return part
+
+
+def _ids(text: CalibrationTokens, part: Streams) -> Tensor:
+    """Tokens of the windows of `part`, which are the last ones."""
+    return text.ids_NT[len(text.ids_NT) - part.num_windows :][part.indices]
 
 
 def final_layer(run: Run, index: int, journal: Journal) -> MlaWeights:

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,18 @@ class Streams:
     def num_fitted(self) -> int:
         """Of them, how many are here: the first ones."""
         return sum(index < self.num_fitted_of_all for index in self.indices)
+
+    def last(self, count: int) -> Streams:
+        """The last `count` windows of all processes, sharing memory with these; held-out ones are the last of them."""
+        start = self.num_windows - count
+        place = sum(index < start for index in self.indices)
+        return replace(
+            self,
+            source_NTD=self.source_NTD[place:],
+            converted_NTD=self.converted_NTD[place:],
+            num_windows=count,
+            indices=[index - start for index in self.indices[place:]],
+        )
 
     def windows(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(place here, source [T, D], converted [T, D]) on the device, float32."""

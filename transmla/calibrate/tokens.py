@@ -129,6 +129,12 @@ def _named(ids_NT: Tensor, name: str) -> CalibrationTokens:
     return CalibrationTokens(ids_NT, name, hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest())
 
 
+def shuffled(text: CalibrationTokens, seed: int) -> CalibrationTokens:
+    """The windows in random order, so that the first and the last of them are samples of the whole."""
+    order = torch.randperm(len(text.ids_NT), generator=torch.Generator().manual_seed(seed))
+    return _named(text.ids_NT[order], text.name)
+
+
 def sample_from(model: Any, num_windows: int, window: int, *, seed: int, batch: int = 32) -> Tensor:
     """Text sampled from a model at temperature 1, starting from its begin token: int64 [N, T].
 

@@ -20,14 +20,17 @@ class Descent:
 class Refinement:
     """layerwise: each layer against the source's stream, while the streams pass it; None leaves it out
     distil:     blocks of layers against the source's predictions (a last block) or its stream (others)
+    closed_form_tokens: calibration tokens that the closed form sees if distillation follows, which mends what more of
+                them would have brought; None: all
     """
 
     layerwise: Descent | None
     distil: Descent | None
+    closed_form_tokens: int | None = 65536
 
 
 LEVELS: dict[str, Refinement] = {
     "off": Refinement(None, None),
-    "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=2e-3)),
-    "full": Refinement(None, Descent(passes=4.0, batch=2, rate=2e-3)),
+    "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=1e-3), closed_form_tokens=49152),
+    "full": Refinement(None, Descent(passes=4.0, batch=2, rate=1e-3), closed_form_tokens=65536),
 }

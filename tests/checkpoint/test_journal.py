@@ -1,0 +1,73 @@
+"""The journal: whole steps or none, refused when it belongs to other settings."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from transmla.checkpoint.journal import Journal
+from transmla.errors import DestinationError
+
+SETTINGS = {"theta": "auto", "files": {"a": [1, 2]}, "ratio": 0.1}
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    (tmp_path / "out.partial").mkdir()
+    return tmp_path / "out"
+
+
+def test_what_was_saved_is_loaded(destination: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.tensor(0.1, dtype=torch.float64), "c": torch.randn(4, 3).T}
+    Journal(destination, SETTINGS).save("step", tensors, {"loss": 0.5, "list": [1, 2]})
+    loaded = Journal(destination, SETTINGS).load("step")
+    assert loaded is not None
+    assert loaded[1] == {"loss": 0.5, "list": [1, 2]} and loaded[0].keys() == tensors.keys()
+    assert all(torch.equal(loaded[0][name], tensors[name]) for name in tensors)
+    assert loaded[0]["b"].dtype == torch.float64
+
+
+def test_missing_replaced_and_dropped(destination: Path) -> None:
+    journal = Journal(destination, SETTINGS)
+    assert journal.load("step") is None and "step" not in journal
+    journal.save("step", {"a": torch.zeros(1)})
+    journal.save("step", {"a": torch.ones(1)})
+    loaded = journal.load("step")
+    assert loaded is not None and float(loaded[0]["a"]) == 1
+    journal.drop("step")
+    journal.drop("step")
+    assert journal.load("step") is None
+
+
+def test_other_settings_are_refused_by_name(destination: Path) -> None:
+    Journal(destination, SETTINGS).save("step", {"a": torch.zeros(1)})
+    with pytest.raises(DestinationError, match="differs in files, more") as caught:
+        Journal(destination, SETTINGS | {"files": {"a": [1, 3]}, "more": 1})
+    assert caught.value.exit_code == 8 and "--restart" in caught.value.remedy
+    assert "step" not in Journal(destination, SETTINGS | {"more": 1}, restart=True)
+
+
+def test_nothing_is_written_before_the_first_step(destination: Path) -> None:
+    Journal(destination, SETTINGS)
+    assert list(destination.with_name("out.partial").iterdir()) == []
+
+
+KILLED = """
+import json, os, sys, torch
+from pathlib import Path
+from transmla.checkpoint import journal
+made = journal.Journal(Path(sys.argv[1]), json.loads(sys.argv[2]))
+made.save("first", {"a": torch.ones(2)})
+journal.os.replace = lambda *_: os.kill(os.getpid(), 9)
+made.save("second", {"a": torch.ones(2)})
+"""
+
+
+def test_a_step_that_was_being_written_when_killed_is_not_there(destination: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(destination), json.dumps(SETTINGS)]
+    assert subprocess.run(command, check=False).returncode == -9
+    journal = Journal(destination, SETTINGS)
+    assert "first" in journal and "second" not in journal
