@@ -1,5 +1,6 @@
 """Lively models, built once per test session: tests that change a folder copy it first."""
 
+import socket
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     excerpt = resources.files("transmla.data") / "wikitext2-train-excerpt.txt"
     path.write_text(excerpt.read_text("utf-8")[:6000], encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

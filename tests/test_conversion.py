@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transmla import conversion
 from transmla import run as run_module
+from transmla.calibrate.tokens import calibration_tokens, shuffled
 from transmla.checkpoint.read import Source
 from transmla.conversion import ConversionReport, convert, default_destination
 from transmla.errors import DestinationError, VerificationError
@@ -387,3 +388,69 @@ def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run:
         run(lively(), theta=500.0)
     assert "--restart" in str(caught.value) and (tmp_path / "out.partial" / "journal" / "settings.json").is_file()
     assert run(lively(), theta=500.0, restart=True).theta == 500.0
+
+
+def test_activations_in_a_file_or_in_memory_give_the_same_bytes(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"refine": "fast", "refinement": QUICK, "theta": THETA}
+    inside = run(lively(), "inside", **settings).destination
+    folders, allocate = [], run_module.allocate
+
+    def seen(shape: tuple[int, ...], folder: Path | None) -> torch.Tensor:
+        folders.append(folder)
+        return allocate(shape, folder)
+
+    monkeypatch.setattr(run_module, "allocate", seen)
+    outside = run(lively(), "outside", offload=0, **settings).destination
+    assert digest(inside) == digest(outside)
+    assert folders and all(folder is not None and folder.name == "outside.partial" for folder in folders)
+
+
+@pytest.mark.parametrize("block_layers", [None, 2])
+def test_the_distilled_loss_is_that_of_the_written_model(
+    lively: MakeSource, run: Convert, text_file: Path, block_layers: int | None
+) -> None:
+    """KL to the source's predictions on the held-out windows, computed from two loaded models."""
+    source = lively()
+    report = run(source, refine="fast", refinement=QUICK, latent=12, rope=8, block_layers=block_layers)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    made = shuffled(calibration_tokens(str(text_file), tokenizer, 512, 64), 0)
+    ids = made.ids_NT[-report.heldout.num_windows :]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (source, report.destination)
+    ]
+    with torch.no_grad():
+        target, found = (model(ids).logits.double().log_softmax(-1) for model in models)
+    divergence = float((target.exp() * (target - found)).sum(-1).mean())
+    assert report.blocks[-1].loss_after == pytest.approx(divergence, rel=0.05)  # the streams may run in bfloat16
+    assert report.blocks[-1].loss_after < report.blocks[-1].loss_before
+    assert [(block.first_layer, block.last_layer) for block in report.blocks] == (
+        [(0, 2)] if block_layers is None else [(0, 1), (2, 2)]
+    )
+
+
+def test_refinement_is_worth_it(lively: MakeSource, run: Convert) -> None:
+    nats = {}
+    for name, refinement in (("off", Refinement(None, None)), ("on", QUICK)):
+        heldout = run(lively(), name, tokens=2048, latent=12, rope=8, refinement=refinement).heldout
+        nats[name] = heldout.converted - heldout.source
+    assert nats["on"] < 0.8 * nats["off"]
+
+
+def test_blocks_bound_the_memory(lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight layers never more than a block of two."""
+    alive, peaks, read = [0], [0], run_module.Run.frozen_layer
+
+    def counted(run: Any, index: int) -> Any:
+        layer = read(run, index)
+        alive[0] += 1
+        peaks[-1] = max(peaks[-1], alive[0])
+        weakref.finalize(layer, lambda: alive.__setitem__(0, alive[0] - 1))
+        return layer
+
+    monkeypatch.setattr(run_module.Run, "frozen_layer", counted)
+    run(lively(layers=8), refine="fast", refinement=QUICK, block_layers=2)
+    peaks.append(0)
+    run(lively(layers=8), "whole", refine="fast", refinement=QUICK)
+    assert peaks == [2, 8] and alive == [0]

@@ -13,7 +13,9 @@ FULL = """
 source = "owner/name"
 revision = "main"
 latent = 448
+budget = 0.02
 rope = 64
+refine = "full"
 theta = 1e5
 calibration = "wikitext"
 evaluation = "tinystories-valid"
@@ -37,8 +39,9 @@ def toml(tmp_path):
 def test_every_key(toml):
     loaded = load_recipe(toml(FULL))
     assert loaded == Recipe(
-        "owner/name", "main", 448, 64, 1e5, "wikitext", "tinystories-valid", 2048, 512, "bfloat16", 0
-    )
+        source="owner/name", revision="main", latent=448, budget=0.02, rope=64, refine="full", theta=1e5,
+        calibration="wikitext", evaluation="tinystories-valid", tokens=2048, window=512, dtype="bfloat16", seed=0,
+    )  # fmt: skip
     assert loaded.resolved == {field.name: getattr(loaded, field.name) for field in dataclasses.fields(Recipe)}
 
 
@@ -55,9 +58,9 @@ def test_an_integer_is_a_number(toml):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ('latent = "448"', "latent is an integer, not a string"),
-        ("latent = true", "latent is an integer, not a boolean"),
-        ("latent = 1.5", "latent is an integer, not a number"),
+        ('latent = "448"', "latent is an integer or .auto."),
+        ("latent = true", "latent is an integer or a string, not a boolean"),
+        ("latent = 1.5", "latent is an integer or a string, not a number"),
         ("theta = true", "theta is a number or a string, not a boolean"),
         ('theta = "high"', 'theta is a number or "auto"'),
         ("theta = nan", "theta must be positive"),
@@ -65,6 +68,8 @@ def test_an_integer_is_a_number(toml):
         ("source = 1", "source is a string, not an integer"),
         ("source = []", "source is a string, not a list"),
         ("[source]", "source is a string, not a dict"),
+        ('refine = "some"', "refine is one of off, fast, full"),
+        ("budget = -0.1", "budget must be positive"),
         ('dtype = "int8"', "dtype is one of auto, float32, bfloat16, float16"),
     ],
 )

@@ -14,7 +14,7 @@ import click
 from transmla.errors import TransmlaError
 
 EPILOG = (
-    "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 6 impossible geometry, "
+    "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 5 over budget, 6 impossible geometry, "
     "7 text missing or too short, 8 destination, 9 verification failed, 10 recipe, 130 interrupted, 1 anything else."
 )
 REFINE_LEVELS = ("off", "fast", "full")
@@ -35,10 +35,14 @@ def _geometry_options(command: Any) -> Any:
             help="qk_rope_head_dim: cached rotary values per token and layer, even. [default: by model, see `plan`]",
         ),
         _option(
+            "--budget",
+            metavar="X%",
+            help="With --latent auto: perplexity on held-out calibration text that the conversion may cost.",
+        ),
+        _option(
             "--latent",
-            type=int,
             metavar="RANK",
-            help="kv_lora_rank: cached latent values per token and layer. "
+            help="kv_lora_rank: cached latent values per token and layer; auto: the smallest within --budget. "
             "[default: the largest engine-friendly size that saves at least half of the cache]",
         ),
     ):
@@ -88,13 +92,13 @@ def main() -> None:
 @click.argument("source", metavar="SRC")
 @_geometry_options
 @_option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def plan_command(source: str, latent: int | None, rope: int | None, recipe: str | None, as_json: bool) -> None:
+def plan_command(source: str, as_json: bool, **given: Any) -> None:
     """Say what `convert` would do, from file headers alone: geometry, cache, memory, disk, engines."""
     with _errors():
         import transmla
 
         _quiet_libraries()
-        found = transmla.plan(source, latent=latent, rope=rope, recipe=recipe)
+        found = transmla.plan(source, **_sizes(given))
         if as_json:
             click.echo(json.dumps(found.summary(), indent=2))
             return
@@ -172,7 +176,8 @@ def convert_command(
 
         from transmla.display import progress, show_conversion, show_plan
 
-        given["theta"] = _theta(given["theta"])
+        given["theta"] = _number(given["theta"], "--theta")
+        _sizes(given)
         console = Console()
         if dry_run:
             from transmla.conversion import default_destination
@@ -253,13 +258,25 @@ def generate_command(model: str, prompt: str, chat: bool, **given: Any) -> None:
         click.echo()
 
 
-def _theta(text: str | None) -> float | str | None:
-    if text is None or text == "auto":
+def _sizes(given: dict[str, Any]) -> dict[str, Any]:
+    """--latent and --budget from words to numbers, in place."""
+    latent = _number(given["latent"], "--latent")
+    given["latent"] = int(latent) if isinstance(latent, float) else latent
+    budget = given["budget"]
+    if budget is not None:
+        percent = _number(budget.removesuffix("%"), "--budget", auto=False)
+        given["budget"] = float(percent) / (100 if budget.endswith("%") else 1) if percent is not None else None
+    return given
+
+
+def _number(text: str | None, option: str, auto: bool = True) -> float | str | None:
+    if text is None or (auto and text == "auto"):
         return text
     try:
         return float(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is neither a number nor auto", param_hint="--theta") from None
+        wanted = "neither a number nor auto" if auto else "not a number"
+        raise click.BadParameter(f"{text!r} is {wanted}", param_hint=option) from None
 
 
 def _first_process() -> bool:

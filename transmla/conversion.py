@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,19 @@ from transmla.export.deepseek_v3 import deepseek_v3_config
 from transmla.fitting import FittedLayer, choose_theta, fit_layers
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan, plan
-from transmla.processes import Processes
+from transmla.processes import ALONE, Processes
 from transmla.refine.settings import LEVELS, Refinement
 from transmla.run import Progress, Run, free_bytes
+from transmla.searching import Trial, find_latent
 from transmla.verification import Verification, Witness, verify
-from transmla.writing import HeldoutNats, measure, write_companions, write_weights
+from transmla.writing import HeldoutNats, Measured, measure, write_companions, write_weights
 
 
 @dataclass(frozen=True)
 class ConversionReport:
     """The closing summary. Perplexities are those of the held-out calibration windows, not of a benchmark.
 
-    latent_scales: s of maths/fold.py, by layer
+    latent_scales: s of maths/fold.py, by layer;  tried: sizes that `latent="auto"` looked at
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class ConversionReport:
     blocks: tuple[BlockReport, ...]
     latent_scales: tuple[float, ...]
     heldout: HeldoutNats
+    tried: tuple[Trial, ...]
     num_calibration_tokens: int
     verification: Verification
     seconds: float
@@ -58,7 +60,8 @@ def convert(
     source: str,
     destination: str | Path | None = None,
     *,
-    latent: int | None = None,
+    latent: int | str | None = None,
+    budget: float | None = None,
     rope: int | None = None,
     refine: str | None = None,
     calibration: str | None = None,
@@ -82,6 +85,8 @@ def convert(
     source:      Hugging Face folder, .gguf file, hub id, recipe name, or "stories260k" (ships with the package)
     destination: new folder; default NAME-mla-LATENT-ROPE in the working directory. Nothing is overwritten
     latent:      kv_lora_rank, cached values per token and layer;  rope: qk_rope_head_dim, cached beside them
+    budget:      with latent="auto": the smallest latent is taken whose perplexity on the held-out calibration windows
+                 is at most 1 + budget times the source's
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
     calibration: text file, table with a `text` column, dataset id, "wikitext" (ships with the package) or "self";
                  several, separated by "+", share the tokens
@@ -101,12 +106,12 @@ def convert(
     """
     started = time.monotonic()
     settings: dict[str, Any] = {
-        "latent": latent, "rope": rope, "refine": refine, "calibration": calibration, "tokens": tokens,
-        "window": window, "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
+        "latent": latent, "budget": budget, "rope": rope, "refine": refine, "calibration": calibration,
+        "tokens": tokens, "window": window, "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
     }  # fmt: skip
     planned = plan(source, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)
-    processes = Processes.current()
+    processes = Processes.current(device)
     where = processes.device(device)
     # all that can be refused has been refused before gigabytes are downloaded
     planned = plan(source, target, download=True, **settings)
@@ -117,46 +122,86 @@ def convert(
         text = _tokens(run)
         journal = Journal(target, _fingerprint(run, text), restart=restart and processes.first)
         processes.wait()
+        run.check_outer_weights()
         run.folder = _offload_folder(run, text, target, offload)
-        chosen, theta_losses = choose_theta(run, text, journal)
-        streams = run.streams(text.ids_NT)
-        witness = Witness(text.ids_NT[-1], _embedded(run, text.ids_NT[-1:])[0])
-        layers = fit_layers(run, streams, chosen, journal)
-        blocks = distil_layers(run, streams, text, journal)
-        measured = measure(run, streams, text, journal)
-        del streams
-        if writer is not None:
-            scales = write_weights(run, witness, measured, journal, writer)
-            config = deepseek_v3_config(
-                planned.source.config, planned.mla, chosen, planned.max_position_embeddings, planned.dtype
-            )
-            sections = {
-                "rope_theta": {"chosen": chosen, "losses": {f"{key:g}": found for key, found in theta_losses.items()}},
-                "calibration": {"text": text.name, "tokens": text.ids_NT.numel(), "sha256": text.digest},
-                "computed": {
-                    "device": where.type, "forward_dtype": str(run.compute), "processes": processes.size,
-                },
-                "heldout": asdict(measured.heldout),
-                "layers": [
-                    vars(layer) | {"latent_scale": scale} for layer, scale in zip(layers, scales, strict=True)
-                ],
-                "distilled_blocks": [vars(block) for block in blocks],
-            }  # fmt: skip
-            write_companions(run, config, sections, writer)
-            verified = verify(writer.partial, witness, where, run.progress)
-            writer.commit()
-        scales, verified = processes.from_first((scales, verified) if processes.first else None)
+        tried: tuple[Trial, ...] = ()
+        if planned.recipe.latent == "auto":
+            run, tried = find_latent(run, lambda candidate: _fit(candidate, text, journal).measured.heldout)
+        fitted = _fit(run, text, journal)
+        scales, verified = processes.from_first(
+            _write(replace(run, processes=ALONE), fitted, tried, text, journal, writer, processes.size)
+            if writer is not None
+            else None
+        )
     written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return ConversionReport(
-        planned, target, chosen, theta_losses, layers, blocks, scales, measured.heldout, text.ids_NT.numel(), verified,
-        time.monotonic() - started, written,
+        run.plan, target, fitted.theta, fitted.theta_losses, fitted.layers, fitted.blocks, scales,
+        fitted.measured.heldout, tried, text.ids_NT.numel(), verified, time.monotonic() - started, written,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What is known of the layers in the journal when all of them are finished."""
+
+    theta: float
+    theta_losses: dict[float, list[float]]
+    layers: tuple[FittedLayer, ...]
+    blocks: tuple[BlockReport, ...]
+    measured: Measured
+
+
+def _fit(run: Run, text: CalibrationTokens, journal: Journal) -> _Fitted:
+    """All that comes before writing; steps that the journal holds are not taken again."""
+    theta, theta_losses = choose_theta(run, text, journal)
+    streams = run.streams(text.ids_NT)
+    layers = fit_layers(run, streams, theta, journal)
+    blocks = distil_layers(run, streams, text, journal)
+    return _Fitted(theta, theta_losses, layers, blocks, measure(run, streams, text, journal))
+
+
+def _write(
+    run: Run,
+    fitted: _Fitted,
+    tried: tuple[Trial, ...],
+    text: CalibrationTokens,
+    journal: Journal,
+    writer: CheckpointWriter,
+    num_processes: int,
+) -> tuple[tuple[float, ...], Verification]:
+    """The folder, verified and given its name; returns the latent scales and what verification found."""
+    planned = run.plan
+    witness = Witness(text.ids_NT[-1], run.embedded(text.ids_NT[-1]))
+    scales = write_weights(run, witness, fitted.measured, journal, writer)
+    config = deepseek_v3_config(
+        planned.source.config, planned.mla, fitted.theta, planned.max_position_embeddings, planned.dtype
+    )
+    losses = {f"{theta:g}": found for theta, found in fitted.theta_losses.items()}
+    sections = {
+        "rope_theta": {"chosen": fitted.theta, "losses": losses},
+        "calibration": {"text": text.name, "tokens": text.ids_NT.numel(), "sha256": text.digest},
+        "computed": {
+            "device": run.device.type,
+            "forward_dtype": str(run.compute),
+            "processes": num_processes,
+        },
+        "heldout": asdict(fitted.measured.heldout),
+        "tried": [vars(trial) for trial in tried],
+        "layers": [vars(layer) | {"latent_scale": scale} for layer, scale in zip(fitted.layers, scales, strict=True)],
+        "distilled_blocks": [vars(block) for block in fitted.blocks],
+    }
+    write_companions(run, config, sections, writer)
+    verified = verify(writer.partial, witness, run.device, run.progress)
+    writer.commit()
+    return scales, verified
 
 
 def default_destination(planned: Plan) -> Path:
     """NAME-mla-LATENT-ROPE in the working directory."""
     stem = planned.resolved.path.stem if planned.source.format == "gguf" else planned.resolved.name
     name = Path(stem).expanduser().resolve().name if Path(stem).exists() else stem.rsplit("/", 1)[-1]
+    if planned.recipe.latent == "auto":
+        return Path(f"{name}-mla-auto")
     return Path(f"{name}-mla-{planned.mla.kv_lora_rank}-{planned.mla.qk_rope_head_dim}")
 
 
@@ -181,7 +226,7 @@ def _tokens(run: Run) -> CalibrationTokens:
     def sampler(num_windows: int, length: int) -> Tensor:
         from transmla.loading import load_source
 
-        model = load_source(source, device=str(run.device))
+        model = load_source(source, dtype=run.compute, device=str(run.device))
         return sample_from(model, num_windows, length, seed=recipe.seed).cpu()
 
     if run.processes.first:
@@ -190,12 +235,6 @@ def _tokens(run: Run) -> CalibrationTokens:
     text: CalibrationTokens = run.processes.from_first(found)
     run.progress("tokens", 1, 1, f"{text.ids_NT.numel():,} tokens")
     return text
-
-
-def _embedded(run: Run, ids_NT: Tensor) -> Tensor:
-    stream_NTD = torch.empty(*ids_NT.shape, run.plan.gqa.hidden_size)
-    run.embed(ids_NT, stream_NTD)
-    return stream_NTD
 
 
 def _fingerprint(run: Run, text: CalibrationTokens) -> dict[str, Any]:

@@ -4,13 +4,13 @@
     (click usage errors)      2   unknown option, missing argument
     ├── SourceError           3   source not found, unreadable, truncated, mis-shaped or NaN
     ├── UnsupportedError      4   a readable model that this version cannot convert
-    │                         5   reserved: an evaluation gate was missed
+    ├── GateError             5   a measured quality is below what was asked for
     ├── GeometryError         6   the requested latent or rotary size is impossible
     ├── DataError             7   calibration or evaluation text missing, unreadable or too short
     ├── DestinationError      8   output exists, is not writable, or the disk is too small
     ├── VerificationError     9   what was written does not compute what it should
     └── RecipeError          10   unknown recipe, unknown key or a value of the wrong type
-    (interrupted, ctrl-C)   130   nothing is left but DST.partial, which the next run replaces
+    (interrupted, ctrl-C)   130   nothing is left but DST.partial, from which the same command goes on
 
 Every message has four parts: what happened, where, why, and what to do about it.
 """
@@ -42,6 +42,12 @@ class UnsupportedError(TransmlaError):
     """The model can be read but has a structure that cannot be converted."""
 
     exit_code = 4
+
+
+class GateError(TransmlaError):
+    """A measured quality is below the limit that the user set."""
+
+    exit_code = 5
 
 
 class GeometryError(TransmlaError):

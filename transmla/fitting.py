@@ -36,7 +36,7 @@ from transmla.run import Run
 # windows whose attention matrices are looked at
 NUM_ATTENDED = 16
 # windows of the survey that chooses theta
-NUM_SURVEYED = 10
+NUM_SURVEYED = 6
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,16 @@ def default_sizes(source: GqaGeometry) -> tuple[int, int]:
     return max(1, room // step * step), rope
 
 
+def latent_candidates(source: GqaGeometry, rope: int | None) -> tuple[int, ...]:
+    """Values of kv_lora_rank among which `--latent auto` chooses: about twenty, ascending, smaller than the cache."""
+    rope = default_sizes(source)[1] if rope is None else rope
+    most = min(source.cache_values() - rope - 1, source.hidden_size)
+    step = max(1, source.cache_values() // 24)
+    if step >= 16:
+        step = step // 16 * 16
+    return tuple(range(step, most + 1, step)) or (max(1, most),)
+
+
 def mla_geometry(source: GqaGeometry, latent: int | None, rope: int | None) -> MlaGeometry:
     """The target geometry, or a `GeometryError` that names the nearest possible size.
 

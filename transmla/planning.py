@@ -12,6 +12,7 @@ from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import check_destination
+from transmla.errors import RecipeError
 from transmla.export.deepseek_v3 import expected_tensors
 from transmla.families import Family, family_of, rope_parameters
 from transmla.geometry import (
@@ -20,6 +21,7 @@ from transmla.geometry import (
     MlaGeometry,
     engine_verdicts,
     gqa_geometry,
+    latent_candidates,
     mla_geometry,
 )
 from transmla.recipe import Recipe, find_recipe, load_recipe
@@ -90,7 +92,7 @@ def plan(
     source: str,
     destination: str | Path | None = None,
     *,
-    latent: int | None = None,
+    latent: int | str | None = None,
     rope: int | None = None,
     recipe: str | Path | None = None,
     download: bool = False,
@@ -100,7 +102,8 @@ def plan(
 
     source:      Hugging Face folder, .gguf file, hub id, recipe name, or "stories260k" (ships with the package)
     destination: checked for existence and disk space when given
-    latent:      kv_lora_rank;  rope: qk_rope_head_dim;  None: see `geometry.default_sizes`
+    latent:      kv_lora_rank;  rope: qk_rope_head_dim;  None: see `geometry.default_sizes`; latent "auto": chosen by
+                 measured loss, planned for the largest
     recipe:      path or name of a recipe; its values give way to the arguments
     download:    bring the weights of a hub id into the local cache; False: read their headers where they are
     overrides:   any other field of `transmla.recipe.Recipe`
@@ -112,10 +115,18 @@ def plan(
     where = opened.config_where
     family = family_of(opened.config, where)
     gqa = gqa_geometry(opened.config, where)
-    mla = mla_geometry(gqa, settings.latent, settings.rope)
+    candidates = _candidates(gqa, settings)
+    wanted = candidates[-1] if candidates else settings.latent
+    assert not isinstance(wanted, str)
+    mla = mla_geometry(gqa, wanted, settings.rope)
     _check_tensors(opened, family, gqa)
     dtype = _output_dtype(opened, family, settings.dtype)
     context, notes = _context(opened)
+    if candidates:
+        notes.append(
+            f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "
+            f"perplexity stays within {settings.budget:.1%}; up to {len(candidates).bit_length()} conversions"
+        )
     if mla.cache_values() >= gqa.cache_values():
         notes.append(
             f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
@@ -140,6 +151,24 @@ def plan(
         memory_bytes=_memory_bytes(opened.config, gqa, settings),
         notes=tuple(notes),
     )
+
+
+def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
+    """Sizes for `--latent auto`, else none; raises `RecipeError` unless latent and budget go together."""
+    if (recipe.latent == "auto") != (recipe.budget is not None):
+        raise RecipeError(
+            "latent auto and a budget belong together",
+            where="--latent / --budget",
+            why=f"latent is {recipe.latent!r}, budget {recipe.budget!r}",
+            remedy="give both, for example --latent auto --budget 2%, or a number for --latent alone",
+        )
+    return latent_candidates(gqa, recipe.rope) if recipe.latent == "auto" else ()
+
+
+def with_latent(planned: Plan, latent: int) -> Plan:
+    """The same conversion at another kv_lora_rank."""
+    mla = mla_geometry(planned.gqa, latent, planned.recipe.rope)
+    return replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla), engines=engine_verdicts(mla))
 
 
 def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:

@@ -22,13 +22,13 @@ class Processes:
     size: int = 1
 
     @classmethod
-    def current(cls) -> Processes:
-        """What the launcher's environment says; joins the process group if there are several."""
+    def current(cls, device: str) -> Processes:
+        """What the launcher's environment says; joins the process group (gloo for the CPU) if there are several."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=device == "cpu")
         return cls(state.process_index, state.num_processes)
 
     @property

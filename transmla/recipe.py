@@ -21,7 +21,8 @@ class Recipe:
 
     source: str | None = None  # folder, .gguf file, embedded model or hub id
     revision: str | None = None  # commit, branch or tag of a hub id
-    latent: int | None = None  # kv_lora_rank
+    latent: int | str | None = None  # kv_lora_rank; "auto": the smallest within the budget
+    budget: float | None = None  # perplexity increase that "auto" may cost, 0.02 is 2 %
     rope: int | None = None  # qk_rope_head_dim
     refine: str = "fast"  # how much gradient refinement: off, fast, full
     theta: float | str = "auto"  # rope_theta of the target
@@ -114,10 +115,12 @@ def _typed(key: str, value: Any, hint: Any, where: str) -> Any:
         raise _bad_value(key, value, where, 'theta is a number or "auto"')
     if key == "refine" and value not in REFINE_LEVELS:
         raise _bad_value(key, value, where, f"refine is one of {', '.join(REFINE_LEVELS)}")
+    if key == "latent" and isinstance(value, str) and value != "auto":
+        raise _bad_value(key, value, where, 'latent is an integer or "auto"')
     if key == "dtype" and value not in DTYPES:
         raise _bad_value(key, value, where, f"dtype is one of {', '.join(DTYPES)}")
     # latent and rope are judged by geometry.py, which can name the nearest possible size
-    if key in ("theta", "tokens", "window") and not isinstance(value, str) and not 0 < value < float("inf"):
+    if key in ("theta", "tokens", "window", "budget") and not isinstance(value, str) and not 0 < value < float("inf"):
         raise _bad_value(key, value, where, f"{key} must be positive")
     return value
 

@@ -79,6 +79,12 @@ class Run:
         head_VD = source.read(self.head_name).to(self.device, self.compute)
         return Head(lambda x_TD: torch.nn.functional.rms_norm(x_TD, norm_D.shape, norm_D, eps), head_VD)
 
+    def check_outer_weights(self) -> None:
+        """Read what is not in a layer once, so that a value that is not finite shows before the work and not after."""
+        family = self.plan.family
+        for name in {family.embed_tokens, self.head_name, family.norm} if self.processes.first else ():
+            self.plan.source.read(name)
+
     @property
     def head_name(self) -> str:
         """The tensor that predicts: the embedding, if the two are tied."""
@@ -109,6 +115,10 @@ class Run:
         rows = self.plan.source.rows(self.plan.family.embed_tokens, ids).float()
         for place, places_T in enumerate(places_NT):
             stream_NTD[place] = rows[places_T]
+
+    def embedded(self, ids_T: Tensor) -> Tensor:
+        """Embeddings of one window, float32 on the CPU."""
+        return self.plan.source.rows(self.plan.family.embed_tokens, ids_T).float()
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

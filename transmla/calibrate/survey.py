@@ -26,7 +26,7 @@ def candidates(theta: float, head_dim: int, qk_rope_head_dim: int) -> tuple[floa
     return tuple(theta**exponent for exponent in exponents)
 
 
-def surveyed_layers(num_layers: int, at_most: int = 6) -> frozenset[int]:
+def surveyed_layers(num_layers: int, at_most: int = 4) -> frozenset[int]:
     """Indices spread over the depth of the model."""
     return frozenset(torch.linspace(0, num_layers - 1, min(num_layers, at_most)).long().tolist())
 

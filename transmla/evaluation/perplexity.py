@@ -62,18 +62,25 @@ def text_windows(ids: list[int], length: int, num_windows: int, name: str) -> Te
 
 
 def perplexity(
-    model: Any, ids_NT: Tensor, *, batch: int = 2, progress: Callable[[int, int], None] | None = None
+    model: Any,
+    ids_NT: Tensor,
+    *,
+    batch: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+    cache: Callable[[], Any] | None = None,
 ) -> Perplexity:
     """Teacher-forced perplexity; the first token of each window is not scored.
 
     model: a transformers causal language model;  batch: windows at once
+    cache: makes a cache that the keys and values go through, see quantised_cache.py
     Raises `VerificationError` if the model returns NaN.
     """
     nats: list[float] = []
     with torch.no_grad():
         for ids_BT in ids_NT.split(batch):
             ids_BT = ids_BT.to(model.device)
-            logits_BTV = model(ids_BT, use_cache=False).logits.float()
+            through = {"use_cache": False} if cache is None else {"past_key_values": cache()}
+            logits_BTV = model(ids_BT, **through).logits.float()
             loss_BT = torch.nn.functional.cross_entropy(
                 logits_BTV[:, :-1].transpose(1, 2), ids_BT[:, 1:], reduction="none"
             )

@@ -59,9 +59,10 @@ def refine_layer(
 
 
 def _heldout(losses: Callable[[list[int]], list[Tensor]], streams: Streams) -> float:
-    here = {
-        streams.indices[place]: float(losses([place])[0])
-        for place in range(streams.num_fitted, len(streams.source_NTD))
-    }
+    with torch.no_grad():
+        here = {
+            streams.indices[place]: float(losses([place])[0])
+            for place in range(streams.num_fitted, len(streams.source_NTD))
+        }
     found = list(streams.processes.gather(here).values())
     return sum(found) / len(found)

@@ -1,0 +1,86 @@
+"""Two processes on one conversion give what one gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import MakeSource
+from maths.weights import relative
+from transformers import AutoModelForCausalLM
+
+from transmla.processes import ALONE, Processes
+
+# in nats: gradients are summed in another order, and Adam divides small numbers by small numbers
+TOLERANCE = 1e-3
+
+PROGRAM = """
+import json, sys
+import torch
+from transmla import run
+from transmla.conversion import convert
+from transmla.refine.settings import Descent, Refinement
+torch.set_num_threads(1)
+run._autocast = lambda device: None  # rounding to bfloat16 would hide what is tested
+refinement = Refinement(Descent(2.0, 2, 3e-3), Descent(4.0, 2, 3e-3), closed_form_tokens=640)
+report = convert(
+    sys.argv[1], sys.argv[2], latent=12, rope=8, theta=10000.0, calibration=sys.argv[3], tokens=1024, window=64,
+    refinement=refinement, block_layers=int(sys.argv[4]),
+)
+print(json.dumps(vars(report.heldout)))
+"""
+
+
+def convert(folder: Path, *arguments: str, size: int, port: int) -> list[dict[str, Any]]:
+    """Run PROGRAM in `size` processes, as launchers start them; what each reports."""
+    started = []
+    for rank in range(size):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+        command = [sys.executable, "-c", PROGRAM, arguments[0], str(folder), *arguments[1:]]
+        started.append(subprocess.Popen(command, env=environment if size > 1 else None, stdout=subprocess.PIPE))
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert all(process.returncode == 0 for process in started)
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@pytest.mark.parametrize("block_layers", [3, 2])
+def test_two_processes_convert_like_one(
+    lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int, block_layers: int
+) -> None:
+    arguments = (str(lively()), str(text_file), str(block_layers))
+    (one,) = convert(tmp_path / "one", *arguments, size=1, port=0)
+    both = convert(tmp_path / "two", *arguments, size=2, port=free_port)
+    assert both[0] == both[1]
+    assert both[0]["converted"] == pytest.approx(one["converted"], abs=TOLERANCE)
+    assert both[0]["source"] == pytest.approx(one["source"], abs=1e-6)
+    first, second = (logits(tmp_path / name) for name in ("one", "two"))
+    assert relative(second, first) < 10 * TOLERANCE
+    computed = json.loads((tmp_path / "two" / "transmla.json").read_text("utf-8"))["computed"]
+    assert computed["processes"] == 2
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """The weights themselves may differ: a latent has no preferred basis."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        output: torch.Tensor = model(torch.arange(3, 60)[None]).logits
+    return output
+
+
+def test_windows_are_dealt_out() -> None:
+    dealt = [Processes(rank, 3).mine(8) for rank in range(3)]
+    assert dealt == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert ALONE.mine(3) == [0, 1, 2] and ALONE.first and not Processes(1, 2).first
+
+
+def test_alone_there_is_nothing_to_wait_for() -> None:
+    total = torch.ones(2)
+    ALONE.sum_([total])
+    ALONE.wait()
+    assert torch.equal(total, torch.ones(2)) and ALONE.from_first("x") == "x"
+    assert ALONE.gather({2: "b", 1: "a"}) == {1: "a", 2: "b"}
