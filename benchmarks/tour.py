@@ -33,33 +33,36 @@ STORIES = {
 }
 SMOLLM2 = {
     "smollm2-results": [
-        "convert {smollm2} --latent 96 --rope 32 --calibration {calibration}",
-        "eval smollm2-135m-mla-96-32 --against {smollm2} --text {text}",
+        "convert {smollm2} closed --latent 96 --rope 32 --refine off --calibration {calibration}",
+        "eval closed --against {smollm2} --text {text}",
+        "convert {smollm2} refined --latent 96 --rope 32 --calibration {calibration}",
+        "eval refined --against {smollm2} --text {text}",
     ]
 }
-SHOWN = {"smollm2": "smollm2-135m", "text": "wikitext2-valid.raw", "calibration": "wikitext2-train-part.txt"}
+SHOWN = {
+    "smollm2": "smollm2-135m",
+    "text": "wikitext2-valid.raw",
+    "calibration": "wikitext2-train-part.txt+synthetic",
+}
 
 
 def run(command: str, names: dict[str, str], folder: Path) -> str:
     """The command as a person would type it, and its standard output."""
     words = shlex.split(command.format(**names))
-    quiet = ["-q"] if words[0] in ("convert", "eval") else []
-    destination = folder / f"stories260k-mla-{words[3]}-{words[5]}" if "--latent" in words else None
-    if words[0] == "convert":
-        stem = SHOWN["smollm2"] if names and words[1] == names.get("smollm2") else words[1]
-        destination = folder / f"{stem}-mla-{words[3]}-{words[5]}" if len(words) > 2 else folder / f"{stem}-mla-24-8"
-        words.insert(2, str(destination.relative_to(folder)))
     shown = f"$ transmla {command.format(**SHOWN)}\n"
-    log = destination.with_suffix(".log") if words[0] == "convert" and destination else None
-    if log is not None and log.is_file():
+    converts = words[0] == "convert"
+    # options stand for a destination in the name of the log where none is given
+    log = folder / ("-".join(word.strip("-") for word in words[1:] if "/" not in word) + ".log")
+    if converts and log.is_file():
         return shown + log.read_text()
     env = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    quiet = ["-q"] if words[0] in ("convert", "eval") else []
     command_line = [sys.executable, "-m", "transmla", *words, *quiet]
     output = subprocess.run(command_line, check=True, capture_output=True, text=True, cwd=folder, env=env).stdout
     for name, value in names.items():
         output = output.replace(value, SHOWN[name])
     output = "\n".join(line.rstrip() for line in output.splitlines()) + "\n"
-    if log is not None:
+    if converts:
         log.write_text(output)
     return shown + output
 
@@ -73,7 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     names = {}
     if args.smollm2:
-        names = {key: str(getattr(args, key).resolve()) for key in SHOWN}
+        names = {"smollm2": str(args.smollm2.resolve()), "text": str(args.text.resolve())}
+        names["calibration"] = f"{args.calibration.resolve()}+synthetic"
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(exist_ok=True)

@@ -55,7 +55,7 @@ def run_one(source: str, calibration: str, text: str, tokens: int, name: str) ->
     from transmla.maths.rotary_split import SplitOptions
 
     method, split, given = VARIANTS[name]
-    given = {"latent": 96, "rope": 32} | given
+    given = {"latent": 96, "rope": 32, "refine": "off"} | given
     own = float(rope_parameters(transmla.plan(source).source.config)["rope_theta"])
     given["theta"] = own ** given.pop("theta_exponent", 1.0)
     with tempfile.TemporaryDirectory() as folder:

@@ -95,8 +95,9 @@ def test_dtype_is_that_of_the_source_unless_given(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_disk_is_what_gets_written(lively: MakeSource, tmp_path: Path, text_file: Path, tied: bool) -> None:
-    """Within the reserve for tokenizer and configs."""
-    report = convert(str(lively(tied=tied)), tmp_path / "out", calibration=str(text_file), tokens=512, window=64)
+    """Within the reserve for tokenizer, configs and journal."""
+    settings: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "window": 64, "refine": "off"}
+    report = convert(str(lively(tied=tied)), tmp_path / "out", **settings)
     written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*"))
     assert written < report.plan.disk_bytes < written + 2**25
     assert report.written_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size

@@ -117,8 +117,8 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     "--calibration",
     metavar="TEXT",
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
-    "wikitext (an excerpt that ships with the program) or self (sampled from SRC); A+B: shares of both. "
-    "[default: wikitext]",
+    "wikitext or synthetic (both ship with the program) or self (sampled from SRC); A+B: shares of both. "
+    "[default: wikitext+synthetic]",
 )
 @_option(
     "--refine",

@@ -88,8 +88,8 @@ def convert(
     budget:      with latent="auto": the smallest latent is taken whose perplexity on the held-out calibration windows
                  is at most 1 + budget times the source's
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
-    calibration: text file, table with a `text` column, dataset id, "wikitext" (ships with the package) or "self";
-                 several, separated by "+", share the tokens
+    calibration: text file, table with a `text` column, dataset id, "wikitext" or "synthetic" (both ship with the
+                 package) or "self"; several, separated by "+", share the tokens
     tokens:      calibration tokens in all;  window: tokens per window
     theta:       rope_theta of the target, or "auto": chosen by the measured error of a few layers
     dtype:       of the written weights: auto (as the source), float32, bfloat16, float16

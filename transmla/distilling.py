@@ -131,13 +131,11 @@ def layers_that_fit(run: Run, streams: Streams) -> int:
     and what backward needs of each token: about 12 hidden sizes, 4 inner sizes, and queries, keys, values twice.
     """
     config, mla = run.plan.source.config, run.plan.mla
-    hidden, inner, heads = mla.hidden_size, int(config["intermediate_size"]), mla.num_attention_heads
-    width = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-    expanded = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-    attention = hidden * (width + mla.cache_values() + heads * mla.v_head_dim) + mla.kv_lora_rank * expanded
+    hidden, inner = mla.hidden_size, int(config["intermediate_size"])
+    width = mla.num_attention_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
     tokens = max(TOKENS_PER_PASS[run.device.type], streams.source_NTD.shape[1])
     compute = torch.empty((), dtype=run.compute).element_size()
-    per_token = 12 * hidden * 4 + (4 * inner + 2 * (2 * width + expanded)) * compute
-    layer = 16 * attention + (3 * hidden * inner) * compute + tokens * per_token
+    per_token = 12 * hidden * 4 + (4 * inner + 2 * (2 * width + mla.expanded_values)) * compute
+    layer = 16 * mla.attention_weights + (3 * hidden * inner) * compute + tokens * per_token
     head = int(config["vocab_size"]) * hidden * compute + 6 * tokens * hidden * 4
     return max(1, int((free_bytes(run.device) / 2 - head) // layer))

@@ -50,6 +50,18 @@ class MlaGeometry:
         """Cached values per token and layer: the latent and one rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    @property
+    def expanded_values(self) -> int:
+        """Unrotated keys and values of all heads of one token."""
+        return self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of one attention block."""
+        queries = self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        rows = queries + self.cache_values() + self.num_attention_heads * self.v_head_dim
+        return self.hidden_size * rows + self.kv_lora_rank * self.expanded_values
+
 
 @dataclass(frozen=True)
 class EngineVerdict:

@@ -127,13 +127,15 @@ def plan(
             f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "
             f"perplexity stays within {settings.budget:.1%}; up to {len(candidates).bit_length()} conversions"
         )
+    if settings.refine != "off":
+        notes.append("refinement takes as many layers at once as fit into half of the free memory")
     if mla.cache_values() >= gqa.cache_values():
         notes.append(
             f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
         )
     if gqa.num_key_value_heads > 1:
         notes.append(_tensor_parallel(gqa, mla))
-    disk = _disk_bytes(opened.config, mla, dtype)
+    disk = _disk_bytes(opened.config, mla, dtype) + _journal_bytes(mla, settings)
     if destination is not None:
         check_destination(Path(destination), disk)
     return Plan(
@@ -253,6 +255,12 @@ def _disk_bytes(config: Mapping[str, Any], mla: MlaGeometry, dtype: str) -> int:
     for shape in expected_tensors(sizes).values():
         values += shape[0] * (shape[1] if len(shape) > 1 else 1)
     return values * _DTYPE_BYTES[dtype] + _COMPANION_BYTES
+
+
+def _journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
+    """Of an unfinished conversion, float32: fitted weights, refined ones, and three tensors of the optimiser."""
+    copies = 1 if recipe.refine == "off" else 5
+    return copies * 4 * mla.num_hidden_layers * mla.attention_weights
 
 
 def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe) -> int:

@@ -26,7 +26,7 @@ class Recipe:
     rope: int | None = None  # qk_rope_head_dim
     refine: str = "fast"  # how much gradient refinement: off, fast, full
     theta: float | str = "auto"  # rope_theta of the target
-    calibration: str = "wikitext"  # name of an embedded text, or a file
+    calibration: str = "wikitext+synthetic"  # names of embedded texts, or files, shares of each
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on
     tokens: int = 131072  # calibration tokens in all
     window: int = 1024  # tokens per calibration window

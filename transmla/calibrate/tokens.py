@@ -1,7 +1,9 @@
-"""Calibration text -> windows of token ids. Five kinds of text, one result.
+"""Calibration text -> windows of token ids. Six kinds of text, one result.
 
     self             sampled from the source model itself (needs the whole source in memory)
     wikitext         an excerpt of WikiText-2 train that ships with the package
+    synthetic        what a small model writes when it starts with random tokens, ships too: code, lists, prose of all
+                     kinds. Beside wikitext it keeps a conversion from forgetting everything that is not an encyclopedia
     wikitext-valid, tinystories-valid   ship, too, but only to be evaluated on
     FILE             .txt as it is; .jsonl, .json, .parquet, .csv by their `text` column
     DATASET          hub id, optionally OWNER/NAME:CONFIG, its train split, streamed
@@ -26,7 +28,7 @@ from transmla.errors import DataError
 TEXT_COLUMN = "text"
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # name -> file in transmla/data; validation texts are kept out of calibration
-SHIPPED = {"wikitext": "wikitext2-train-excerpt.txt"}
+SHIPPED = {"wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt"}
 SHIPPED_VALIDATION = {"wikitext-valid": "wikitext2-valid-excerpt.txt", "tinystories-valid": "tinystories-valid.txt"}
 # tokens of a text that is sampled from the model: many short ones cost less than few long ones, and show more
 TEXT_LENGTH = 256
