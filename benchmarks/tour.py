@@ -33,10 +33,8 @@ STORIES = {
 }
 SMOLLM2 = {
     "smollm2-results": [
-        "convert {smollm2} closed --latent 96 --rope 32 --refine off --calibration {calibration}",
-        "eval closed --against {smollm2} --text {text}",
-        "convert {smollm2} refined --latent 96 --rope 32 --calibration {calibration}",
-        "eval refined --against {smollm2} --text {text}",
+        "convert {smollm2} smollm2-mla --latent 96 --rope 32 --calibration {calibration}",
+        "eval smollm2-mla --against {smollm2} --text {text}",
     ]
 }
 SHOWN = {

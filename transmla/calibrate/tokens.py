@@ -2,8 +2,8 @@
 
     self             sampled from the source model itself (needs the whole source in memory)
     wikitext         an excerpt of WikiText-2 train that ships with the package
-    synthetic        what a small model writes when it starts with random tokens, ships too: code, lists, prose of all
-                     kinds. Beside wikitext it keeps a conversion from forgetting everything that is not an encyclopedia
+    synthetic        what a small model answers to requests of many kinds, ships too: stories, code, letters, lists.
+                     Beside wikitext it keeps a conversion from forgetting all that is not an encyclopedia
     wikitext-valid, tinystories-valid   ship, too, but only to be evaluated on
     FILE             .txt as it is; .jsonl, .json, .parquet, .csv by their `text` column
     DATASET          hub id, optionally OWNER/NAME:CONFIG, its train split, streamed
