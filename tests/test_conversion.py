@@ -239,7 +239,7 @@ def test_the_output_explains_itself(lively: MakeSource, run: Convert) -> None:
     assert [layer["latent_scale"] for layer in made["layers"]] == list(report.latent_scales)
     assert made["heldout"]["source"] == report.heldout.source
     card = (report.destination / "README.md").read_text("utf-8")
-    assert "16 + 8" in card and "for inference" in card.lower()
+    assert "16 + 8" in card and "for inference" in card.lower() and "no gradient steps" in card
 
 
 def test_everything_that_goes_along(lively: MakeSource, run: Convert, text_file: Path) -> None:

@@ -23,7 +23,7 @@ from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.distilling import BlockReport, distil_layers
 from transmla.export.deepseek_v3 import deepseek_v3_config
-from transmla.fitting import FittedLayer, choose_theta, fit_layers
+from transmla.fitting import LayerReport, choose_theta, fit_layers
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan, plan
 from transmla.processes import ALONE, Processes
@@ -45,7 +45,7 @@ class ConversionReport:
     destination: Path
     theta: float
     theta_losses: dict[float, list[float]]
-    layers: tuple[FittedLayer, ...]
+    layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
     latent_scales: tuple[float, ...]
     heldout: HeldoutNats
@@ -146,7 +146,7 @@ class _Fitted:
 
     theta: float
     theta_losses: dict[float, list[float]]
-    layers: tuple[FittedLayer, ...]
+    layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
     measured: Measured
 

@@ -40,7 +40,7 @@ NUM_SURVEYED = 6
 
 
 @dataclass(frozen=True)
-class FittedLayer:
+class LayerReport:
     """What one layer lost: see `LowRank.loss` and `StreamLoss` of its closed form; the last two are the held-out
     stream errors of layer-wise refinement, equal where there was none."""
 
@@ -88,7 +88,7 @@ def choose_theta(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[f
     return chosen, losses
 
 
-def fit_layers(run: Run, streams: Streams, theta: float, journal: Journal) -> tuple[FittedLayer, ...]:
+def fit_layers(run: Run, streams: Streams, theta: float, journal: Journal) -> tuple[LayerReport, ...]:
     """Fit every layer that the journal does not hold yet; the source's stream ends behind the last one.
 
     Where distillation follows, the closed form is content with some of the windows; the others only pass the source.
@@ -104,7 +104,7 @@ def fit_layers(run: Run, streams: Streams, theta: float, journal: Journal) -> tu
             if run.processes.first:
                 journal.save(layer_name(run, index), packed(mla), vars(report))
         else:
-            mla, report = unpacked(kept[0], run), FittedLayer(**kept[1])
+            mla, report = unpacked(kept[0], run), LayerReport(**kept[1])
             add_source_attention(layer, streams)
             add_converted_attention(mla.o_DHv, converted_heads(layer, mla, closed).out_NTF, closed)
         add_mlp(layer, streams, only="source")
@@ -126,7 +126,7 @@ def _num_closed(run: Run, streams: Streams) -> int:
 
 def _fit(
     run: Run, layer: SourceLayer, streams: Streams, closed: Streams, theta: float
-) -> tuple[MlaWeights, FittedLayer]:
+) -> tuple[MlaWeights, LayerReport]:
     """One layer, the source's stream past its attention, and the converted one of the windows that are fitted to."""
     sizes, method = run.plan.mla, run.method
     moments = observe(layer, closed, NUM_ATTENDED, two_streams=method.two_streams)
@@ -154,7 +154,7 @@ def _fit(
     loss = stream_loss(closed)
     if run.refinement.layerwise is None:
         before = after = loss.heldout
-    return mla, FittedLayer(layer.index, fitted.latent_loss, loss.fitted, loss.heldout, before, after)
+    return mla, LayerReport(layer.index, fitted.latent_loss, loss.fitted, loss.heldout, before, after)
 
 
 def layer_name(run: Run, index: int, stage: str = "fitted") -> str:
@@ -192,7 +192,7 @@ def _agreed(mla: MlaWeights, run: Run) -> MlaWeights:
     return first.to(device=run.device)
 
 
-def _remark(report: FittedLayer) -> str:
+def _remark(report: LayerReport) -> str:
     if report.refined_before == report.refined_after:
         return f"stream error {report.stream_loss_heldout:.2%} held out"
     return f"stream error {report.refined_before:.2%} -> {report.refined_after:.2%} held out"

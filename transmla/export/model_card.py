@@ -14,7 +14,7 @@ def model_card(planned: Plan, sections: dict[str, Any]) -> str:
     name = planned.resolved.name if planned.resolved.revision else planned.resolved.path.name
     return f"""# {name}, converted to multi-head latent attention
 
-Converted by transmla from {name}. The licence is that of the source model.
+Converted by transmla from {name}. {_refined(sections)} The licence is that of the source model.
 
 | | source | this model |
 |---|---|---|
@@ -38,6 +38,14 @@ AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # same fun
   put on the latent has to act as a linear map; one step of an ordinary optimiser destroys them.
 - `transmla.json` says what this was made from, with which text, and the loss of every layer.
 """
+
+
+def _refined(sections: dict[str, Any]) -> str:
+    blocks = sections["distilled_blocks"]
+    if not blocks:
+        return "Closed form, no gradient steps."
+    tokens, steps = sections["calibration"]["tokens"], sum(block["steps"] for block in blocks)
+    return f"Attention weights refined against the source on {tokens:,} tokens of calibration text ({steps:,} steps)."
 
 
 def _perplexity(nats: float) -> str:
