@@ -28,7 +28,6 @@ from transmla.loading import is_converted, load_any, load_tokenizer
 LENGTH, WINDOWS = 1024, 16
 # positions are averaged over these ranges; a window spans the whole context
 EDGES = (0, 512, 1024, 2048, 4096, 8192)
-LONG_WINDOWS = 4
 BITS = (8, 4, 2)
 
 
@@ -122,7 +121,7 @@ def measure(name: str, source: str, arguments: argparse.Namespace) -> dict[str, 
     if arguments.quantised:
         result["quantised"] = quantised(model, first, is_converted(Path(name)), bytes_per_token)
     if arguments.positions:
-        long = windows(arguments.texts[0], tokenizer, EDGES[-1], LONG_WINDOWS)
+        long = windows(arguments.texts[0], tokenizer, EDGES[-1], arguments.positions)
         result["positions"] = {"edges": list(EDGES), "nats": by_position(model, long)}
         means = [sum(column) / len(column) for column in zip(*result["positions"]["nats"], strict=True)]
         print("  by position: " + ", ".join(f"{math.exp(mean):.2f}" for mean in means), flush=True)
@@ -145,7 +144,7 @@ def main() -> None:
         "--texts", nargs="+", required=True, help="files, shipped texts or `code`; the first is in-domain"
     )
     parser.add_argument("--quantised", action="store_true", help="also with 8-, 4- and 2-bit caches")
-    parser.add_argument("--positions", action="store_true", help="also by position, up to 8,192")
+    parser.add_argument("--positions", type=int, default=0, help="also by position, on so many windows of 8,192 tokens")
     parser.add_argument("--tasks", nargs="+", default=[])
     parser.add_argument("--include-path")
     parser.add_argument("--limit", type=int, help="documents per task")
