@@ -19,7 +19,7 @@ import torch
 import transmla
 from transmla.maths.attention import MlaWeights, inverse_frequencies
 from transmla.maths.closed_form import ClosedForm
-from transmla.refine.descent import TOKENS_PER_PASS
+from transmla.refine.descent import tokens_per_pass
 from transmla.refine.distil import BlockDistiller
 from transmla.refine.settings import LEVELS, Descent
 from transmla.run import Run
@@ -83,7 +83,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     run = Run(planned, ClosedForm(), LEVELS["fast"], device, lambda *_: None)
     layers = planned.mla.num_hidden_layers
-    windows = max(1, TOKENS_PER_PASS[device.type] // arguments.window)
+    windows = max(1, tokens_per_pass(device) // arguments.window)
     ids_NT = torch.randint(
         int(planned.source.config["vocab_size"]), (windows * (arguments.repeats + 1) + 1, arguments.window)
     )

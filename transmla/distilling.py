@@ -15,7 +15,7 @@ from transmla.calibrate.tokens import CalibrationTokens
 from transmla.checkpoint.journal import Journal
 from transmla.fitting import layer_name, packed, unpacked
 from transmla.maths.attention import MlaWeights
-from transmla.refine.descent import TOKENS_PER_PASS
+from transmla.refine.descent import tokens_per_pass
 from transmla.refine.distil import SAVE_EVERY, BlockDistiller, DistilledBlock, through
 from transmla.refine.settings import Descent
 from transmla.run import Run, free_bytes
@@ -133,7 +133,7 @@ def layers_that_fit(run: Run, streams: Streams) -> int:
     config, mla = run.plan.source.config, run.plan.mla
     hidden, inner = mla.hidden_size, int(config["intermediate_size"])
     width = mla.num_attention_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-    tokens = max(TOKENS_PER_PASS[run.device.type], streams.source_NTD.shape[1])
+    tokens = max(tokens_per_pass(run.device), streams.source_NTD.shape[1])
     compute = torch.empty((), dtype=run.compute).element_size()
     per_token = 12 * hidden * 4 + (4 * inner + 2 * (2 * width + mla.expanded_values)) * compute
     layer = 16 * mla.attention_weights + (3 * hidden * inner) * compute + tokens * per_token

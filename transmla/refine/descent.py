@@ -18,10 +18,14 @@ from transmla.processes import Processes
 from transmla.refine.settings import Descent
 
 TRAINED = ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr", "o_DHv")
-# tokens that go forward and backward at once; more only costs memory on a CPU
-TOKENS_PER_PASS = {"cpu": 2048, "cuda": 8192}
+# tokens that go forward and backward at once: more only costs memory on a CPU, and keeps a GPU busy
+TOKENS_ON_GPU, TOKENS_ELSEWHERE = 8192, 2048
 WARMUP = 0.1
 BETAS = (0.9, 0.95)
+
+
+def tokens_per_pass(device: torch.device) -> int:
+    return TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ELSEWHERE
 
 
 def trainable(mla: MlaWeights, device: torch.device) -> MlaWeights:
@@ -99,7 +103,7 @@ class Descender:
             for place, leaf in enumerate(self._leaves):
                 leaf.copy_(tensors[f"{place}.weight"])
                 self._adam.state[leaf] = {
-                    "step": torch.tensor(float(self.done)),
+                    "step": torch.tensor(float(self.done), device=leaf.device),
                     "exp_avg": tensors[f"{place}.m"].to(leaf),
                     "exp_avg_sq": tensors[f"{place}.v"].to(leaf),
                 }

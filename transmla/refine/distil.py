@@ -18,7 +18,7 @@ from torch import Tensor
 from transmla.calibrate.streams import Streams
 from transmla.maths.attention import MlaWeights, mla_attention
 from transmla.maths.losses import kl_divergence, stream_error
-from transmla.refine.descent import TOKENS_PER_PASS, Descender, detached, trainable
+from transmla.refine.descent import Descender, detached, tokens_per_pass, trainable
 from transmla.refine.settings import Descent
 
 # seconds between two saved states: a killed run loses at most this much
@@ -109,7 +109,7 @@ class BlockDistiller:
         loss_before: of the weights that were given, from `heldout`
         """
         places = {index: place for place, index in enumerate(self._streams.indices)}
-        at_once = max(1, TOKENS_PER_PASS[self._streams.device.type] // self._streams.source_NTD.shape[1])
+        at_once = max(1, tokens_per_pass(self._streams.device) // self._streams.source_NTD.shape[1])
 
         def total(here: list[int]) -> Tensor:
             return torch.stack(self.losses(here, self.trained)).sum()

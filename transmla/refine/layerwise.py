@@ -15,7 +15,7 @@ from transmla.calibrate.layers import SourceLayer
 from transmla.calibrate.streams import Streams
 from transmla.maths.attention import MlaWeights, mla_attention
 from transmla.maths.losses import stream_error
-from transmla.refine.descent import TOKENS_PER_PASS, Descender, detached, trainable
+from transmla.refine.descent import Descender, detached, tokens_per_pass, trainable
 from transmla.refine.settings import Descent
 
 
@@ -49,7 +49,7 @@ def refine_layer(
     before = _heldout(losses, streams)
     descender = Descender([trained], descent, streams.num_fitted_of_all, streams.processes)
     places = {index: place for place, index in enumerate(streams.indices)}
-    at_once = max(1, TOKENS_PER_PASS[streams.device.type] // streams.source_NTD.shape[1])
+    at_once = max(1, tokens_per_pass(streams.device) // streams.source_NTD.shape[1])
     for loss in descender.steps(lambda here: torch.stack(losses(here)).sum(), places, at_once):
         progress(descender.done, descender.num_steps, f"stream error {loss:.2%}")
     after = _heldout(losses, streams)
