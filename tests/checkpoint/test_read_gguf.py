@@ -217,6 +217,17 @@ def test_value_that_is_not_finite(tmp_path, tensors):
     assert KEYS in str(error.value) and "m.gguf" in str(error.value)
 
 
+def test_an_encoding_without_a_decoder(tmp_path, tensors, monkeypatch):
+    def none(data, encoding):
+        raise NotImplementedError(f"dequantization for {encoding.name} is not yet implemented")
+
+    source = open_source(write_gguf(tmp_path / "a.gguf", tensors))
+    monkeypatch.setattr("gguf.dequantize", none)
+    with pytest.raises(SourceError, match="F32 is not yet implemented") as caught:
+        source.read(KEYS)
+    assert KEYS in caught.value.where and "K-quant" in caught.value.remedy and caught.value.exit_code == 3
+
+
 def test_tokenizer_is_unpacked(tmp_path, tensors):
     tokens = [*(chr(value) for value in range(33, 72)), "AB"]
     fields = {

@@ -96,7 +96,9 @@ class GgufStore:
             return torch.from_numpy(np.array(data).view(np.float64))
         try:
             return torch.from_numpy(np.array(dequantize(data, encoding))).to(dtype)
-        except NotImplementedError as error:  # how the gguf library says that it has no decoder for an encoding
+        except NotImplementedError as error:
+            # nothing is left to implement here: the gguf library raises this for encodings that it cannot decode, and
+            # whoever made such a file has to choose another one
             remedy = "use a GGUF in F16, BF16, Q8_0 or a K-quant"
             raise broken_tensor(self._path, name, str(error), remedy) from error
 
