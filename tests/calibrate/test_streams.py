@@ -21,6 +21,7 @@ from transmla.calibrate.streams import (
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.maths.reference import gqa_naive, mla_naive
+from transmla.processes import Processes
 
 from .pieces import model_and_layer, random_streams
 
@@ -110,3 +111,21 @@ def test_next_token_losses_of_held_out_windows() -> None:
     nats = [-float(log_p_TV[t, tokens_NT[4, t + 1]]) for t in range(5)]
     assert len(source_N) == 2 and float(source_N[1]) == pytest.approx(sum(nats) / 5, rel=1e-5)
     assert not torch.allclose(source_N, converted_N)
+
+
+def test_the_last_windows_are_the_same_memory(streams: Streams) -> None:
+    last = streams.last(12)
+    assert (last.num_windows, last.num_fitted, last.num_heldout) == (12, 2, 10)
+    assert last.indices == list(range(12)) and torch.equal(last.source_NTD, streams.source_NTD[18:])
+    last.converted_NTD[0] = 7.0
+    assert torch.equal(streams.converted_NTD[18], last.converted_NTD[0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_the_last_windows_a_process_may_hold_none(streams: Streams, rank: int) -> None:
+    """Thirty windows in two processes: the very last one is window 29, of process 1."""
+    mine = streams.source_NTD[rank::2]
+    held = Streams(mine, mine.clone(), 10, streams.device, None, Processes(rank, 2), 30)
+    assert held.indices == list(range(rank, 30, 2)) and held.num_fitted == 10
+    last = held.last(1)
+    assert last.indices == ([0] if rank == 1 else []) and len(last.source_NTD) == rank

@@ -48,7 +48,8 @@ class Streams:
 
     def __post_init__(self) -> None:
         self.num_windows = self.num_windows or len(self.source_NTD)
-        self.indices = self.indices or self.processes.mine(self.num_windows)
+        if len(self.indices) != len(self.source_NTD):  # not given; of the last windows a process may hold none
+            self.indices = self.processes.mine(self.num_windows)
 
     @property
     def num_fitted_of_all(self) -> int:
@@ -71,6 +72,14 @@ class Streams:
             num_windows=count,
             indices=[index - start for index in self.indices[place:]],
         )
+
+    def mean_heldout(self, loss_of: Callable[[int], Tensor]) -> float:
+        """Mean of a loss over the held-out windows of all processes; loss_of: place of a window here -> its loss."""
+        with torch.no_grad():
+            here = {
+                self.indices[place]: float(loss_of(place)) for place in range(self.num_fitted, len(self.source_NTD))
+            }
+        return _mean(list(self.processes.gather(here).values()))
 
     def windows(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(place here, source [T, D], converted [T, D]) on the device, float32."""

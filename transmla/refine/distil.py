@@ -94,14 +94,7 @@ class BlockDistiller:
 
     def heldout(self) -> float:
         """Mean loss over the held-out windows of all processes, with the weights as they are now."""
-        streams = self._streams
-        with torch.no_grad():
-            here = {
-                streams.indices[place]: float(self.losses([place], self.trained)[0])
-                for place in range(streams.num_fitted, len(streams.source_NTD))
-            }
-        found = list(streams.processes.gather(here).values())
-        return sum(found) / len(found)
+        return self._streams.mean_heldout(lambda place: self.losses([place], self.trained)[0])
 
     def run(self, loss_before: float, after_step: Callable[[float], None]) -> DistilledBlock:
         """Take all steps that remain; weights that do not lower the held-out loss are not taken.

@@ -46,23 +46,13 @@ def refine_layer(
         found_BTD = converted_BTD + out_BTD.float()
         return [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
 
-    before = _heldout(losses, streams)
+    before = streams.mean_heldout(lambda place: losses([place])[0])
     descender = Descender([trained], descent, streams.num_fitted_of_all, streams.processes)
     places = {index: place for place, index in enumerate(streams.indices)}
     at_once = max(1, tokens_per_pass(streams.device) // streams.source_NTD.shape[1])
     for loss in descender.steps(lambda here: torch.stack(losses(here)).sum(), places, at_once):
         progress(descender.done, descender.num_steps, f"stream error {loss:.2%}")
-    after = _heldout(losses, streams)
+    after = streams.mean_heldout(lambda place: losses([place])[0])
     if not after < before:
         return RefinedLayer(mla.to(dtype=torch.float32), before, before)
     return RefinedLayer(detached(trained), before, after)
-
-
-def _heldout(losses: Callable[[list[int]], list[Tensor]], streams: Streams) -> float:
-    with torch.no_grad():
-        here = {
-            streams.indices[place]: float(losses([place])[0])
-            for place in range(streams.num_fitted, len(streams.source_NTD))
-        }
-    found = list(streams.processes.gather(here).values())
-    return sum(found) / len(found)
