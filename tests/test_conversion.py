@@ -15,7 +15,7 @@ from maths.weights import relative
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transmla import conversion
+from transmla import conversion, distilling
 from transmla import run as run_module
 from transmla.calibrate.tokens import calibration_tokens, shuffled
 from transmla.checkpoint.read import Source
@@ -375,6 +375,55 @@ def test_an_interrupted_run_goes_on(lively: MakeSource, run: Convert, tmp_path: 
         assert digest(report.destination) == whole
         assert not (tmp_path / "out.partial").exists() and not (report.destination / "journal").exists()
         shutil.rmtree(report.destination)
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "after"), [("distil layers 2-2", 2, 3), ("distil", 3, 2), ("measure", 3, 2), ("measure", 2, 3)]
+)
+def test_blocks_of_another_size_are_not_mixed(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch, stage: str, before: int, after: int
+) -> None:
+    """The size of a block depends on the memory that is free, and that may have changed since the interruption."""
+    monkeypatch.setattr(distilling, "SAVE_EVERY", 0.0)
+    settings: dict[str, Any] = {"refine": "fast", "refinement": QUICK, "theta": THETA}
+    expected = digest(run(lively(), "whole", block_layers=after, **settings).destination)
+
+    def interrupt(at: str, done: int, *_: Any) -> None:
+        if at == stage and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lively(), progress=interrupt, block_layers=before, **settings)
+    assert digest(run(lively(), block_layers=after, **settings).destination) == expected
+
+
+def test_distillation_goes_on_with_the_step_it_was_at(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distilling, "SAVE_EVERY", 0.0)
+    settings: dict[str, Any] = {"refine": "fast", "refinement": QUICK, "theta": THETA}
+    expected = digest(run(lively(), "whole", **settings).destination)
+    seen: list[int] = []
+
+    def progress(at: str, done: int, *_: Any) -> None:
+        if at == "distil":
+            seen.append(done)
+            if seen == [1, 2, 3, 4]:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lively(), progress=progress, **settings)
+    report = run(lively(), progress=progress, **settings)
+    assert seen == [1, 2, 3, 4, *range(4, report.blocks[0].steps + 1)]  # step 4 had not been saved yet
+    assert digest(report.destination) == expected
+
+
+def test_two_windows_are_enough(lively: MakeSource, run: Convert) -> None:
+    """One to fit to and one held out, also where theta is chosen."""
+    report = run(lively(), tokens=128, window=64)
+    assert report.heldout.num_windows == 1 and report.num_calibration_tokens == 128
+    losses = [loss for found in report.theta_losses.values() for loss in found]
+    assert losses and all(0 < loss < 10 for loss in losses)
 
 
 def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run: Convert, tmp_path: Path) -> None:

@@ -62,8 +62,11 @@ def distil_layers(run: Run, streams: Streams, text: CalibrationTokens, journal: 
 def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, journal: Journal) -> BlockReport:
     """One block, and the converted stream past it if another one follows."""
     final = indices.stop == run.plan.mla.num_hidden_layers
-    done_name = layer_name(run, indices[-1], "distilled")
-    kept = run.processes.from_first(journal.load(done_name))
+    kept = run.processes.from_first(journal.load(layer_name(run, indices[-1], "distilled")))
+    if kept is not None:
+        block_ends = (kept[1]["block"]["first_layer"], kept[1]["block"]["last_layer"])
+        if block_ends != (indices[0], indices[-1]):
+            kept = None  # of another division into blocks, which depends on the memory that is free
     block = [run.frozen_layer(index) for index in indices] if kept is None or not final else []
     if kept is not None:
         report = BlockReport(**kept[1]["block"])
@@ -78,7 +81,7 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
         if run.processes.first:
             for index, mla in zip(indices, weights, strict=True):
                 journal.save(layer_name(run, index, "distilled"), packed(mla), {"block": vars(report)})
-            journal.drop(layer_name(run, indices[0], "state"))
+            journal.drop(_state_name(run, indices))
     if not final:
         for place, _, converted_TD in streams.windows():
             with streams.computing():
@@ -89,7 +92,7 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
 def _train(run: Run, distiller: BlockDistiller, indices: range, journal: Journal) -> DistilledBlock:
     """All steps, from a saved state if there is one; the state is saved every few minutes."""
     descender = distiller.descender
-    name = layer_name(run, indices[0], "state")
+    name = _state_name(run, indices)
     state = run.processes.from_first(journal.load(name))
     before = distiller.heldout() if state is None else state[1]["loss_before"]
     if state is not None:
@@ -108,6 +111,10 @@ def _train(run: Run, distiller: BlockDistiller, indices: range, journal: Journal
             saved = time.monotonic()
 
     return distiller.run(before, after_step)
+
+
+def _state_name(run: Run, indices: range) -> str:
+    return layer_name(run, indices[0], f"to-{indices[-1]:05d}-state")
 
 
 def _stage(run: Run, indices: range) -> str:
