@@ -62,7 +62,10 @@ def _errors() -> Iterator[None]:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        click.echo("interrupted; no destination was left half-written", err=True)
+        click.echo(
+            "interrupted; nothing is half-written, and the same command continues a conversion",
+            err=True,
+        )
         sys.exit(130)
 
 
@@ -260,8 +263,12 @@ def generate_command(model: str, prompt: str, chat: bool, **given: Any) -> None:
 
 def _sizes(given: dict[str, Any]) -> dict[str, Any]:
     """--latent and --budget from words to numbers, in place."""
-    latent = _number(given["latent"], "--latent")
-    given["latent"] = int(latent) if isinstance(latent, float) else latent
+    latent = given["latent"]
+    if latent not in (None, "auto"):
+        try:
+            given["latent"] = int(latent)
+        except ValueError:
+            raise click.BadParameter(f"{latent!r} is neither an integer nor auto", param_hint="--latent") from None
     budget = given["budget"]
     if budget is not None:
         percent = _number(budget.removesuffix("%"), "--budget", auto=False)
