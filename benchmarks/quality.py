@@ -80,7 +80,6 @@ def tasks(model: Any, tokenizer: Any, names: list[str], include: str | None, lim
         tasks=names,
         limit=limit,
         task_manager=TaskManager(include_path=include),
-        bootstrap_iters=0,
         verbosity="ERROR",
     )
     return {
@@ -99,7 +98,6 @@ def needle(model: Any, tokenizer: Any, name: str, lengths: list[int], limit: int
         tasks=["niah_single_1"],
         limit=limit,
         task_manager=TaskManager(metadata={"max_seq_lengths": lengths, "tokenizer": name}),
-        bootstrap_iters=0,
         verbosity="ERROR",
     )
     row = found["results"]["niah_single_1"]
