@@ -1,7 +1,7 @@
 """Write transmla/data/synthetic.txt: what an instruct model answers to requests of many kinds, and what it writes when
 it starts with a random token. Calibration text for whatever an encyclopedia does not contain.
 
-    python benchmarks/synthetic.py MODEL [--answers 256] [--random 64] [--out transmla/data/synthetic.txt]
+    python benchmarks/synthetic.py MODEL [--answers 512] [--random 64] [--out transmla/data/synthetic.txt]
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ KINDS = (
     "Write a review of a product for {}.",
     "Write a mathematical word problem about {} and solve it.",
     "Write a forum post of somebody who needs help with {}, and a reply.",
+    "Write an email to a customer about {}.",
+    "Write a Python class with docstrings that models {}. Only code.",
+    "Write documentation of a command line program for {}, with examples.",
+    "Write a shell script or a configuration file that has to do with {}. Only the file.",
+    "Write a SQL schema and three queries about {}. Only code.",
+    "Write a page of a web shop that sells things for {}.",
+    "Write a diary entry in which {} matters.",
+    "Write a recipe or instructions in numbered steps that have to do with {}.",
+    "Write the terms and conditions of a service for {}.",
+    "Write a short biography of an invented person who is known for {}.",
+    "Write a summary of a scientific paper about {}.",
+    "Write a travel report or event announcement about {}.",
 )
 TOPICS = (
     "a lost dog", "the weather", "cooking soup", "a school trip", "bank accounts", "a birthday party", "football",
@@ -56,7 +68,7 @@ def sample(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--answers", type=int, default=256)
+    parser.add_argument("--answers", type=int, default=512)
     parser.add_argument("--random", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "transmla/data/synthetic.txt")
     arguments = parser.parse_args()

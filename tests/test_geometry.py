@@ -6,11 +6,8 @@ import pytest
 
 from transmla.errors import GeometryError, UnsupportedError
 from transmla.geometry import (
-    GPU_KERNEL_SIZES,
     GqaGeometry,
-    MlaGeometry,
     default_sizes,
-    engine_verdicts,
     gqa_geometry,
     mla_geometry,
 )
@@ -142,32 +139,3 @@ def test_configs_that_cannot_be(change: dict[str, Any]) -> None:
 def test_config_without_a_size(key: str) -> None:
     with pytest.raises(UnsupportedError, match=key):
         gqa_geometry({name: value for name, value in CONFIG.items() if name != key}, "config.json")
-
-
-def verdicts(target: MlaGeometry) -> dict[str, tuple[bool, str]]:
-    return {verdict.engine: (verdict.accepts, verdict.note) for verdict in engine_verdicts(target)}
-
-
-@pytest.mark.parametrize(
-    ("source", "latent", "rope", "vllm_gpu", "vllm_cpu"),
-    [
-        (LLAMA_3_8B, 512, 64, True, True),
-        (LLAMA_32_1B, 256, 64, True, False),
-        (LLAMA_32_1B, 512, 64, False, True),
-        (LLAMA_3_8B, 256, 64, False, False),
-        (SMOLLM2_135M, 96, 32, False, False),
-    ],
-)
-def test_engines(source: GqaGeometry, latent: int, rope: int, vllm_gpu: bool, vllm_cpu: bool) -> None:
-    found = verdicts(mla_geometry(source, latent, rope))
-    assert found["vLLM (GPU)"][0] == found["SGLang"][0] == vllm_gpu
-    assert found["vLLM (CPU)"][0] == vllm_cpu
-    for engine in ("transformers, stock class", "transformers, own class", "MLX-LM", "llama.cpp"):
-        assert found[engine][0]
-    if (latent, rope) in GPU_KERNEL_SIZES and not vllm_gpu:
-        assert "zero-padded" in found["vLLM (GPU)"][1]
-
-
-def test_mlx_drops_layer_61() -> None:
-    assert "layer 61" in verdicts(mla_geometry(LLAMA_3_70B, None, None))["MLX-LM"][1]
-    assert "layer 61" not in verdicts(mla_geometry(LLAMA_3_8B, None, None))["MLX-LM"][1]

@@ -5,6 +5,8 @@
     transmla.plan("llama-3-8b", latent=512)                  # headers only: what would happen
     transmla.convert("llama-3-8b", "OUT", latent=512)        # -> ConversionReport
     transmla.evaluate("OUT", against="SRC")                  # -> EvaluationReport
+    transmla.doctor("OUT")                                   # -> Diagnosis: which engines take it
+    transmla.export("OUT", "OUT.gguf", type="q8_0")          # for llama.cpp; or to="vllm", padded for GPU kernels
     transmla.load("OUT")                                     # -> a transformers model, latent cache, absorbed decode
     for piece in transmla.generate("OUT", "Once upon a time"):
         print(piece, end="")
@@ -17,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transmla.conversion import convert as convert
+    from transmla.diagnosis import doctor as doctor
     from transmla.evaluation.evaluate import evaluate as evaluate
+    from transmla.exporting import export as export
     from transmla.generation import generate as generate
     from transmla.loading import load as load
     from transmla.planning import plan as plan
@@ -25,13 +29,15 @@ if TYPE_CHECKING:
 # imported when first used: `transmla --help` must not wait for torch
 _PUBLIC = {
     "convert": "transmla.conversion",
+    "doctor": "transmla.diagnosis",
     "evaluate": "transmla.evaluation.evaluate",
+    "export": "transmla.exporting",
     "generate": "transmla.generation",
     "load": "transmla.loading",
     "plan": "transmla.planning",
 }
 
-__all__ = ["convert", "evaluate", "generate", "load", "plan"]
+__all__ = ["convert", "doctor", "evaluate", "export", "generate", "load", "plan"]
 
 
 def __getattr__(name: str) -> Any:

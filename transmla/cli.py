@@ -19,6 +19,11 @@ EPILOG = (
 )
 REFINE_LEVELS = ("off", "fast", "full")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# those of checkpoint/write_gguf.py, which must not be imported for --help
+GGUF_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "iq4_nl", "q3_k_l",
+    "q3_k_m", "q3_k_s", "q2_k",
+)  # fmt: skip
 
 
 def _option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
@@ -77,7 +82,8 @@ def _quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for name in ("torch", "gguf"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
@@ -236,6 +242,65 @@ def eval_command(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
             click.echo(json.dumps(summary(report), indent=2))
         else:
             show_evaluation(report, Console())
+
+
+@main.command("doctor", epilog=EPILOG)
+@click.argument("model", metavar="MODEL")
+@_option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def doctor_command(model: str, as_json: bool) -> None:
+    """Say for each inference engine whether it runs the folder MODEL, refuses it, or would compute something else."""
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        found = transmla.doctor(model)
+        if as_json:
+            click.echo(json.dumps(found.summary(), indent=2))
+            return
+        from rich.console import Console
+
+        from transmla.display import show_diagnosis
+
+        show_diagnosis(found, Console())
+
+
+@main.command("export", epilog=EPILOG)
+@click.argument("model", metavar="MODEL")
+@click.argument("out", metavar="OUT")
+@_option(
+    "--to",
+    type=click.Choice(("gguf", "vllm")),
+    default="gguf",
+    help="gguf: one file for llama.cpp; vllm: a folder, padded with zeros to a size that GPU kernels are built for.",
+)
+@_option(
+    "--type",
+    type=click.Choice(GGUF_TYPES),
+    default="bf16",
+    help="Of the GGUF weights; from q6_k on with llama.cpp's own quantiser, if that is installed.",
+)
+@_option(
+    "--size",
+    metavar="RANK+ROPE",
+    help="With --to vllm: 256+64 or 512+64. [default: the smallest that is large enough]",
+)
+@_option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def export_command(model: str, out: str, quiet: bool, **given: Any) -> None:
+    """Write the converted folder MODEL in another form to OUT, which must not exist. MODEL stays as it is.
+
+    transformers and MLX-LM run MODEL itself; `transmla doctor MODEL` says what every engine takes.
+    """
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        from rich.console import Console
+
+        from transmla.display import progress, show_export
+
+        with progress(quiet) as update:
+            report = transmla.export(model, out, progress=update, **given)
+        show_export(report, Console())
 
 
 @main.command("generate", epilog=EPILOG)

@@ -22,8 +22,8 @@ from transmla.checkpoint.destination import partial_of
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.distilling import BlockReport, distil_layers
-from transmla.export.deepseek_v3 import deepseek_v3_config
 from transmla.fitting import LayerReport, choose_theta, fit_layers
+from transmla.formats.deepseek_v3 import deepseek_v3_config
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan, plan
 from transmla.processes import ALONE, Processes

@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transmla.conversion import ConversionReport
+    from transmla.diagnosis import Diagnosis
     from transmla.evaluation.evaluate import EvaluationReport
+    from transmla.exporting import ExportReport
+    from transmla.formats.engines import EngineVerdict
     from transmla.planning import Plan
 
+# headers of columns that are not right-aligned
+_TEXT = ("source", "converted", "outcome", "known", "note", "what to do", "")
 CONTEXTS = {"4K": 4096, "32K": 32768, "128K": 131072}
 
 
@@ -44,13 +49,41 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(geometry)
     console.print(_cache_table(plan))
     console.print("[dim]values: per layer; bytes: all layers[/]", highlight=False)
-    engines = _table("engine", "takes it", "note")
-    for verdict in plan.engines:
-        engines.add_row(verdict.engine, "[green]yes[/]" if verdict.accepts else "[red]no[/]", verdict.note)
-    console.print(engines)
+    console.print(_engines_table(plan.engines))
     console.print(f"needs about {size(plan.memory_bytes)} of memory, {size(plan.disk_bytes)} of disk", highlight=False)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False)
+
+
+def show_diagnosis(found: Diagnosis, console: Console) -> None:
+    console.print(
+        f"[bold]{found.model}[/]  {found.geometry}, {found.values_per_token} cached values per token and layer, "
+        f"{found.dtype}",
+        highlight=False,
+    )
+    console.print(_engines_table(found.engines, remedies=True))
+
+
+def show_export(report: ExportReport, console: Console) -> None:
+    before, after = report.values_per_token
+    made = f", quantised by {report.quantiser}" if report.quantiser else ""
+    console.print(f"written   {report.path}  ({size(report.num_bytes)}, {report.format}{made})", highlight=False)
+    cost = "as before" if before == after else f"{before} before ({after / before - 1:+.1%}); the same function"
+    console.print(f"cached    {after} values per token and layer, {cost}", highlight=False)
+
+
+def _engines_table(verdicts: tuple[EngineVerdict, ...], remedies: bool = False) -> Table:
+    """One row per engine and finding; why it does not run, or what to know if it does."""
+    table = _table("engine", "outcome", "known", "note", *(("what to do",) if remedies else ()))
+    colours = {"runs": "green", "refuses": "red", "computes something else": "bold red"}
+    for verdict in verdicts:
+        first = (verdict.engine, f"[{colours[verdict.outcome]}]{verdict.outcome}[/]", f"[dim]{verdict.evidence}[/]")
+        if not verdict.findings:
+            table.add_row(*first, verdict.note, *(("",) if remedies else ()))
+        for number, finding in enumerate(verdict.findings):
+            cells = first if number == 0 else ("", "", "")
+            table.add_row(*cells, finding.why, *((finding.remedy,) if remedies else ()))
+    return table
 
 
 def _cache_table(plan: Plan) -> Table:
@@ -143,7 +176,7 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int, str], None] | Non
 def _table(*headers: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for index, header in enumerate(headers):
-        numeric = index > 0 and header not in ("source", "converted", "note", "takes it", "")
+        numeric = index > 0 and header not in _TEXT
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     return table
 

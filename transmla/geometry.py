@@ -1,4 +1,4 @@
-"""Sizes of grouped-query and latent attention: what is cached, what is possible, who can run it.
+"""Sizes of grouped-query and latent attention: what is cached and what is possible.
 
 Only arithmetic on the numbers of a config.json; nothing is loaded.
 """
@@ -9,8 +9,9 @@ from typing import Any
 
 from transmla.errors import GeometryError, UnsupportedError
 
-# (kv_lora_rank, qk_rope_head_dim) that the GPU kernels of vLLM, SGLang and llama.cpp are built for.
-GPU_KERNEL_SIZES = ((512, 64), (256, 64))
+# (kv_lora_rank, qk_rope_head_dim) that the GPU kernels of vLLM, SGLang and llama.cpp are built for, and the widths of
+# the heads (qk_nope_head_dim, v_head_dim) that go with them.
+GPU_KERNELS = {(512, 64): (128, 128), (256, 64): (64, 64)}
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,6 @@ class MlaGeometry:
         return self.hidden_size * rows + self.kv_lora_rank * self.expanded_values
 
 
-@dataclass(frozen=True)
-class EngineVerdict:
-    """Whether an engine takes the converted folder, and what a user should know."""
-
-    engine: str
-    accepts: bool
-    note: str
-
-
 def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
     """The source geometry from a parsed config.json; raises `UnsupportedError` on sizes that cannot be."""
     try:
@@ -111,7 +103,7 @@ def default_sizes(source: GqaGeometry) -> tuple[int, int]:
     that still fits into half of the source's cache.
     """
     half = source.cache_values() // 2
-    for rank, rope in GPU_KERNEL_SIZES:
+    for rank, rope in GPU_KERNELS:
         if rank + rope <= half and rope <= source.head_dim and rank <= source.hidden_size:
             return rank, rope
     rope = min(64, max(2, source.head_dim // 4 * 2))
@@ -176,32 +168,3 @@ def _complete(source: GqaGeometry, latent: int | None, rope: int | None) -> tupl
 
 def _impossible(what: str, why: str, nearest: str) -> GeometryError:
     return GeometryError(what, where="--latent / --rope", why=why, remedy=f"the nearest possible size is {nearest}")
-
-
-def engine_verdicts(target: MlaGeometry) -> tuple[EngineVerdict, ...]:
-    """Which engines take a folder of this geometry, as tested or read from their sources."""
-    sizes = (target.kv_lora_rank, target.qk_rope_head_dim)
-    gpu = sizes in GPU_KERNEL_SIZES
-    widths = (target.qk_nope_head_dim, target.v_head_dim)
-    padded = {(512, 64): (128, 128), (256, 64): (64, 64)}.get(sizes)
-    gpu_note = "has GPU kernels for this size" if gpu else "no GPU kernel for this size (it has 512+64 and 256+64)"
-    if gpu and widths != padded:
-        gpu_note = f"needs nope and value heads zero-padded from {widths} to {padded}"
-    gpu_ready = gpu and widths == padded
-    return (
-        EngineVerdict("transformers, stock class", True, "right, but decompresses the whole cache at every step"),
-        EngineVerdict("transformers, own class", True, "latent cache, absorbed decode"),
-        _mlx(target),
-        EngineVerdict(
-            "llama.cpp", True, "any size as GGUF, BPE vocabularies only; fast attention on GPUs: 512+64, 256+64"
-        ),
-        EngineVerdict("vLLM (GPU)", gpu_ready, gpu_note),
-        EngineVerdict("vLLM (CPU)", sizes == (512, 64), "runs 512+64 only"),
-        EngineVerdict("SGLang", gpu_ready, gpu_note),
-    )
-
-
-def _mlx(target: MlaGeometry) -> EngineVerdict:
-    # it takes `model.layers.61` for DeepSeek-V3's extra prediction layer
-    short_enough = target.num_hidden_layers <= 61
-    return EngineVerdict("MLX-LM", short_enough, "any size" if short_enough else "drops layer 61 of longer models")

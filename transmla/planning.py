@@ -13,17 +13,10 @@ from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import check_destination
 from transmla.errors import RecipeError
-from transmla.export.deepseek_v3 import expected_tensors
 from transmla.families import Family, family_of, rope_parameters
-from transmla.geometry import (
-    EngineVerdict,
-    GqaGeometry,
-    MlaGeometry,
-    engine_verdicts,
-    gqa_geometry,
-    latent_candidates,
-    mla_geometry,
-)
+from transmla.formats.deepseek_v3 import deepseek_v3_config, expected_tensors
+from transmla.formats.engines import EngineVerdict, engine_verdicts
+from transmla.geometry import GqaGeometry, MlaGeometry, gqa_geometry, latent_candidates, mla_geometry
 from transmla.recipe import Recipe, find_recipe, load_recipe
 
 # bits per cached value: bfloat16, and llama.cpp's q8_0 and q4_0 with their float16 scale per 32 values
@@ -81,7 +74,7 @@ class Plan:
             "dtype": self.dtype,
             "max_position_embeddings": self.max_position_embeddings,
             "cache": [asdict(row) for row in self.cache],
-            "engines": [asdict(verdict) for verdict in self.engines],
+            "engines": [verdict.summary() for verdict in self.engines],
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
             "notes": list(self.notes),
@@ -148,7 +141,7 @@ def plan(
         dtype=dtype,
         max_position_embeddings=context,
         cache=cache_rows(gqa, mla),
-        engines=engine_verdicts(mla),
+        engines=engine_verdicts(_target_config(opened.config, mla, context, dtype)),
         disk_bytes=disk,
         memory_bytes=_memory_bytes(opened.config, gqa, settings),
         notes=tuple(notes),
@@ -170,7 +163,13 @@ def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
 def with_latent(planned: Plan, latent: int) -> Plan:
     """The same conversion at another kv_lora_rank."""
     mla = mla_geometry(planned.gqa, latent, planned.recipe.rope)
-    return replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla), engines=engine_verdicts(mla))
+    config = _target_config(planned.source.config, mla, planned.max_position_embeddings, planned.dtype)
+    return replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla), engines=engine_verdicts(config))
+
+
+def _target_config(source: Mapping[str, Any], mla: MlaGeometry, context: int, dtype: str) -> dict[str, Any]:
+    """config.json as it will be, but for rope_theta, which is chosen later."""
+    return deepseek_v3_config(source, mla, float(rope_parameters(source)["rope_theta"]), context, dtype)
 
 
 def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:

@@ -18,7 +18,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
 from transmla.calibrate.layers import SourceLayer
 from transmla.checkpoint.read import open_source
 from transmla.errors import VerificationError
-from transmla.export.deepseek_v3 import expected_tensors
+from transmla.formats.deepseek_v3 import expected_tensors
 from transmla.maths.attention import MlaWeights, mla_attention
 
 # Relative error of logits that the dtype of the stored weights explains, with a wide margin: measured 1e-4 (float32),

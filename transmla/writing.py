@@ -21,8 +21,8 @@ from transmla.checkpoint.provenance import file_hashes, versions, write_provenan
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.distilling import load_layers
 from transmla.errors import VerificationError
-from transmla.export.deepseek_v3 import MODELING_FILE
-from transmla.export.model_card import model_card
+from transmla.formats.deepseek_v3 import MODELING_FILE
+from transmla.formats.model_card import model_card
 from transmla.maths.attention import MlaWeights
 from transmla.maths.fold import INPUT_NORM_GAIN, fold_attention, latent_scale, residual_scale
 from transmla.run import Run

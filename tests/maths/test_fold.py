@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from transmla.export.deepseek_v3 import deepseek_v3_config
+from transmla.formats.deepseek_v3 import deepseek_v3_config
 from transmla.geometry import MlaGeometry
 from transmla.maths import fold
 from transmla.maths.attention import MlaWeights

@@ -12,7 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
-from transmla.export.deepseek_v3 import deepseek_v3_config, expected_tensors
+from transmla.formats.deepseek_v3 import deepseek_v3_config, expected_tensors
 from transmla.geometry import MlaGeometry
 from transmla.maths.attention import inverse_frequencies
 
