@@ -148,6 +148,28 @@ def test_written_in_another_dtype(lively: MakeSource, run: Convert, dtype: str) 
     assert config["dtype"] == config["torch_dtype"] == dtype
 
 
+@pytest.mark.parametrize("refine", ["off", "fast"])
+def test_queries_through_a_latent(lively: MakeSource, run: Convert, refine: str) -> None:
+    """At full rank nothing is lost; at a smaller one what is written is still what was converted (verified)."""
+    source = lively()
+    wide = run(source, "wide", refine=refine, theta=100.0)
+    full = run(source, "full", refine=refine, theta=100.0, q_latent=48)
+    narrow = run(source, "narrow", refine=refine, theta=100.0, q_latent=20)
+    assert wide.layers[0].query_loss is None and full.layers[0].query_loss < 1e-9 < narrow.layers[0].query_loss
+    config = json.loads((narrow.destination / "config.json").read_text())
+    assert config["q_lora_rank"] == 20
+    assert weights(narrow.destination)["model.layers.0.self_attn.q_a_proj.weight"].shape == (20, 48)
+    if refine == "off":
+        # but for the noise of bfloat16, of which a lively model makes much
+        assert full.heldout.converted == pytest.approx(wide.heldout.converted, abs=0.03)
+    else:
+        assert narrow.blocks[0].loss_after < narrow.blocks[0].loss_before
+    own = load(narrow.destination, dtype=torch.float32)
+    with torch.no_grad():
+        error = own(IDS).logits - logits(narrow.destination)
+    assert error.norm() < 1e-4 * logits(narrow.destination).norm()
+
+
 def test_repair_helps(lively: MakeSource, run: Convert) -> None:
     losses = [
         run(lively(), name, tokens=2048, window=64, latent=12, rope=8, method=method).layers[-1].stream_loss_fitted

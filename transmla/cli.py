@@ -40,6 +40,12 @@ def _geometry_options(command: Any) -> Any:
             help="qk_rope_head_dim: cached rotary values per token and layer, even. [default: by model, see `plan`]",
         ),
         _option(
+            "--q-latent",
+            type=int,
+            metavar="RANK",
+            help="q_lora_rank: queries through a latent of their own, as in DeepSeek-V3. [default: none]",
+        ),
+        _option(
             "--budget",
             metavar="X%",
             help="With --latent auto: perplexity on held-out calibration text that the conversion may cost.",

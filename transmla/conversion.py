@@ -63,6 +63,7 @@ def convert(
     latent: int | str | None = None,
     budget: float | None = None,
     rope: int | None = None,
+    q_latent: int | None = None,
     refine: str | None = None,
     calibration: str | None = None,
     tokens: int | None = None,
@@ -85,6 +86,7 @@ def convert(
     source:      Hugging Face folder, .gguf file, hub id, recipe name, or "stories260k" (ships with the package)
     destination: new folder; default NAME-mla-LATENT-ROPE in the working directory. Nothing is overwritten
     latent:      kv_lora_rank, cached values per token and layer;  rope: qk_rope_head_dim, cached beside them
+    q_latent:    q_lora_rank: queries through a latent of their own, as in DeepSeek-V3; default: none, nothing is lost
     budget:      with latent="auto": the smallest latent is taken whose perplexity on the held-out calibration windows
                  is at most 1 + budget times the source's
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
@@ -106,8 +108,9 @@ def convert(
     """
     started = time.monotonic()
     settings: dict[str, Any] = {
-        "latent": latent, "budget": budget, "rope": rope, "refine": refine, "calibration": calibration,
-        "tokens": tokens, "window": window, "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
+        "latent": latent, "budget": budget, "rope": rope, "q_latent": q_latent, "refine": refine,
+        "calibration": calibration, "tokens": tokens, "window": window, "theta": theta, "dtype": dtype,
+        "seed": seed, "recipe": recipe,
     }  # fmt: skip
     planned = plan(source, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)

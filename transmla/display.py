@@ -43,6 +43,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     geometry.add_row("query heads", str(gqa.num_attention_heads), "same")
     geometry.add_row("head_dim", str(gqa.head_dim), f"nope {mla.qk_nope_head_dim}, v {mla.v_head_dim}")
     geometry.add_row("kv_lora_rank + qk_rope_head_dim", "", f"{mla.kv_lora_rank} + {mla.qk_rope_head_dim}")
+    if mla.q_lora_rank:
+        geometry.add_row("q_lora_rank", "", str(mla.q_lora_rank))
     geometry.add_row("cached values per token and layer", str(gqa.cache_values()), str(mla.cache_values()))
     geometry.add_row("max_position_embeddings", "", f"{plan.max_position_embeddings:,}")
     geometry.add_row("weights", "", plan.dtype)
@@ -120,9 +122,14 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
         f"{'nats of KL' if block is report.blocks[-1] else 'of the stream'}, held out, {block.steps} steps"
         for block in report.blocks
     }
+    lost = [layer.query_loss for layer in report.layers if layer.query_loss is not None]
+    narrow = (
+        {f"queries, rank {mla.q_lora_rank}": f"{sum(lost) / len(lost):.2%} of their energy dropped"} if lost else {}
+    )
     facts = {
         "rope_theta": f"{report.theta:g}" + (" (chosen by measured error)" if report.theta_losses else ""),
         "stream error, fitted": f"{last.stream_loss_fitted:.2%} fitted, {last.stream_loss_heldout:.2%} held out",
+        **narrow,
         **refined,
         "verified": f"stock deepseek_v3 class, relative error {report.verification.relative_error:.1e}",
         "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.calibration}",

@@ -41,8 +41,8 @@ NUM_SURVEYED = 6
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one layer lost: see `LowRank.loss` and `StreamLoss` of its closed form; the last two are the held-out
-    stream errors of layer-wise refinement, equal where there was none."""
+    """What one layer lost: see `FittedLayer` and `StreamLoss` of its closed form; refined_* are the held-out stream
+    errors of layer-wise refinement, equal where there was none."""
 
     layer: int
     latent_loss: float
@@ -50,6 +50,7 @@ class LayerReport:
     stream_loss_heldout: float
     refined_before: float
     refined_after: float
+    query_loss: float | None = None
 
 
 def choose_theta(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[float, dict[float, list[float]]]:
@@ -132,7 +133,7 @@ def _fit(
     sizes, method = run.plan.mla, run.method
     moments = observe(layer, closed, NUM_ATTENDED, two_streams=method.two_streams)
     gqa = layer.gqa.to(dtype=torch.float64)
-    fitted = fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, method)
+    fitted = fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, method, sizes.q_lora_rank)
     add_source_attention(layer, streams)
     heads_NTF = converted_heads(layer, fitted.mla, closed).out_NTF
     o_DHv = fitted.mla.o_DHv
@@ -155,7 +156,8 @@ def _fit(
     loss = stream_loss(closed)
     if run.refinement.layerwise is None:
         before = after = loss.heldout
-    return mla, LayerReport(layer.index, fitted.latent_loss, loss.fitted, loss.heldout, before, after)
+    report = LayerReport(layer.index, fitted.latent_loss, loss.fitted, loss.heldout, before, after, fitted.query_loss)
+    return mla, report
 
 
 def layer_name(run: Run, index: int, stage: str = "fitted") -> str:
@@ -169,6 +171,7 @@ def packed(mla: MlaWeights) -> dict[str, Tensor]:
     return {
         name: torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
         for name, value in named.items()
+        if value is not None
     }
 
 
@@ -182,7 +185,8 @@ def unpacked(tensors: dict[str, Tensor], run: Run) -> MlaWeights:
 
 def _name(run: Run, step: str) -> str:
     mla = run.plan.mla
-    return f"{mla.kv_lora_rank}-{mla.qk_rope_head_dim}-{step}"
+    queries = f"-q{mla.q_lora_rank}" if mla.q_lora_rank else ""
+    return f"{mla.kv_lora_rank}-{mla.qk_rope_head_dim}{queries}-{step}"
 
 
 def _agreed(mla: MlaWeights, run: Run) -> MlaWeights:

@@ -46,6 +46,7 @@ class MlaGeometry:
     qk_rope_head_dim: int
     qk_nope_head_dim: int
     v_head_dim: int
+    q_lora_rank: int | None = None
 
     def cache_values(self) -> int:
         """Cached values per token and layer: the latent and one rotary key."""
@@ -60,8 +61,10 @@ class MlaGeometry:
     def attention_weights(self) -> int:
         """Weights of one attention block."""
         queries = self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
-        rows = queries + self.cache_values() + self.num_attention_heads * self.v_head_dim
-        return self.hidden_size * rows + self.kv_lora_rank * self.expanded_values
+        inner = self.q_lora_rank or queries
+        rows = inner + self.cache_values() + self.num_attention_heads * self.v_head_dim
+        through_latent = self.q_lora_rank * queries if self.q_lora_rank else 0
+        return self.hidden_size * rows + self.kv_lora_rank * self.expanded_values + through_latent
 
 
 def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
@@ -122,12 +125,13 @@ def latent_candidates(source: GqaGeometry, rope: int | None) -> tuple[int, ...]:
     return tuple(range(step, most + 1, step)) or (max(1, most),)
 
 
-def mla_geometry(source: GqaGeometry, latent: int | None, rope: int | None) -> MlaGeometry:
+def mla_geometry(source: GqaGeometry, latent: int | None, rope: int | None, q_latent: int | None = None) -> MlaGeometry:
     """The target geometry, or a `GeometryError` that names the nearest possible size.
 
     latent: kv_lora_rank, 1 .. min(2 * num_key_value_heads * head_dim, hidden_size)
     rope:   qk_rope_head_dim, even, 2 .. head_dim
-    Either may be None: `default_sizes`. The unrotated and the value part of a head keep head_dim.
+    q_latent: q_lora_rank, 1 .. hidden_size; None: queries without a latent
+    The first two may be None: `default_sizes`. The unrotated and the value part of a head keep head_dim.
     """
     if latent is None or rope is None:
         latent, rope = _complete(source, latent, rope)
@@ -146,6 +150,13 @@ def mla_geometry(source: GqaGeometry, latent: int | None, rope: int | None) -> M
             f"rotary dimensions come in pairs, and the source turns {source.head_dim // 2} pairs per head",
             f"--rope {nearest}",
         )
+    if q_latent is not None and not 1 <= q_latent <= source.hidden_size:
+        raise _impossible(
+            f"q_lora_rank {q_latent} is impossible",
+            f"queries are made of hidden_size = {source.hidden_size} values",
+            f"--q-latent {min(max(q_latent, 1), source.hidden_size)}",
+            "--q-latent",
+        )
     return MlaGeometry(
         num_hidden_layers=source.num_hidden_layers,
         hidden_size=source.hidden_size,
@@ -154,6 +165,7 @@ def mla_geometry(source: GqaGeometry, latent: int | None, rope: int | None) -> M
         qk_rope_head_dim=rope,
         qk_nope_head_dim=source.head_dim,
         v_head_dim=source.head_dim,
+        q_lora_rank=q_latent,
     )
 
 
@@ -166,5 +178,5 @@ def _complete(source: GqaGeometry, latent: int | None, rope: int | None) -> tupl
     return max(1, room), rope
 
 
-def _impossible(what: str, why: str, nearest: str) -> GeometryError:
-    return GeometryError(what, where="--latent / --rope", why=why, remedy=f"the nearest possible size is {nearest}")
+def _impossible(what: str, why: str, nearest: str, where: str = "--latent / --rope") -> GeometryError:
+    return GeometryError(what, where=where, why=why, remedy=f"the nearest possible size is {nearest}")

@@ -111,7 +111,7 @@ def plan(
     candidates = _candidates(gqa, settings)
     wanted = candidates[-1] if candidates else settings.latent
     assert not isinstance(wanted, str)
-    mla = mla_geometry(gqa, wanted, settings.rope)
+    mla = mla_geometry(gqa, wanted, settings.rope, settings.q_latent)
     _check_tensors(opened, family, gqa)
     dtype = _output_dtype(opened, family, settings.dtype)
     context, notes = _context(opened)
@@ -162,7 +162,7 @@ def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
 
 def with_latent(planned: Plan, latent: int) -> Plan:
     """The same conversion at another kv_lora_rank."""
-    mla = mla_geometry(planned.gqa, latent, planned.recipe.rope)
+    mla = mla_geometry(planned.gqa, latent, planned.recipe.rope, planned.recipe.q_latent)
     config = _target_config(planned.source.config, mla, planned.max_position_embeddings, planned.dtype)
     return replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla), engines=engine_verdicts(config))
 

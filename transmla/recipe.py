@@ -24,6 +24,7 @@ class Recipe:
     latent: int | str | None = None  # kv_lora_rank; "auto": the smallest within the budget
     budget: float | None = None  # perplexity increase that "auto" may cost, 0.02 is 2 %
     rope: int | None = None  # qk_rope_head_dim
+    q_latent: int | None = None  # q_lora_rank; None: queries without a latent
     refine: str = "fast"  # how much gradient refinement: off, fast, full
     theta: float | str = "auto"  # rope_theta of the target
     calibration: str = "wikitext+synthetic"  # names of embedded texts, or files, shares of each

@@ -44,10 +44,11 @@ class HeldoutNats:
 
 @dataclass(frozen=True)
 class Measured:
-    """latent_peaks: largest mean square of one token's latent, by layer (see `maths.fold.latent_scale`)"""
+    """Largest mean square of one token's latent by layer, and of its queries' latent: see `maths.fold.latent_scale`."""
 
     heldout: HeldoutNats
     latent_peaks: tuple[float, ...]
+    query_peaks: tuple[float, ...]
 
 
 def measure(run: Run, streams: Streams, text: CalibrationTokens, journal: Journal) -> Measured:
@@ -56,7 +57,7 @@ def measure(run: Run, streams: Streams, text: CalibrationTokens, journal: Journa
     The streams must be behind the last layer; of the source's, only its end is used.
     """
     part = _part(run, streams, text)
-    peaks = []
+    peaks, query_peaks = [], []
     total = run.plan.mla.num_hidden_layers
     for index in range(total):
         layer = run.layer(index)
@@ -66,6 +67,7 @@ def measure(run: Run, streams: Streams, text: CalibrationTokens, journal: Journa
         add_mlp(layer, part, only="converted")
         del layer  # before the next one is read
         peaks.append(heads.latent_peak)
+        query_peaks.append(heads.query_peak)
         run.progress("measure", index + 1, total, "")
     head = run.head()
 
@@ -81,7 +83,7 @@ def measure(run: Run, streams: Streams, text: CalibrationTokens, journal: Journa
             remedy="check the source with `transmla eval SRC --dtype float32`",
         )
     nats = HeldoutNats(float(source_N.mean()), float(converted_N.mean()), len(source_N))
-    return Measured(nats, tuple(peaks))
+    return Measured(nats, tuple(peaks), tuple(query_peaks))
 
 
 def _part(run: Run, streams: Streams, text: CalibrationTokens) -> Streams:
@@ -115,7 +117,8 @@ def write_weights(
         layer = run.layer(index)
         mla = final_layer(run, index, journal)
         witness.advance(layer, mla)
-        _write_layer(layer, fold_attention(mla, scale, residual), residual, dtype, writer)
+        query_scale = latent_scale(measured.query_peaks[index])
+        _write_layer(layer, fold_attention(mla, scale, residual, query_scale), residual, dtype, writer)
         del layer  # before the next one is read
         run.progress("write", index + 1, len(scales), "")
     embed_VD = source.read(family.embed_tokens)

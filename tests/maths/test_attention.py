@@ -36,10 +36,15 @@ def test_without_rotation_the_output_is_another() -> None:
     assert relative(still, mla_naive(X_TD, mla)) > 0.1
 
 
+def test_queries_through_a_latent() -> None:
+    mla = mla_weights(q_rank=9)
+    assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, mla_naive(X_TD, mla)) < 1e-12
+
+
 def test_every_weight_matters() -> None:
-    mla = mla_weights()
+    mla = mla_weights(q_rank=9)
     expected = mla_naive(X_TD, mla)
-    for name in ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr"):
+    for name in ("q_down_qD", "q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr"):
         without = replace(mla, **{name: torch.zeros_like(getattr(mla, name))})
         assert relative(mla_attention(X_TD, without) @ mla.o_DHv.T, expected) > 0.1, name
 

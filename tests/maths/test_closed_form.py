@@ -98,3 +98,59 @@ def test_heads_of_a_group_share_their_values() -> None:
     gqa = gqa_weights(heads=6, groups=2)
     v_up_Hvr = fit_layer(gqa, moments(gqa), 6, 4, THETA, ClosedForm()).mla.v_up_Hvr
     assert torch.equal(v_up_Hvr[0], v_up_Hvr[2]) and not torch.equal(v_up_Hvr[2], v_up_Hvr[3])
+
+
+def test_queries_of_full_rank_lose_nothing() -> None:
+    gqa = gqa_weights(heads=3, groups=1)
+    wide = fit_layer(gqa, moments(gqa), 8, 8, THETA, ClosedForm())
+    narrow = fit_layer(gqa, moments(gqa), 8, 8, THETA, ClosedForm(), q_lora_rank=24)
+    assert wide.query_loss is None and narrow.query_loss is not None and narrow.query_loss < 1e-12
+    assert relative(mla_attention(X_TD, narrow.mla), mla_attention(X_TD, wide.mla)) < 1e-7
+
+
+def test_query_loss_is_the_energy_of_score_errors() -> None:
+    """Per head: importance * scaling^2 * E[<dq, k>^2], of unrotated keys, and of the rotary key over all turns."""
+    gqa = gqa_weights(heads=6, groups=2, hidden=30)
+    seen = moments(gqa)
+    wide = fit_layer(gqa, seen, 9, 4, THETA, ClosedForm()).mla
+    found = fit_layer(gqa, seen, 9, 4, THETA, ClosedForm(), q_lora_rank=11)
+    mla = found.mla
+    assert mla.q_down_qD is not None and mla.q_down_qD.shape == (11, 30)
+    turns = torch.linspace(0, 2 * torch.pi, 9, dtype=torch.float64)[:-1]
+    lost = energy = 0.0
+    for head in range(6):
+        key = wide.k_up_Hnr[head] @ wide.kv_down_rD
+        weight = seen.importance_H[head] * wide.scaling**2
+        for wanted, error in (
+            (wide.q_nope_HnD[head], wide.q_nope_HnD[head] - mla.q_nope_HnD[head] @ mla.q_down_qD),
+            (wide.q_rope_HeD[head], wide.q_rope_HeD[head] - mla.q_rope_HeD[head] @ mla.q_down_qD),
+        ):
+            for which, query in enumerate((wanted, error)):
+                asked = query @ seen.converted_DD @ query.T
+                if len(query) == 8:
+                    total = weight * (asked * (key @ seen.received_DD @ key.T)).sum()
+                else:  # E[q q^T] against E[k k^T] turned by every angle
+                    total = torch.zeros(())
+                    for turn in turns:
+                        cos, sin = turn.cos() * torch.eye(2), turn.sin() * torch.eye(2)
+                        rotation = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)]).double()
+                        turned = rotation @ wide.k_rope_eD
+                        keys = (turned @ seen.converted_DD @ turned.T).diagonal()
+                        total = total + weight * (asked.diagonal() * keys).sum() / len(turns)
+                lost, energy = lost + which * float(total), energy + (1 - which) * float(total)
+    assert found.query_loss == pytest.approx(lost / energy, rel=1e-6) and 0.01 < lost / energy < 0.9
+
+
+def test_narrow_queries_beat_a_plain_svd() -> None:
+    gqa = gqa_weights(heads=6, groups=2)
+    seen = moments(gqa)
+    wide = fit_layer(gqa, seen, 9, 4, THETA, ClosedForm()).mla
+    narrow = fit_layer(gqa, seen, 9, 4, THETA, ClosedForm(), q_lora_rank=11).mla
+    rows = torch.cat([wide.q_nope_HnD.flatten(0, 1), wide.q_rope_HeD.flatten(0, 1)])
+    u, s, right = torch.linalg.svd(rows, full_matrices=False)
+    nope, rope = (u[:, :11] * s[:11]).split([48, 24])
+    plain = replace(
+        wide, q_down_qD=right[:11], q_nope_HnD=nope.unflatten(0, (6, 8)), q_rope_HeD=rope.unflatten(0, (6, 4))
+    )
+    wanted = mla_attention(X_TD, wide)
+    assert relative(mla_attention(X_TD, narrow), wanted) < relative(mla_attention(X_TD, plain), wanted)

@@ -33,10 +33,12 @@ X_TD = inputs(10)
 
 def stock_output(mla: MlaWeights, tensors: dict[str, Tensor], x_TD: Tensor = X_TD) -> Tensor:
     """The stock attention, float64, on what the scaled input norm gives it."""
-    heads, nope, hidden = mla.q_nope_HnD.shape
+    heads, nope, _ = mla.q_nope_HnD.shape
+    hidden = mla.kv_down_rD.shape[1]
     sizes = MlaGeometry(1, hidden, heads, len(mla.kv_down_rD), len(mla.k_rope_eD), nope, mla.v_up_Hvr.shape[1])
     settings = deepseek_v3_config(SOURCE | {"num_attention_heads": heads}, sizes, THETA, 64, "float32")
-    config = DeepseekV3Config(**settings)
+    q_rank = None if mla.q_down_qD is None else len(mla.q_down_qD)
+    config = DeepseekV3Config(**settings | {"q_lora_rank": q_rank})
     config._attn_implementation = "sdpa"
     block = DeepseekV3Attention(config, 0).double().eval()
     block.load_state_dict(tensors)
@@ -50,6 +52,14 @@ def test_stock_block_is_latent_attention() -> None:
     mla = mla_weights()
     folded = fold_attention(mla, LARGEST_LATENT_SCALE, residual=0.25)
     assert relative(stock_output(mla, folded), 0.25 * mla_naive(X_TD, mla)) < 2e-4
+
+
+def test_stock_block_with_a_latent_of_queries() -> None:
+    mla = mla_weights(q_rank=9)
+    folded = fold_attention(mla, LARGEST_LATENT_SCALE, residual=0.25, query_scale=LARGEST_LATENT_SCALE)
+    assert relative(stock_output(mla, folded), 0.25 * mla_naive(X_TD, mla)) < 2e-4
+    seen = fold_attention(mla, LARGEST_LATENT_SCALE, residual=0.25, query_scale=1e-3)
+    assert relative(stock_output(mla, seen), 0.25 * mla_naive(X_TD, mla)) > 0.05, "a norm that is not linear"
 
 
 def test_error_falls_with_the_square_of_the_scale() -> None:

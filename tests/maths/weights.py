@@ -36,12 +36,22 @@ def gqa_weights(
 
 
 def mla_weights(
-    *, heads: int = 4, hidden: int = 24, rank: int = 10, rope: int = 6, nope: int = 8, value: int = 5, seed: int = 0
+    *,
+    heads: int = 4,
+    hidden: int = 24,
+    rank: int = 10,
+    rope: int = 6,
+    nope: int = 8,
+    value: int = 5,
+    q_rank: int | None = None,
+    seed: int = 0,
 ) -> MlaWeights:
-    """All sizes different, a latent of unit mean square for inputs of deviation 1."""
+    """All sizes different, latents of unit mean square for inputs of deviation 1."""
+    asking = q_rank or hidden
     return MlaWeights(
-        q_nope_HnD=lively(heads, nope, hidden, seed=seed) / hidden**0.5,
-        q_rope_HeD=lively(heads, rope, hidden, seed=seed + 1) / hidden**0.5,
+        q_nope_HnD=lively(heads, nope, asking, seed=seed) / asking**0.5,
+        q_rope_HeD=lively(heads, rope, asking, seed=seed + 1) / asking**0.5,
+        q_down_qD=lively(q_rank, hidden, seed=seed + 7) / hidden**0.5 if q_rank else None,
         kv_down_rD=lively(rank, hidden, seed=seed + 2) / hidden**0.5,
         k_rope_eD=lively(rope, hidden, seed=seed + 3) / hidden**0.5,
         k_up_Hnr=lively(heads, nope, rank, seed=seed + 4) / rank**0.5,

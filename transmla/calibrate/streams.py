@@ -104,10 +104,12 @@ def allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvertedHeads:
-    """Head outputs float32 [N, T, F] on the CPU; latent_peak: largest mean square of one token's latent."""
+    """Head outputs float32 [N, T, F] on the CPU; the largest mean square of one token's latent, and of its queries'
+    latent (0 where they have none)."""
 
     out_NTF: Tensor
     latent_peak: float
+    query_peak: float
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,17 @@ def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> Co
     """Run the converted attention on the converted stream, without o_proj."""
     mla = mla.to(dtype=torch.float32, device=streams.device)
     heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.folder)
-    peak = 0.0
+    latents = [mla.kv_down_rD] if mla.q_down_qD is None else [mla.kv_down_rD, mla.q_down_qD]
+    peaks = [0.0, 0.0]
     for place, _, converted_TD in streams.windows():
         x_hat_TD = layer.input_layernorm(converted_TD)
         with streams.computing():
             heads_NTF[place] = mla_attention(x_hat_TD, mla).float().cpu()
-            peak = max(peak, float((x_hat_TD @ mla.kv_down_rD.T).float().square().mean(-1).max()))
-    return ConvertedHeads(heads_NTF, max(streams.processes.gather({streams.processes.rank: peak}).values()))
+            for number, down_kD in enumerate(latents):
+                found = float((x_hat_TD @ down_kD.T).float().square().mean(-1).max())
+                peaks[number] = max(peaks[number], found)
+    of_all = streams.processes.gather({streams.processes.rank: tuple(peaks)}).values()
+    return ConvertedHeads(heads_NTF, *(max(column) for column in zip(*of_all, strict=True)))
 
 
 def repair_output(o_DF: Tensor, heads_NTF: Tensor, streams: Streams, ridge: float) -> Tensor:

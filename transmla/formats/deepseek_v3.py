@@ -36,7 +36,7 @@ def deepseek_v3_config(
     config |= {
         # vLLM and SGLang expect MHA here; the one latent is implied
         "num_key_value_heads": target.num_attention_heads,
-        "q_lora_rank": None,
+        "q_lora_rank": target.q_lora_rank,
         "kv_lora_rank": target.kv_lora_rank,
         "qk_rope_head_dim": target.qk_rope_head_dim,
         "qk_nope_head_dim": target.qk_nope_head_dim,
@@ -91,11 +91,17 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the folder."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, rank, rope = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
-    nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
-    layer = {
+    nope, value, q_rank = config["qk_nope_head_dim"], config["v_head_dim"], config.get("q_lora_rank")
+    queries: dict[str, tuple[int, ...]] = {"self_attn.q_proj.weight": (heads * (nope + rope), hidden)}
+    if q_rank:
+        queries = {
+            "self_attn.q_a_proj.weight": (q_rank, hidden),
+            "self_attn.q_a_layernorm.weight": (q_rank,),
+            "self_attn.q_b_proj.weight": (heads * (nope + rope), q_rank),
+        }
+    layer = queries | {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (heads * (nope + rope), hidden),
         "self_attn.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
         "self_attn.kv_a_layernorm.weight": (rank,),
         "self_attn.kv_b_proj.weight": (heads * (nope + value), rank),

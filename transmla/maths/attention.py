@@ -40,6 +40,7 @@ class MlaWeights(_Weights):
 
     c = kv_down x is cached (r values) beside Rot_s k_rope x (e values);
     score = (<q_nope x_t, k_up c_s> + <Rot_t q_rope x_t, Rot_s k_rope x_s>) * scaling, value = v_up c_s.
+    With q_down, queries read q_down x_t (q values) instead of x_t: q_nope is [H, n, q], q_rope [H, e, q].
     """
 
     q_nope_HnD: Tensor
@@ -51,6 +52,7 @@ class MlaWeights(_Weights):
     o_DHv: Tensor
     inv_freq_M: Tensor
     scaling: float
+    q_down_qD: Tensor | None = None
 
 
 def inverse_frequencies(theta: float, dim: int) -> Tensor:
@@ -92,11 +94,15 @@ def mla_attention(x_BTD: Tensor, mla: MlaWeights) -> Tensor:
     heads, nope, _ = mla.q_nope_HnD.shape
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
     positions = torch.arange(x_BTD.shape[-2], device=x_BTD.device)
-    # two wide products instead of six narrow ones: this is the inner loop of the refinement
-    down_kD = torch.cat([mla.q_nope_HnD.flatten(0, 1), mla.q_rope_HeD.flatten(0, 1), mla.kv_down_rD, mla.k_rope_eD])
+    # few wide products instead of many narrow ones: this is the inner loop of the refinement
+    queries_kD = torch.cat([mla.q_nope_HnD.flatten(0, 1), mla.q_rope_HeD.flatten(0, 1)])
+    down_kD = torch.cat([queries_kD if mla.q_down_qD is None else mla.q_down_qD, mla.kv_down_rD, mla.k_rope_eD])
     up_kr = torch.cat([mla.k_up_Hnr.flatten(0, 1), mla.v_up_Hvr.flatten(0, 1)])
     projected_BTk = torch.nn.functional.linear(x_BTD, down_kD)
-    q_nope, q_rope, c_BTr, k_rope = projected_BTk.split([heads * nope, heads * rope, rank, rope], dim=-1)
+    q_BTk, c_BTr, k_rope = projected_BTk.split([len(down_kD) - rank - rope, rank, rope], dim=-1)
+    if mla.q_down_qD is not None:
+        q_BTk = torch.nn.functional.linear(q_BTk, queries_kD)
+    q_nope, q_rope = q_BTk.split([heads * nope, heads * rope], dim=-1)
     k_nope, value = torch.nn.functional.linear(c_BTr, up_kr).split([heads * nope, len(up_kr) - heads * nope], dim=-1)
     q_rope_BHTe = rotate(_per_head(q_rope, heads), mla.inv_freq_M, positions)
     k_rope_BHTe = rotate(_per_head(k_rope, 1), mla.inv_freq_M, positions).expand_as(q_rope_BHTe)

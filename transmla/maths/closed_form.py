@@ -64,10 +64,12 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """Converted weights (float64, o_proj still the source's) and the share of weighted energy the rank drops."""
+    """Converted weights (float64, o_proj still the source's) and the share of weighted energy that the ranks drop:
+    of the latent, and of the queries where they have a rank."""
 
     mla: MlaWeights
     latent_loss: float
+    query_loss: float | None = None
 
 
 def fit_layer(
@@ -77,6 +79,7 @@ def fit_layer(
     qk_rope_head_dim: int,
     theta: float,
     method: ClosedForm,
+    q_lora_rank: int | None = None,
 ) -> FittedLayer:
     """Latent attention of the given sizes that stands in for `gqa` (float64) on the converted stream."""
     groups = len(gqa.k_GdD)
@@ -119,7 +122,38 @@ def fit_layer(
         inv_freq_M=split.inv_freq_M,
         scaling=gqa.scaling,
     )
-    return FittedLayer(mla, low.loss)
+    if q_lora_rank is None:
+        return FittedLayer(mla, low.loss)
+    mla, query_loss = narrow_queries(mla, moments, q_lora_rank)
+    return FittedLayer(mla, low.loss, query_loss)
+
+
+def narrow_queries(mla: MlaWeights, moments: Moments, rank: int) -> tuple[MlaWeights, float]:
+    """Queries through a latent of `rank` values, and the share of weighted energy that it drops.
+
+    The same two-sided whitening as for keys and values: an error dq of head i costs
+    importance_i scaling^2 E[<dq, k>^2], with the second moments of the unrotated keys and of the rotary key. The
+    rotary key counts by the mean over all turns, in which the two halves of a pair are alike.
+    """
+    weight_H = moments.importance_H * mla.scaling**2
+    latent_rr = mla.kv_down_rD @ moments.received_DD @ mla.kv_down_rD.T
+    nope_Hnn = torch.einsum("H,Hnr,rs,Hms->Hnm", weight_H, mla.k_up_Hnr, latent_rr, mla.k_up_Hnr)
+    size_e = torch.einsum("eD,DE,eE->e", mla.k_rope_eD, moments.converted_DD, mla.k_rope_eD)
+    size_e = size_e.unflatten(0, (2, -1)).mean(0).repeat(2)
+    low = joint_low_rank(
+        Block(mla.q_nope_HnD.flatten(0, 1), torch.block_diag(*nope_Hnn), moments.converted_DD),
+        Block(mla.q_rope_HeD.flatten(0, 1), torch.outer(weight_H, size_e).flatten().diag(), moments.converted_DD),
+        rank,
+    )
+    nope_q, rope_q = low.decoders
+    heads = len(mla.q_nope_HnD)
+    narrow = replace(
+        mla,
+        q_down_qD=low.encoder_rD,
+        q_nope_HnD=nope_q.unflatten(0, (heads, -1)),
+        q_rope_HeD=rope_q.unflatten(0, (heads, -1)),
+    )
+    return narrow, low.loss
 
 
 def _key_metric(split: RotarySplit, moments: Moments, scaling: float) -> Tensor:

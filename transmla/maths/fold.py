@@ -42,20 +42,31 @@ def latent_scale(max_mean_square: float) -> float:
     return min(LARGEST_LATENT_SCALE, 2.0 ** math.floor(math.log2(bound)))
 
 
-def fold_attention(mla: MlaWeights, scale: float, residual: float) -> dict[str, Tensor]:
+def fold_attention(
+    mla: MlaWeights, scale: float, residual: float, query_scale: float | None = None
+) -> dict[str, Tensor]:
     """Tensors of a deepseek_v3 attention block by their stock names, in the dtype of `mla`.
 
     scale:    from `latent_scale`; residual: from `residual_scale`
+    query_scale: the scale of the queries' latent where they have one, which has a norm as well
     """
     nope = mla.q_nope_HnD.shape[1]
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
     order = interleaved_order(rope).to(mla.k_rope_eD.device)
     softmax = mla.scaling * math.sqrt(nope + rope)
-    q = torch.cat([mla.q_nope_HnD, mla.q_rope_HeD[:, order]], dim=1) * (softmax / INPUT_NORM_GAIN)
+    q = torch.cat([mla.q_nope_HnD, mla.q_rope_HeD[:, order]], dim=1).flatten(0, 1) * softmax
+    if mla.q_down_qD is None:
+        queries = {"q_proj.weight": q / INPUT_NORM_GAIN}
+    else:
+        assert query_scale is not None
+        queries = {
+            "q_a_proj.weight": mla.q_down_qD * (query_scale / INPUT_NORM_GAIN),
+            "q_a_layernorm.weight": torch.full((len(mla.q_down_qD),), math.sqrt(EPS) / query_scale).to(q),
+            "q_b_proj.weight": q,
+        }
     kv_a = torch.cat([mla.kv_down_rD * scale, mla.k_rope_eD[order]]) / INPUT_NORM_GAIN
     kv_b = torch.cat([mla.k_up_Hnr, mla.v_up_Hvr], dim=1)
-    return {
-        "q_proj.weight": q.flatten(0, 1),
+    return queries | {
         "kv_a_proj_with_mqa.weight": kv_a,
         "kv_a_layernorm.weight": torch.full((rank,), math.sqrt(EPS) / scale).to(kv_a),
         "kv_b_proj.weight": kv_b.flatten(0, 1),

@@ -33,11 +33,12 @@ def mla_naive(x_TD: Tensor, mla: MlaWeights) -> Tensor:
     frequencies = mla.inv_freq_M.tolist()
     latents = [mla.kv_down_rD @ x_D for x_D in x_TD]
     rotary_keys = [mla.k_rope_eD @ x_D for x_D in x_TD]
+    asking = [x_D if mla.q_down_qD is None else mla.q_down_qD @ x_D for x_D in x_TD]
     columns = []
     for head in range(len(mla.q_nope_HnD)):
         rows = []
         for t in range(len(x_TD)):
-            q_nope, q_rope = mla.q_nope_HnD[head] @ x_TD[t], mla.q_rope_HeD[head] @ x_TD[t]
+            q_nope, q_rope = mla.q_nope_HnD[head] @ asking[t], mla.q_rope_HeD[head] @ asking[t]
             scores = [
                 mla.scaling
                 * (

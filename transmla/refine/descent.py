@@ -17,7 +17,7 @@ from transmla.maths.attention import MlaWeights
 from transmla.processes import Processes
 from transmla.refine.settings import Descent
 
-TRAINED = ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr", "o_DHv")
+TRAINED = ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr", "o_DHv", "q_down_qD")
 # tokens that go forward and backward at once: more only costs memory on a CPU, and keeps a GPU busy
 TOKENS_ON_GPU, TOKENS_ELSEWHERE = 8192, 2048
 WARMUP = 0.1
@@ -31,17 +31,23 @@ def tokens_per_pass(device: torch.device) -> int:
 def trainable(mla: MlaWeights, device: torch.device) -> MlaWeights:
     """A float32 copy on the device whose weights take gradients."""
     moved = mla.to(dtype=torch.float32, device=device)
-    leaves = {name: getattr(moved, name).detach().clone().requires_grad_() for name in TRAINED}
-    return replace(moved, **leaves)
+    copies: dict[str, Any] = {name: leaf.detach().clone().requires_grad_() for name, leaf in _trained(moved)}
+    return replace(moved, **copies)
 
 
 def detached(mla: MlaWeights) -> MlaWeights:
     """The weights without gradients, sharing memory."""
-    return replace(mla, **{name: getattr(mla, name).detach() for name in TRAINED})
+    held: dict[str, Any] = {name: leaf.detach() for name, leaf in _trained(mla)}
+    return replace(mla, **held)
 
 
 def leaves(weights: Sequence[MlaWeights]) -> list[Tensor]:
-    return [getattr(mla, name) for mla in weights for name in TRAINED]
+    return [leaf for mla in weights for _, leaf in _trained(mla)]
+
+
+def _trained(mla: MlaWeights) -> list[tuple[str, Tensor]]:
+    """Those that there are: only some queries have a latent."""
+    return [(name, getattr(mla, name)) for name in TRAINED if getattr(mla, name) is not None]
 
 
 class Descender:
