@@ -167,7 +167,7 @@ def test_queries_through_a_latent(lively: MakeSource, run: Convert, refine: str)
     own = load(narrow.destination, dtype=torch.float32)
     with torch.no_grad():
         error = own(IDS).logits - logits(narrow.destination)
-    assert error.norm() < 1e-4 * logits(narrow.destination).norm()
+    assert error.norm() < 1e-3 * logits(narrow.destination).norm()
 
 
 def test_repair_helps(lively: MakeSource, run: Convert) -> None:

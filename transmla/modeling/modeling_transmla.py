@@ -226,9 +226,10 @@ class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):
         for layer in self.model.layers:
             # changing the class keeps parameters, initialisation and meta tensors exactly as stock made them
             layer.self_attn.__class__ = LatentAttention
-            for norm in ("kv_a_layernorm", "q_a_layernorm") if folded else ():
-                if hasattr(layer.self_attn, norm):
-                    getattr(layer.self_attn, norm).__class__ = FoldedRMSNorm
+            if folded:
+                layer.self_attn.kv_a_layernorm.__class__ = FoldedRMSNorm
+            if folded and config.q_lora_rank is not None:
+                layer.self_attn.q_a_layernorm.__class__ = FoldedRMSNorm
 
 
 __all__ = ["DeepseekV3ForCausalLM"]
