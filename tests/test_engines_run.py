@@ -1,0 +1,121 @@
+"""The engines themselves on a converted stories260k, compared with the stock class in float32.
+
+    pytest -m engines
+
+Nothing is installed here. An engine is looked for in this Python, or in the one that an environment variable names
+(TRANSMLA_PYTHON_LLAMA_CPP, TRANSMLA_PYTHON_MLX, TRANSMLA_PYTHON_VLLM), since they need other versions of the same
+packages; where it is missing, its tests are skipped and say so. benchmarks/engines.py does this on a real model.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import transmla
+from transmla.calibrate.tokens import read_text
+from transmla.checkpoint.write_gguf import QUANTISER
+from transmla.loading import load_tokenizer
+
+pytestmark = pytest.mark.engines
+
+RUNNER = Path(__file__).parents[1] / "benchmarks" / "engine_runner.py"
+PYTHONS = {"llama.cpp": "LLAMA_CPP", "MLX-LM": "MLX", "vLLM (CPU)": "VLLM"}
+MODULES = {"llama.cpp": "llama_cpp", "MLX-LM": "mlx_lm", "vLLM (CPU)": "vllm"}
+# relative deviation of the perplexity, and KL to the reference in nats, that a number format explains
+F32, HALF, EIGHT_BIT, FOUR_BIT = (5e-4, 1e-4), (1e-2, 5e-3), (1e-2, 5e-3), (0.15, 0.3)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "mla"
+    transmla.convert("smoke", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    text = read_text("tinystories-valid", 4000, evaluation=True)
+    found: list[int] = load_tokenizer("stories260k")(text, add_special_tokens=False).input_ids[:256]
+    return found
+
+
+def python_of(engine: str) -> str:
+    python = os.environ.get(f"TRANSMLA_PYTHON_{PYTHONS[engine]}", sys.executable)
+    found = subprocess.run([python, "-c", f"import {MODULES[engine]}"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"{engine} is not installed: {(found.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return python
+
+
+def run(engine: str, model: Path, dtype: str, ids: list[int], folder: Path) -> tuple[dict[str, Any], Any]:
+    task = {
+        "engine": engine, "model": str(model), "dtype": dtype, "windows": [ids], "prefixes": [ids[:200], ids],
+        "prompt": ids[:20], "num_greedy": 24, "contexts": [256], "steps": 4, "threads": 2, "out": str(folder / "l.npz"),
+    }  # fmt: skip
+    (folder / "task.json").write_text(json.dumps(task))
+    command = [python_of(engine), str(RUNNER), str(folder / "task.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    assert not result["errors"], result["errors"]
+    return result, np.load(folder / "l.npz")["last"].astype(np.float64)
+
+
+def check(converted: Path, ids: list[int], result: dict[str, Any], last: Any, tolerance: tuple[float, float]) -> None:
+    """Perplexity, distribution of the last token and, in full precision, greedy text."""
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+        nats = float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])))
+        text = model.generate(
+            torch.tensor([ids[:20]]), do_sample=False, max_new_tokens=24, min_new_tokens=24, pad_token_id=0,
+            attention_mask=torch.ones(1, 20),
+        )[0, 20:].tolist()  # fmt: skip
+    assert abs(math.exp(result["nats"][0] - nats) - 1) < tolerance[0]
+    own = torch.log_softmax(logits[-1].double(), -1)
+    found = torch.log_softmax(torch.tensor(last[1]), -1)
+    assert float((own.exp() * (own - found)).sum()) < tolerance[1]
+    if tolerance == F32:
+        assert result["greedy"] == text
+
+
+@pytest.mark.parametrize(
+    ("type", "tolerance"), [("f32", F32), ("bf16", HALF), ("f16", HALF), ("q8_0", EIGHT_BIT), ("q4_k_m", FOUR_BIT)]
+)
+def test_llama_cpp(
+    converted: Path, ids: list[int], tmp_path: Path,
+    type: str, tolerance: tuple[float, float],
+) -> None:  # fmt: skip
+    python_of("llama.cpp")
+    out = tmp_path / "model.gguf"
+    if type == "q4_k_m" and importlib.util.find_spec("llama_cpp") is None and not shutil.which(QUANTISER):
+        pytest.skip(f"neither {QUANTISER} nor the package llama_cpp is installed here")
+    transmla.export(converted, out, type=type)
+    result, last = run("llama.cpp", out, type, ids, tmp_path)
+    check(converted, ids, result, last, tolerance)
+    # 32 values of 2 bytes in 5 layers: the latent alone is cached
+    assert result["bytes_per_token"] == pytest.approx(32 * 2 * 5, rel=0.05)
+
+
+def test_mlx(converted: Path, ids: list[int], tmp_path: Path) -> None:
+    result, last = run("MLX-LM", converted, "float32", ids, tmp_path)
+    check(converted, ids, result, last, F32)
+    assert result["bytes_per_token"] == 32 * 4 * 5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", F32), ("bfloat16", HALF)])
+def test_vllm(converted: Path, ids: list[int], tmp_path: Path, dtype: str, tolerance: tuple[float, float]) -> None:
+    transmla.export(converted, tmp_path / "padded", to="vllm", size="512+64")
+    result, last = run("vLLM (CPU)", tmp_path / "padded", dtype, ids, tmp_path)
+    check(converted, ids, result, last, tolerance)
