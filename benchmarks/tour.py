@@ -24,6 +24,8 @@ STORIES = {
     "plan": ["plan stories260k"],
     "convert": ["convert stories260k"],
     "eval": ["eval stories260k-mla-24-8 --against stories260k"],
+    "doctor": ["doctor stories260k-mla-24-8"],
+    "export": ["export stories260k-mla-24-8 stories.gguf --type q8_0"],
     "generate": ['generate stories260k-mla-24-8 "Once upon a time" --max-new-tokens 60 --seed 1'],
     "stories-results": [
         "eval stories260k-mla-24-8 --against stories260k --windows 64",
@@ -54,7 +56,9 @@ def run(command: str, names: dict[str, str], folder: Path) -> str:
     if converts and log.is_file():
         return shown + log.read_text()
     env = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    quiet = ["-q"] if words[0] in ("convert", "eval") else []
+    quiet = ["-q"] if words[0] in ("convert", "eval", "export") else []
+    if words[0] == "export":
+        (folder / words[2]).unlink(missing_ok=True)
     command_line = [sys.executable, "-m", "transmla", *words, *quiet]
     output = subprocess.run(command_line, check=True, capture_output=True, text=True, cwd=folder, env=env).stdout
     for name, value in names.items():
