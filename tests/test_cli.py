@@ -100,19 +100,16 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_eval_is_the_python_call(converted: Path) -> None:
     given = {"windows": 3, "length": 64, "dtype": "float32"}
     options = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    printed = json.loads(run("eval", converted, "--against", "stories260k", "--json", "-q", *options).stdout)
+    printed = json.loads(run("eval", converted, "--against", "stories260k", "--json", "-", "-q", *options).stdout)
     report = transmla.evaluate(converted, "stories260k", **given)  # type: ignore[arg-type]
-    assert printed["model"]["perplexity"] == pytest.approx(report.model.perplexity.value)
-    assert printed["text"] == "tinystories-valid", "the recipe's text is the default"
+    assert printed == report.plain() | {"made": printed["made"]}
+    assert list(printed["model"]["texts"]) == ["tinystories-valid"], "the recipe's text is the default"
     # 5 layers x (24 + 8) and x 64 values of 4 bytes
     assert printed["model"]["cache_bytes_per_token"] == 640
     assert printed["source"]["cache_bytes_per_token"] == 1280
-    assert printed["quantised_source_cache_bytes_per_token"] == {
-        "source, 8-bit cache": 340.0,
-        "source, 4-bit cache": 180.0,
-    }
     table = run("eval", converted, "--against", "stories260k", "-q", *options).stdout
-    assert f"{printed['model']['perplexity']:.3f} ± {printed['model']['standard_error']:.3f}" in table
+    assert f"{report.perplexity.value:.3f} ± {report.perplexity.standard_error:.3f}" in table
+    assert "8-bit cache" in table and " 340 " in table
 
 
 def test_generate_streams_the_models_own_text(converted: Path) -> None:

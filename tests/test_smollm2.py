@@ -20,4 +20,4 @@ def test_a_third_of_the_cache_at_most_doubles_perplexity(tmp_path: Path) -> None
     assert found.ratio is not None
     assert found.source is not None
     assert found.ratio.value < 2
-    assert found.model.cache_bytes_per_token == found.source.cache_bytes_per_token / 3
+    assert found.model["cache_bytes_per_token"] == found.source["cache_bytes_per_token"] / 3

@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
-from transmla.errors import TransmlaError
+from transmla.errors import GateError, TransmlaError
 
 EPILOG = (
-    "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 5 over budget, 6 impossible geometry, "
-    "7 text missing or too short, 8 destination, 9 verification failed, 10 recipe, 130 interrupted, 1 anything else."
+    "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 5 over budget or gate missed, "
+    "6 impossible geometry, 7 text missing or too short, 8 destination, 9 verification failed, 10 recipe or suite, "
+    "130 interrupted, 1 anything else."
 )
 REFINE_LEVELS = ("off", "fast", "full")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -221,18 +222,45 @@ def convert_command(
 @click.argument("model", metavar="MODEL")
 @_option("--against", metavar="SRC", help="The source, or any model with the same tokenizer, measured beside it.")
 @_option(
-    "--text",
-    metavar="TEXT",
-    help="FILE, dataset id, wikitext-valid or tinystories-valid. [default: that of the recipe, else wikitext-valid]",
+    "--suite",
+    metavar="SUITE",
+    help="quick (minutes), standard, full (hours on a CPU), or a TOML file. [default: perplexity and cache bytes]",
 )
-@_option("--windows", type=click.IntRange(min=1), default=16, metavar="N", help="Windows of text.")
+@_option(
+    "--text",
+    multiple=True,
+    metavar="TEXT",
+    help="FILE, dataset id, wikitext-valid or tinystories-valid; may be repeated. [default: of the suite or the recipe]",
+)
+@_option("--windows", type=click.IntRange(min=1), metavar="N", help="Windows of each text. [default: 16]")
 @_option("--length", type=click.IntRange(min=2), metavar="N", help="Tokens per window. [default: 1024, or the context]")
+@_option("--tasks", metavar="A,B", help="Tasks of lm-eval, separated by commas.")
+@_option("--include-path", metavar="DIR", help="Folder of more lm-eval task files.")
+@_option("--limit", type=click.IntRange(min=1), metavar="N", help="Documents of each task. [default: all]")
+@_option("--quantised", metavar="8,4,2", help="Bits of rounded caches, measured for source and model.")
+@_option("--positions", type=click.IntRange(min=1), metavar="N", help="Perplexity by position on N whole contexts.")
+@_option("--needles", metavar="1024,2048", help="Context lengths of RULER's needle test.")
+@_option(
+    "--gate",
+    multiple=True,
+    metavar="NAME=SHARE",
+    help="Smallest recovery of perplexity, tasks or needles, else exit code 5; repeatable. [default: of the suite]",
+)
 @_option("--dtype", type=click.Choice(DTYPES), default="bfloat16", help="To compute and to cache in; auto: as stored.")
 @_device
-@_option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    help="Write the results here, - for stdout instead of tables. An evaluation that is interrupted goes on from "
+    "FILE.partial.",
+)
 @_option("-q", "--quiet", is_flag=True, help="No progress bars.")
-def eval_command(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Perplexity ± standard error of MODEL and SRC, their ratio, and measured cache bytes per token."""
+def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -> None:
+    """Measure MODEL and SRC in the same way: perplexity ± standard error, their paired ratio, cache bytes per token.
+
+    A suite adds agreement, rounded caches, positions, tasks and needles; an option adds one of them.
+    """
     with _errors():
         import transmla
 
@@ -240,14 +268,53 @@ def eval_command(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
         from rich.console import Console
 
         from transmla.display import progress, show_evaluation
-        from transmla.evaluation.evaluate import summary
 
+        to_file = json_file not in (None, "-")
         with progress(quiet) as update:
-            report = transmla.evaluate(model, progress=update, **given)
-        if as_json:
-            click.echo(json.dumps(summary(report), indent=2))
+            kept = f"{json_file}.partial" if to_file else None
+            report = transmla.evaluate(model, progress=update, kept=kept, **_lists(given))
+        content = json.dumps(report.plain(), indent=1, allow_nan=False)
+        if json_file == "-":
+            click.echo(content)
         else:
             show_evaluation(report, Console())
+        if json_file is not None and to_file:
+            _write(json_file, content + "\n")
+        missed = [gate for gate in report.gates if not gate.passed]
+        if missed:
+            raise GateError(
+                f"{len(missed)} of {len(report.gates)} gates missed",
+                where=", ".join(gate.name for gate in missed),
+                why=", ".join(f"{gate.found:.3f} of {gate.wanted}" for gate in missed),
+                remedy="use a larger latent, more refinement or healing; or set the gate with --gate",
+            )
+
+
+def _lists(given: dict[str, Any]) -> dict[str, Any]:
+    """Words of eval's options as lists and numbers."""
+    given["text"] = list(given["text"]) or None
+    given["tasks"] = given["tasks"].split(",") if given["tasks"] else None
+    for name in ("quantised", "needles"):
+        words = given[name].split(",") if given[name] else []
+        if not all(word.isdigit() for word in words):
+            raise click.BadParameter(
+                f"{given[name]!r} are not whole numbers, separated by commas", param_hint=f"--{name}"
+            )
+        given[name] = [int(word) for word in words] or None
+    gates = {}
+    for gate in given.pop("gate"):
+        name, _, share = gate.partition("=")
+        gates[name] = _number(share or None, "--gate", auto=False)
+    return given | {"gates": gates or None}
+
+
+def _write(name: str, text: str) -> None:
+    from pathlib import Path
+
+    from transmla.checkpoint.destination import disk_errors
+
+    with disk_errors(Path(name)):
+        Path(name).write_text(text, encoding="utf-8")
 
 
 @main.command("doctor", epilog=EPILOG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from transmla.evaluation.evaluate import perplexity_of, quantised_sizes
+from transmla.evaluation.perplexity import Perplexity, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from transmla.planning import Plan
 
 # headers of columns that are not right-aligned
-_TEXT = ("source", "converted", "outcome", "known", "note", "what to do", "")
+_TEXT = ("source", "converted", "outcome", "known", "note", "what to do", "metric", "")
 CONTEXTS = {"4K": 4096, "32K": 32768, "128K": 131072}
 
 
@@ -141,24 +145,122 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
 
 
 def show_evaluation(report: EvaluationReport, console: Console) -> None:
-    table = _table("model", "perplexity", "ratio to source", "bytes/token", "of source")
-    source = report.source
-    base = source.cache_bytes_per_token if source else None
-    for result in filter(None, (source, report.model)):
-        ratio = "1" if result is source else (_plus_minus(report.ratio) if report.ratio else "")
-        share = f"{result.cache_bytes_per_token / base:.1%}" if base else ""
-        bytes_per_token = f"{result.cache_bytes_per_token:,.0f}"
-        table.add_row(result.name, _perplexity(result.perplexity), ratio, bytes_per_token, share)
-    for name, quantised in report.quantised_source.items():
-        share = f"{quantised / base:.1%}" if base else ""
-        table.add_row(f"{name} (size only)", "", "", f"{quantised:,.0f}", share)
-    console.print(table)
-    found = report.model.perplexity
+    """One table per part that was measured; the first has what every evaluation has."""
+    model, source = report.model, report.source
+    first = perplexity_of(model, report.text)
+    console.print(_perplexities(report))
     console.print(
-        f"{report.text}: {len(found.nats_N)} windows of {report.length:,} tokens, {report.dtype}, {report.device}. "
-        "± one standard error over windows, for the ratio that of the paired difference",
+        f"{report.text}: {len(first.nats_N)} windows of {report.made['length']:,} tokens, {report.made['dtype']}, "
+        f"{report.made['device']}. ± one standard error over windows, for the ratio that of the paired difference",
         highlight=False,
     )
+    if len(model["texts"]) > 1:
+        console.print(_other_texts(report))
+    agreed = (report.comparison or {}).get("agreement")
+    if agreed:
+        kl, top1 = (agreed[name] for name in ("kl", "top1"))
+        console.print(
+            f"KL to the source {kl['value']:.4f} ± {kl['standard_error']:.4f} nats per token, same first choice "
+            f"{top1['value']:.1%} ± {top1['standard_error']:.1%}",
+            highlight=False,
+        )
+    for made in (_positions(model, source), _tasks(report), _needles(model, source), _smoke(model, source)):
+        if made is not None:
+            console.print(made)
+    for gate in report.gates:
+        verdict = "[green]passed[/]" if gate.passed else "[red]missed[/]"
+        console.print(f"gate {verdict}  {gate.name}: {gate.found:.3f} of {gate.wanted}", highlight=False)
+    for one in report.skipped:
+        console.print(f"[yellow]left out[/] {one.part} of {one.model}: {one.why}", highlight=False)
+
+
+def _perplexities(report: EvaluationReport) -> Table:
+    """First text, cache bytes; with rounded caches if they were measured, else with their sizes."""
+    table = _table("model", "perplexity", "ratio to source", "bytes/token", "of source")
+    source = report.source
+    base = source["cache_bytes_per_token"] if source else None
+    wanted = perplexity_of(source, report.text) if source else None
+
+    def add(name: str, nats: Perplexity | None, size: float, is_source: bool = False) -> None:
+        shown = "" if nats is None else _plus_minus(nats, 3)
+        compared = "1" if is_source else _plus_minus(ratio(nats, wanted), 4) if nats and wanted else ""
+        table.add_row(name, shown, compared, f"{size:,.0f}", f"{size / base:.1%}" if base else "")
+
+    for one in filter(None, (source, report.model)):
+        is_source = one is source
+        add(one["name"], perplexity_of(one, report.text), one["cache_bytes_per_token"], is_source)
+        for row in filter(None, one.get("quantised", [])):
+            add(f"  its cache in {row['bits']} bits", Perplexity(tuple(row["nats"]), 0), row["bytes_per_token"])
+    if source and not source.get("quantised"):
+        for name, size in quantised_sizes(source, report.made["dtype"]).items():
+            add(f"source, {name} cache (size only)", None, size)
+    return table
+
+
+def _other_texts(report: EvaluationReport) -> Table:
+    table = _table("text", "source perplexity", "model perplexity", "ratio to source")
+    for text in report.model["texts"]:
+        own = _plus_minus(perplexity_of(report.model, text), 3)
+        if report.source is None or text not in report.source["texts"]:
+            table.add_row(text, "", own, "")
+            continue
+        base = perplexity_of(report.source, text)
+        table.add_row(text, _plus_minus(base, 3), own, _plus_minus(ratio(perplexity_of(report.model, text), base), 4))
+    return table
+
+
+def _positions(model: dict[str, Any], source: dict[str, Any] | None) -> Table | None:
+    if not model.get("positions"):
+        return None
+    edges = model["positions"]["edges"]
+    table = _table("perplexity by position", *(f"{a:,}-{b:,}" for a, b in itertools.pairwise(edges)))
+    rows = {}
+    for one in (source, model):
+        if one and one.get("positions"):
+            columns = zip(*one["positions"]["nats"], strict=True)
+            rows[one["name"]] = [math.exp(sum(column) / len(column)) for column in columns]
+            table.add_row(one["name"], *(f"{value:.2f}" for value in rows[one["name"]]))
+    if len(rows) == 2:
+        base, own = rows.values()
+        table.add_row("ratio", *(f"{b / a:.3f}" for a, b in zip(base, own, strict=True)))
+    return table
+
+
+def _tasks(report: EvaluationReport) -> Table | None:
+    if not report.model.get("tasks"):
+        return None
+    base = {(row["task"], row["metric"]): row for row in (report.source or {}).get("tasks", [])}
+    compared = {(row["task"], row["metric"]): row for row in (report.comparison or {}).get("tasks", [])}
+    table = _table("task", "metric", "source", "model", "difference", "recovery")
+    for row in report.model["tasks"]:
+        key = (row["task"], row["metric"])
+        cells = [f"{one['value']:.4f} ± {one['standard_error']:.4f}" if one else "" for one in (base.get(key), row)]
+        if key in compared:
+            found = compared[key]
+            cells += [f"{found['difference']:+.4f} ± {found['standard_error']:.4f}", f"{found['recovery']:.1%}"]
+        table.add_row(*key, *cells)
+    return table
+
+
+def _needles(model: dict[str, Any], source: dict[str, Any] | None) -> Table | None:
+    if not model.get("needles"):
+        return None
+    table = _table("needles found at", *model["needles"])
+    for one in filter(None, (source, model)):
+        found = one.get("needles") or {}
+        cells = (found.get(size) for size in model["needles"])
+        table.add_row(one["name"], *(f"{c['found']:.0%} ± {c['standard_error']:.0%}" if c else "" for c in cells))
+    return table
+
+
+def _smoke(model: dict[str, Any], source: dict[str, Any] | None) -> Table | None:
+    if not model.get("smoke"):
+        return None
+    table = _table("greedy text of", "empty", "repeated 4-grams")
+    for one in filter(None, (source, model)):
+        found = one["smoke"]
+        table.add_row(one["name"], f"{found['num_empty']}/{len(found['continuations'])}", f"{found['repeated']:.0%}")
+    return table
 
 
 @contextmanager
@@ -192,9 +294,5 @@ def _share(row: Any, base: Any) -> float:
     return float(row.bytes_per_token / base.bytes_per_token - 1)
 
 
-def _perplexity(found: Any) -> str:
-    return f"{found.value:.3f} ± {found.standard_error:.3f}"
-
-
-def _plus_minus(found: Any) -> str:
-    return f"{found.value:.4f} ± {found.standard_error:.4f}"
+def _plus_minus(found: Any, digits: int) -> str:
+    return f"{found.value:.{digits}f} ± {found.standard_error:.{digits}f}"

@@ -1,125 +1,199 @@
-"""`transmla eval`: perplexity of a model and its source on the same windows, and cache bytes per token."""
+"""`transmla eval`: a model and its source on the same windows, tasks and caches, with error bars and gates."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transmla.calibrate.tokens import CHARACTERS_PER_TOKEN, read_text
-from transmla.checkpoint.provenance import FILE_NAME, read_provenance
-from transmla.evaluation.cache import measured_bytes_per_token
-from transmla.evaluation.perplexity import Perplexity, Ratio, perplexity, ratio, text_windows
-from transmla.loading import load_any, load_tokenizer
+from transmla.checkpoint.provenance import FILE_NAME, read_provenance, versions
+from transmla.errors import RecipeError
+from transmla.evaluation.agreement import Predictions, agreement, predictions
+from transmla.evaluation.measure import Kept, Progress, Skipped, Subject, measure, window_length, windows_of
+from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
+from transmla.evaluation.suite import Suite, load_suite
+from transmla.evaluation.tasks import TaskResult, recoveries
+from transmla.loading import load_tokenizer
 from transmla.planning import CACHE_BITS
 from transmla.recipe import Recipe
 
+# of the JSON form; raised when a reader of older files would misread them
+FORMAT = 1
+
 
 @dataclass(frozen=True)
-class ModelResult:
-    """One model: its perplexity and the bytes that each token adds to its cache, measured, all layers."""
+class Gate:
+    """A recovery that had to be reached: of perplexity on a text, of a task, of needles at a context."""
 
     name: str
-    perplexity: Perplexity
-    cache_bytes_per_token: float
+    wanted: float
+    found: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN does not pass."""
+        return self.found >= self.wanted
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """source and ratio are None without `against`. quantised_source: name -> cache bytes per token (arithmetic)."""
+    """What was measured, as plain values (see results.schema.json), and the comparison of the two models.
 
-    model: ModelResult
-    source: ModelResult | None
-    ratio: Ratio | None
-    quantised_source: dict[str, float]
-    text: str
-    length: int
-    dtype: str
-    device: str
+    source and comparison are None without `against`.
+    """
+
+    made: dict[str, Any]
+    suite: dict[str, Any]
+    model: dict[str, Any]
+    source: dict[str, Any] | None
+    comparison: dict[str, Any] | None
+    gates: tuple[Gate, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Of the model on the first text."""
+        return perplexity_of(self.model, self.text)
+
+    @property
+    def ratio(self) -> Ratio | None:
+        """To the source on the first text, with the error of the paired difference."""
+        if self.source is None:
+            return None
+        return ratio(self.perplexity, perplexity_of(self.source, self.text))
+
+    @property
+    def text(self) -> str:
+        """The first text, to which all but the texts themselves refers."""
+        return next(iter(self.model["texts"]))
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; NaN becomes null."""
+        gates = [asdict(gate) | {"passed": gate.passed} for gate in self.gates]
+        content = {
+            "format": FORMAT,
+            "made": self.made,
+            "suite": self.suite,
+            "model": self.model,
+            "source": self.source,
+            "comparison": self.comparison,
+            "gates": gates,
+            "skipped": [asdict(one) for one in self.skipped],
+        }
+        found: dict[str, Any] = _without_nan(content)
+        return found
 
 
 def evaluate(
     model: str | Path,
     against: str | Path | None = None,
     *,
-    text: str | None = None,
-    windows: int = 16,
+    suite: str | None = None,
+    text: str | Sequence[str] | None = None,
+    windows: int | None = None,
     length: int | None = None,
+    tasks: Sequence[str] | None = None,
+    include_path: str | None = None,
+    limit: int | None = None,
+    quantised: Sequence[int] | None = None,
+    positions: int | None = None,
+    needles: Sequence[int] | None = None,
+    gates: dict[str, float] | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
-    progress: Callable[[str, int, int, str], None] | None = None,
+    progress: Progress | None = None,
+    kept: str | Path | None = None,
 ) -> EvaluationReport:
-    """Perplexity of a model, and of its source on the same windows.
+    """Measure a model, and its source in the same way.
 
     model:   converted folder, or anything that `transmla.convert` takes as a source
     against: the source, or any other model with the same tokenizer
-    text:    file, dataset id or shipped text; default: the text of the recipe the model was made with, else
-             "wikitext-valid". No special tokens are added, the first token of a window is not scored
-    windows: the first so many windows of the text;  length: tokens per window, default 1024 or the context
+    suite:   "quick", "standard", "full" or a TOML file; without one, perplexity and cache bytes alone
+    text:    files, dataset ids or shipped texts; default: those of the suite, else the text of the recipe the model was
+             made with. No special tokens are added, the first token of a window is not scored
+    windows: the first so many windows of a text;  length: tokens per window, default 1024 or the context
+    tasks, include_path, limit, quantised, positions, needles, gates: see `Suite`; each overrides the suite's value
     dtype:   to compute and cache in, "auto" for the stored one;  device: where
-    Raises SourceError, DataError, VerificationError (NaN).
+    kept:    file for finished parts; the same call goes on from there, and removes it at the end
+    Raises SourceError, DataError (the first text, unknown tasks), VerificationError (NaN), RecipeError (suite). What
+    else cannot be measured is named in `skipped`. Gates are not enforced here: see `EvaluationReport.gates`.
     """
-    report = progress or (lambda *_: None)
-    name = text or _default_text(Path(model))
-    tokenizer = load_tokenizer(model)
-    limit = int(getattr(tokenizer, "model_max_length", 1024))
-    length = length or min(1024, limit)
-    ids = tokenizer(
-        read_text(name, windows * length * CHARACTERS_PER_TOKEN, evaluation=True),
-        add_special_tokens=False,
-        verbose=False,
-    ).input_ids
-    ids_NT = text_windows(ids, length, windows, name)
-
-    def measure(which: str | Path) -> ModelResult:
-        loaded = load_any(which, dtype=dtype, device=device)
-        found = perplexity(loaded, ids_NT, progress=lambda done, total: report(f"evaluate {which}", done, total, ""))
-        result = ModelResult(str(which), found, measured_bytes_per_token(loaded))
-        del loaded
-        gc.collect()
-        return result
-
-    measured = measure(model)
-    if against is None:
-        return EvaluationReport(measured, None, None, {}, name, length, dtype, device)
-    source = measure(against)
-    return EvaluationReport(
-        measured,
-        source,
-        ratio(measured.perplexity, source.perplexity),
-        _quantised(source, dtype),
-        name,
-        length,
-        dtype,
-        device,
-    )
-
-
-def summary(report: EvaluationReport) -> dict[str, Any]:
-    """The report as plain numbers, for JSON."""
-
-    def row(result: ModelResult) -> dict[str, Any]:
-        return {
-            "name": result.name,
-            "perplexity": result.perplexity.value,
-            "standard_error": result.perplexity.standard_error,
-            "nats": result.perplexity.nats,
-            "tokens": result.perplexity.num_tokens,
-            "cache_bytes_per_token": result.cache_bytes_per_token,
-        }
-
-    return {
-        "model": row(report.model),
-        "source": row(report.source) if report.source else None,
-        "ratio": {"value": report.ratio.value, "standard_error": report.ratio.standard_error} if report.ratio else None,
-        "quantised_source_cache_bytes_per_token": report.quantised_source,
-        "text": report.text,
-        "length": report.length,
-        "dtype": report.dtype,
-        "device": report.device,
+    wanted = _suite(
+        suite, model,
+        texts=(text,) if isinstance(text, str) else _tuple(text), windows=windows, length=length, tasks=_tuple(tasks),
+        include_path=include_path, limit=limit, quantised=_tuple(quantised), positions=positions,
+        needles=_tuple(needles), gates=gates,
+    )  # fmt: skip
+    tell = progress or (lambda *_: None)
+    settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
+    settings |= {str(name): _files(name) for name in (model, against) if name is not None}
+    store = Kept(Path(kept) if kept is not None else None, settings)
+    skipped: list[Skipped] = []
+    source_found, source_predictions = None, None
+    if against is not None:
+        subject = Subject(str(against), dtype, device)
+        source_found = measure(subject, wanted, store, skipped, tell)
+        if wanted.agreement and not store.has(str(model), "agreement"):
+            source_predictions = _predictions(subject, wanted, tell)
+        subject.release()
+    subject = Subject(str(model), dtype, device)
+    found = measure(subject, wanted, store, skipped, tell)
+    compared = None
+    if source_found is not None:
+        agreed = None
+        if wanted.agreement:
+            agreed = store.get(str(model), "agreement", lambda: _agreement(subject, source_predictions, wanted, tell))
+        compared = _comparison(found, source_found, agreed)
+    subject.release()
+    length_used = window_length(wanted, load_tokenizer(model))
+    made = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "dtype": dtype,
+        "device": device,
+        "length": length_used,
+        "versions": versions(),
     }
+    report = EvaluationReport(
+        made, wanted.plain(), found, source_found, compared, _gates(wanted, found, source_found), tuple(skipped)
+    )
+    store.drop()
+    return report
+
+
+def perplexity_of(model: dict[str, Any], text: str) -> Perplexity:
+    """Of the plain values of a model."""
+    found = model["texts"][text]
+    return Perplexity(tuple(found["nats"]), found["num_tokens"])
+
+
+def quantised_sizes(source: dict[str, Any], dtype: str) -> dict[str, float]:
+    """Bytes per token of the source's cache in 8 and 4 bits, by arithmetic: what a user gets without converting."""
+    per_bit = source["cache_bytes_per_token"] / (32.0 if dtype == "float32" else 16.0)
+    return {name: per_bit * bits for name, bits in CACHE_BITS.items() if bits < 16}
+
+
+def _suite(name: str | None, model: str | Path, **given: Any) -> Suite:
+    if name is None and given["texts"] is None:
+        given["texts"] = (_default_text(Path(model)),)
+    if given["tasks"] is not None and len(set(given["tasks"])) < len(given["tasks"]):
+        raise RecipeError(
+            "a task is named twice", where="--tasks", why=", ".join(given["tasks"]), remedy="name it once"
+        )
+    return (Suite() if name is None else load_suite(name)).with_overrides(**given)
+
+
+def _files(name: str | Path) -> list[list[str | int]]:
+    """Names, sizes and times of a folder's files, by which a changed model is recognised."""
+    folder = Path(name)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+
+
+def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return tuple(values) if values else None
 
 
 def _default_text(model: Path) -> str:
@@ -129,7 +203,68 @@ def _default_text(model: Path) -> str:
     return Recipe().evaluation
 
 
-def _quantised(source: ModelResult, dtype: str) -> dict[str, float]:
-    stored_bits = 32.0 if dtype == "float32" else 16.0
-    per_bit = source.cache_bytes_per_token / stored_bits
-    return {f"source, {name} cache": per_bit * bits for name, bits in CACHE_BITS.items() if bits < 16}
+def _predictions(subject: Subject, suite: Suite, progress: Progress) -> Predictions:
+    tokenizer = load_tokenizer(subject.name)
+    ids_NT = windows_of(suite.texts[0], tokenizer, window_length(suite, tokenizer), suite.windows)
+    stage = f"predictions {Path(subject.name).name}"
+    return predictions(subject.model, ids_NT, lambda done, total: progress(stage, done, total, ""))
+
+
+def _agreement(
+    subject: Subject, source: Predictions | None, suite: Suite, progress: Progress
+) -> dict[str, dict[str, float]]:
+    assert source is not None
+    found = agreement(_predictions(subject, suite, progress), source)
+    return {
+        name: {"value": mean.value, "standard_error": mean.standard_error}
+        for name, mean in (("kl", found.kl), ("top1", found.top1))
+    }
+
+
+def _comparison(
+    model: dict[str, Any], source: dict[str, Any], agreed: dict[str, dict[str, float]] | None
+) -> dict[str, Any]:
+    ratios = {}
+    for text in model["texts"]:
+        if text in source["texts"]:
+            found = ratio(perplexity_of(model, text), perplexity_of(source, text))
+            ratios[text] = {"ratio": found.value, "standard_error": found.standard_error}
+    compared: dict[str, Any] = {"texts": ratios}
+    if agreed is not None:
+        compared["agreement"] = agreed
+    if "tasks" in model and "tasks" in source:
+        own, base = ([_task(row) for row in one["tasks"]] for one in (model, source))
+        compared["tasks"] = [asdict(row) for row in recoveries(own, base)]
+    return compared
+
+
+def _task(row: dict[str, Any]) -> TaskResult:
+    return TaskResult(**row | {"values": tuple(row["values"])})
+
+
+def _gates(suite: Suite, model: dict[str, Any], source: dict[str, Any] | None) -> tuple[Gate, ...]:
+    """Every recovery that the suite has a gate for; one value per task, its first metric."""
+    if source is None or not suite.gates:
+        return ()
+    found = []
+    compared = _comparison(model, source, None)
+    if (wanted := suite.gates.get("perplexity")) is not None:
+        found += [
+            Gate(f"perplexity {Path(text).name}", wanted, 1 / one["ratio"]) for text, one in compared["texts"].items()
+        ]
+    if (wanted := suite.gates.get("tasks")) is not None:
+        first = {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))}
+        found += [Gate(task, wanted, recovery) for task, recovery in first.items()]
+    if (wanted := suite.gates.get("needles")) is not None and model.get("needles") and source.get("needles"):
+        for size, one in model["needles"].items():
+            base = source["needles"][size]["found"]
+            found.append(Gate(f"needles {size}", wanted, one["found"] / base if base else math.nan))
+    return tuple(found)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -37,7 +37,7 @@ class Perplexity:
     @property
     def standard_error(self) -> float:
         """Of the value: exp(m) times the standard error of the mean m (delta method)."""
-        return self.value * _standard_error(self.nats_N)
+        return self.value * standard_error(self.nats_N)
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ def ratio(model: Perplexity, source: Perplexity) -> Ratio:
     """exp of the mean paired difference in nats."""
     differences = tuple(a - b for a, b in zip(model.nats_N, source.nats_N, strict=True))
     value = math.exp(sum(differences) / len(differences))
-    return Ratio(value, value * _standard_error(differences))
+    return Ratio(value, value * standard_error(differences))
 
 
-def _standard_error(values: tuple[float, ...]) -> float:
-    """Of the mean; NaN for a single window, which has no spread."""
+def standard_error(values: tuple[float, ...]) -> float:
+    """Of the mean of independent values; NaN for a single one, which has no spread."""
     if len(values) < 2:
         return math.nan
     mean = sum(values) / len(values)

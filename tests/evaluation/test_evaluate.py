@@ -1,0 +1,110 @@
+"""The whole evaluation on stories260k: suites, gates, going on after an interruption, what was left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import transmla
+from transmla.cli import main as command_line
+from transmla.errors import DataError
+from transmla.evaluation import measure as measure_module
+
+from click.testing import CliRunner  # isort: skip
+
+SETTINGS: dict[str, Any] = {
+    "text": ["tinystories-valid", "wikitext-valid"], "windows": 3, "length": 64, "quantised": [8, 2], "positions": 1,
+    "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "mla"
+    transmla.convert("smoke", folder, refine="off")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("suite") / "mine.toml"
+    path.write_text("agreement = true\nsmoke = true\n[gates]\nperplexity = 0.5\n")
+    return str(path)
+
+
+def test_all_parts_and_their_comparison(converted: Path, suite: str) -> None:
+    report = transmla.evaluate(converted, "stories260k", suite=suite, **SETTINGS)
+    plain = json.loads(json.dumps(report.plain(), allow_nan=False))
+    assert list(plain["model"]["texts"]) == SETTINGS["text"]
+    assert plain["model"]["cache_bytes_per_token"] * 2 == plain["source"]["cache_bytes_per_token"]
+    # 8 + 1 and 2 + 1 bits of 32
+    sizes = [row["bytes_per_token"] for row in plain["model"]["quantised"]]
+    assert sizes == [640 * 9 / 32, 640 * 3 / 32]
+    own = report.perplexity.nats
+    assert sum(plain["model"]["quantised"][0]["nats"]) / 3 == pytest.approx(own, abs=0.01)
+    assert sum(plain["model"]["quantised"][1]["nats"]) / 3 > own + 0.02
+    assert plain["model"]["positions"]["edges"] == [0, 512]
+    agreed = plain["comparison"]["agreement"]
+    assert 0 < agreed["kl"]["value"] < 1 and 0.5 < agreed["top1"]["value"] < 1
+    assert plain["comparison"]["texts"]["tinystories-valid"]["ratio"] == pytest.approx(report.ratio.value)
+    assert [gate["name"] for gate in plain["gates"]] == ["perplexity tinystories-valid", "perplexity wikitext-valid"]
+    assert all(gate["passed"] == (gate["found"] >= 0.5) for gate in plain["gates"])
+    assert plain["model"]["smoke"]["num_empty"] == 0 and plain["skipped"] == []
+
+
+def test_an_evaluation_goes_on_where_it_was(
+    converted: Path, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "results.json.partial"
+    whole = transmla.evaluate(converted, "stories260k", suite=suite, **SETTINGS)
+    measured: list[str] = []
+    real = measure_module.perplexity
+
+    def stopping(model: Any, *args: Any, **kwargs: Any) -> Any:
+        measured.append(type(model).__name__)
+        if len(measured) == 6:
+            raise KeyboardInterrupt
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(measure_module, "perplexity", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        transmla.evaluate(converted, "stories260k", suite=suite, kept=kept, **SETTINGS)
+    assert kept.is_file()
+    again = transmla.evaluate(converted, "stories260k", suite=suite, kept=kept, **SETTINGS)
+    # four of the source and four of the model, none twice but the one that was interrupted
+    assert len(measured) == 9 and not kept.exists()
+    assert again.plain() == whole.plain()
+
+
+def test_parts_of_other_settings_are_measured_anew(converted: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "partial"
+    kept.write_text(json.dumps({"settings": {"suite": "another"}, "parts": {f"{converted} cache": 1.0}}))
+    report = transmla.evaluate(converted, windows=2, length=32, dtype="float32", kept=kept)
+    assert report.model["cache_bytes_per_token"] == 640
+
+
+def test_what_cannot_be_measured_is_named(converted: Path) -> None:
+    report = transmla.evaluate(
+        converted, text=["tinystories-valid", "missing.txt"], windows=2, length=32, positions=999
+    )
+    assert {(one.part, one.model) for one in report.skipped} == {("text missing.txt", str(converted))}
+    assert list(report.model["texts"]) == ["tinystories-valid"]
+    with pytest.raises(DataError, match=r"no text 'missing.txt'"):
+        transmla.evaluate(converted, text=["missing.txt"], windows=2, length=32)
+
+
+def test_command_line(converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    words = ["eval", str(converted), "--against", "stories260k", "--windows", "3", "--length", "64", "-q"]
+    words += ["--text", "tinystories-valid", "--text", "wikitext-valid", "--quantised", "4", "--positions", "1"]
+    done = CliRunner().invoke(command_line, [*words, "--json", str(out), "--gate", "perplexity=0.99"])
+    assert done.exit_code == 5 and "gates missed" in done.stderr
+    for shown in ("its cache in 4 bits", "wikitext-valid", "perplexity by position", "ratio", "gate missed"):
+        assert shown in done.stdout
+    assert json.loads(out.read_text())["format"] == 1 and [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    done = CliRunner().invoke(command_line, [*words, "--gate", "perplexity=0.1"])
+    assert done.exit_code == 0 and "gate passed" in done.stdout
+    for wrong, text in ((["--needles", "many"], "whole numbers"), (["--gate", "perplexity"], "share")):
+        done = CliRunner().invoke(command_line, [*words, *wrong])
+        assert done.exit_code != 0 and text in done.stderr

@@ -1,0 +1,152 @@
+"""The parts of an evaluation against plain loops: agreement, positions, tasks, greedy text."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transmla.checkpoint.resolve import resolve
+from transmla.errors import DataError
+from transmla.evaluation.agreement import agreement, predictions
+from transmla.evaluation.perplexity import perplexity
+from transmla.evaluation.positions import by_position, edges_up_to
+from transmla.evaluation.smoke import repeated_share, smoke
+from transmla.evaluation.tasks import TaskResult, recoveries, run_tasks
+
+STORIES = resolve("stories260k").path
+IDS = torch.randint(3, 512, (3, 90), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def other(model: Any) -> Any:
+    """The same model, somewhat off."""
+    changed = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in changed.model.layers[2].parameters():
+            weight.mul_(1.3)
+    return changed
+
+
+def test_agreement_equals_plain_loops(model: Any, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transmla.evaluation.agreement.CHUNK", 37)
+    found = agreement(predictions(other, IDS), predictions(model, IDS))
+    with torch.no_grad():
+        p, q = (one(IDS).logits.double().log_softmax(-1) for one in (model, other))
+    divergence = (p.exp() * (p - q)).sum(-1).mean(1)
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean(1)
+    assert found.kl.values_N == pytest.approx(divergence.tolist(), rel=1e-4)
+    assert found.top1.values_N == pytest.approx(same.tolist()) and found.kl.value > 0.01
+    assert found.kl.standard_error == pytest.approx(float(divergence.std()) / math.sqrt(3), rel=1e-4)
+    itself = agreement(predictions(model, IDS), predictions(model, IDS))
+    assert itself.kl.value == pytest.approx(0, abs=1e-6) and itself.top1.value == 1
+
+
+def test_positions_average_to_the_perplexity(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transmla.evaluation.positions.EDGES", (0, 16, 32, 64))
+    monkeypatch.setattr("transmla.evaluation.positions.CHUNK", 25)
+    found = by_position(model, IDS)
+    assert found.edges == (0, 16, 32, 64, 90)
+    # the last position has no label
+    weights = torch.tensor([16.0, 16, 32, 25]) / 89
+    nats = torch.tensor(found.nats_NR) @ weights
+    assert nats.tolist() == pytest.approx(perplexity(model, IDS).nats_N, rel=1e-5)
+    logits = model(IDS).logits.detach()
+    second = torch.nn.functional.cross_entropy(logits[:, 16:32].flatten(0, 1), IDS[:, 17:33].flatten())
+    assert found.perplexities[1] == pytest.approx(math.exp(second), rel=1e-5)
+
+
+def test_ranges_double_up_to_the_context() -> None:
+    monkey = edges_up_to(8192)
+    assert monkey == (0, 512, 1024, 2048, 4096, 8192)
+    assert edges_up_to(3000) == (0, 512, 1024, 2048, 3000) and edges_up_to(300) == (0, 300)
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of six documents with two choices each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    pairs = [
+        ("Once upon a", " time", " fish"), ("Lily was very", " happy", " the"), ("The dog ran to the", " park", " was"),
+        ("They played all", " day", " cat"), ("She said", ' "Hi"', " of"), ("He went to", " bed", " ever after"),
+    ]  # fmt: skip
+    rows = [
+        {"query": query, "choices": [right, wrong][:: 1 if number % 2 else -1], "gold": 0 if number % 2 else 1}
+        for number, (query, right, wrong) in enumerate(pairs)
+    ]
+    data = folder / "tiny.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "tiny.yaml").write_text(f"""task: tiny_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_target: gold
+doc_to_choice: choices
+target_delimiter: ""
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+""")
+    (folder / "lost.yaml").write_text((folder / "tiny.yaml").read_text().replace("tiny", "lost"))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_task_equals_plain_scoring(
+    model: Any, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    found = {one.metric: one for one in run_tasks(model, tokenizer, ["tiny_choices"], include_path=str(task_folder))}
+    right = []
+    for row in map(json.loads, (task_folder / "tiny.jsonl").read_text().splitlines()):
+        scores = []
+        for choice in row["choices"]:
+            whole, context = (tokenizer(text).input_ids for text in (row["query"] + choice, row["query"]))
+            with torch.no_grad():
+                logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logits[at - 1, whole[at]]) for at in range(len(context), len(whole))))
+        right.append(float(scores.index(max(scores)) == row["gold"]))
+    assert found["acc"].values == tuple(right) and found["acc"].value == pytest.approx(sum(right) / 6)
+    assert sum(right) >= 4, "a model of stories finishes stories"
+    assert found["acc"].higher_is_better and found["acc"].standard_error > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_that_are_not_there(model: Any, task_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    with pytest.raises(DataError, match=r"did you mean .*tiny_choices"):
+        run_tasks(model, tokenizer, ["tiny_choice"], include_path=str(task_folder))
+    with pytest.raises(DataError, match="data of a task cannot be read"):
+        run_tasks(model, tokenizer, ["lost_choices"], include_path=str(task_folder))
+
+
+def test_recovery_and_its_paired_error() -> None:
+    base = TaskResult("piqa", "acc", 0.8, 0.2, True, (1.0, 1.0, 1.0, 1.0, 0.0))
+    own = TaskResult("piqa", "acc", 0.6, 0.2, True, (1.0, 1.0, 1.0, 0.0, 0.0))
+    (found,) = recoveries([own], [base])
+    assert (found.recovery, found.difference) == (pytest.approx(0.75), pytest.approx(-0.2))
+    # one of five differs: deviation sqrt(0.2) of the differences, over sqrt(5)
+    assert found.standard_error == pytest.approx(math.sqrt(0.2 / 5))
+    worse = TaskResult("lambada", "perplexity", 20.0, 1.0, False, ())
+    (found,) = recoveries([worse], [TaskResult("lambada", "perplexity", 10.0, 1.0, False, ())])
+    assert found.recovery == pytest.approx(0.5) and math.isnan(found.standard_error)
+    assert recoveries([own], []) == []
+
+
+def test_repetition_and_emptiness(model: Any) -> None:
+    assert repeated_share([1, 2, 3, 4, 5]) == 0 and repeated_share([1]) == 0
+    assert repeated_share([7] * 13) == pytest.approx(0.9)
+    found = smoke(model, AutoTokenizer.from_pretrained(STORIES), ("Once upon a time",), max_new_tokens=20)
+    assert found.num_empty == 0 and found.continuations[0].num_tokens == 20 and 0 <= found.repeated < 0.5

@@ -1,0 +1,187 @@
+"""One model, every part of a suite. Parts that are finished are kept, so that an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.calibrate.tokens import CHARACTERS_PER_TOKEN, read_text
+from transmla.errors import TransmlaError
+from transmla.evaluation.cache import measured_bytes_per_token
+from transmla.evaluation.perplexity import perplexity, text_windows
+from transmla.evaluation.positions import by_position
+from transmla.evaluation.quantised_cache import bits_per_value, keys_by_channel, rounding_cache, values_by_token
+from transmla.evaluation.smoke import smoke
+from transmla.evaluation.suite import Suite
+from transmla.evaluation.tasks import needles, run_tasks
+from transmla.loading import is_converted, load_any, load_tokenizer
+
+Progress = Callable[[str, int, int, str], None]
+# tokens per window when neither suite nor option says so
+DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A part that could not be measured, and why."""
+
+    model: str
+    part: str
+    why: str
+
+
+class Kept:
+    """Finished parts of an evaluation in a file, written anew after each one."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        """settings: all that the parts depend on; a file of other settings is not read"""
+        self._path, self._settings = path, settings
+        self._parts: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            found = json.loads(path.read_text("utf-8"))
+            if found.get("settings") == settings:
+                self._parts = found["parts"]
+
+    def get(self, model: str, part: str, make: Callable[[], Any]) -> Any:
+        """The part as plain values, measured now or earlier."""
+        key = f"{model} {part}"
+        if key not in self._parts:
+            self._parts[key] = make()
+            if self._path is not None:
+                partial = self._path.with_name(self._path.name + ".new")
+                partial.write_text(json.dumps({"settings": self._settings, "parts": self._parts}), encoding="utf-8")
+                os.replace(partial, self._path)
+        return self._parts[key]
+
+    def has(self, model: str, part: str) -> bool:
+        """Whether it was measured earlier."""
+        return f"{model} {part}" in self._parts
+
+    def drop(self) -> None:
+        """Remove the file: the evaluation is complete."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+@dataclass
+class Subject:
+    """A model under evaluation: loaded when the first part needs it."""
+
+    name: str
+    dtype: str
+    device: str
+    _model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The loaded model."""
+        if self._model is None:
+            self._model = load_any(self.name, dtype=self.dtype, device=self.device)
+        return self._model
+
+    def release(self) -> None:
+        """Free its memory."""
+        self._model = None
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def window_length(suite: Suite, tokenizer: Any) -> int:
+    """Tokens per window: as asked for, else 1,024 or the context."""
+    return suite.length or min(DEFAULT_LENGTH, int(getattr(tokenizer, "model_max_length", DEFAULT_LENGTH)))
+
+
+def windows_of(text: str, tokenizer: Any, length: int, count: int) -> Tensor:
+    """The first windows of a text, int64 [N, T]; raises `DataError`."""
+    content = read_text(text, count * length * CHARACTERS_PER_TOKEN, evaluation=True)
+    ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
+    return text_windows(ids, length, count, text)
+
+
+def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], progress: Progress) -> dict[str, Any]:
+    """All parts of one model as plain values; parts that cannot be measured for want of data are named in `skipped`."""
+    name, tokenizer = subject.name, load_tokenizer(subject.name)
+    length = window_length(suite, tokenizer)
+
+    def part(key: str, make: Callable[[], Any], optional: bool = True) -> Any:
+        try:
+            return kept.get(name, key, make)
+        except TransmlaError as error:
+            if not optional:
+                raise
+            skipped.append(Skipped(name, key, f"{error.what}: {error.why}"))
+            return None
+
+    def text(which: str) -> dict[str, Any]:
+        ids_NT = windows_of(which, tokenizer, length, suite.windows)
+        stage = f"{Path(which).name} {Path(name).name}"
+        found = perplexity(subject.model, ids_NT, progress=lambda done, total: progress(stage, done, total, ""))
+        return {"nats": list(found.nats_N), "num_tokens": found.num_tokens, "length": length}
+
+    def quantised(bits: int) -> dict[str, Any]:
+        ids_NT = windows_of(suite.texts[0], tokenizer, length, suite.windows)
+        key = values_by_token(bits) if is_converted(Path(name)) else keys_by_channel(bits)
+        found = perplexity(subject.model, ids_NT, cache=lambda: rounding_cache(key, values_by_token(bits)))
+        stored = measured_bytes_per_token(subject.model) * bits_per_value(bits) / _bits_of(subject.model)
+        return {"bits": bits, "bytes_per_token": stored, "nats": list(found.nats_N)}
+
+    def positions() -> dict[str, Any]:
+        context = int(subject.model.config.max_position_embeddings)
+        found = by_position(subject.model, windows_of(suite.texts[0], tokenizer, context, suite.positions))
+        return {"edges": list(found.edges), "nats": [list(row) for row in found.nats_NR]}
+
+    def tasks(task: str) -> list[dict[str, Any]]:
+        progress(f"tasks {Path(name).name}", suite.tasks.index(task), len(suite.tasks), task)
+        found = run_tasks(
+            subject.model, tokenizer, [task], include_path=suite.include_path or None, limit=suite.limit or None
+        )
+        return [asdict(result) | {"values": list(result.values)} for result in found]
+
+    def haystacks() -> dict[str, Any]:
+        progress(f"needles {Path(name).name}", 0, 1, "")
+        found = needles(subject.model, tokenizer, name, list(suite.needles), suite.samples)
+        return {str(size): {"found": share, "standard_error": error} for size, (share, error) in found.items()}
+
+    result: dict[str, Any] = {
+        "name": name,
+        "converted": is_converted(Path(name)),
+        "cache_bytes_per_token": part("cache", lambda: measured_bytes_per_token(subject.model), optional=False),
+        # the first text is what everything else refers to
+        "texts": {
+            which: part(f"text {which}", functools.partial(text, which), optional=number > 0)
+            for number, which in enumerate(suite.texts)
+        },
+    }
+    if suite.quantised:
+        result["quantised"] = [part(f"{bits} bits", functools.partial(quantised, bits)) for bits in suite.quantised]
+    if suite.positions:
+        result["positions"] = part("positions", positions)
+    if suite.tasks:
+        rows = [part(f"task {task}", functools.partial(tasks, task)) for task in suite.tasks]
+        result["tasks"] = [row for found in rows if found for row in found]
+    if suite.needles:
+        result["needles"] = part("needles", haystacks)
+    if suite.smoke:
+        result["smoke"] = part("smoke", lambda: _smoke(subject.model, tokenizer))
+    result["texts"] = {which: found for which, found in result["texts"].items() if found is not None}
+    return result
+
+
+def _smoke(model: Any, tokenizer: Any) -> dict[str, Any]:
+    found = smoke(model, tokenizer)
+    texts = [asdict(one) for one in found.continuations]
+    return {"repeated": found.repeated, "num_empty": found.num_empty, "continuations": texts}
+
+
+def _bits_of(model: Any) -> int:
+    return int(torch.finfo(model.dtype).bits)

@@ -1,0 +1,172 @@
+"""Tasks of lm-eval on a model that is loaded already, document by document, so that two models can be compared in
+pairs; and needles in haystacks (RULER), which lm-eval has, too."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transmla.errors import DataError
+from transmla.evaluation.perplexity import standard_error
+
+NEEDLE = "niah_single_1"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task. values: of each document, in lm-eval's order; empty where a metric has none
+
+    value and standard_error are lm-eval's own.
+    """
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float
+    higher_is_better: bool
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A task of a model beside its source: value over value (below 1 is worse for every metric), and the difference
+    with the standard error of the paired difference over documents (NaN without values per document)."""
+
+    task: str
+    metric: str
+    recovery: float
+    difference: float
+    standard_error: float
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    names: list[str],
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch: int | str = "auto",
+    max_length: int | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> list[TaskResult]:
+    """Every metric of every named task; groups of tasks are given as their members.
+
+    include_path: folder of further task files;  limit: first documents of each task
+    batch: sequences at once; "auto": found by lm-eval on GPUs, 8 elsewhere
+    Raises `DataError` for an unknown task and for data that cannot be had.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path, metadata=metadata)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise _no_task(unknown[0], manager.all_tasks)
+    if batch == "auto" and model.device.type == "cpu":
+        batch = 8
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
+    try:
+        found = simple_evaluate(
+            adapter, tasks=names, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
+        )
+    except (FileNotFoundError, ConnectionError, OSError) as error:
+        raise DataError(
+            "the data of a task cannot be read",
+            where=", ".join(names),
+            why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            remedy="give local task files with --include-path, or leave the task out",
+        ) from error
+    return _results(found)
+
+
+def _results(found: dict[str, Any]) -> list[TaskResult]:
+    results = []
+    for task, row in found["results"].items():
+        samples = found.get("samples", {}).get(task, [])
+        better = found.get("higher_is_better", {}).get(task, {})
+        for key, value in row.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = row.get(f"{metric}_stderr,{kind}")
+            values = [sample.get(metric) for sample in samples]
+            scalar = all(isinstance(one, int | float) for one in values)
+            results.append(
+                TaskResult(
+                    task=task,
+                    metric=metric,
+                    value=float(value),
+                    standard_error=float(error) if isinstance(error, int | float) else math.nan,
+                    higher_is_better=better.get(metric) is not False,
+                    values=tuple(float(one) for one in values) if scalar else (),
+                )
+            )
+    return results
+
+
+def recoveries(model: list[TaskResult], source: list[TaskResult]) -> list[Recovery]:
+    """One per metric that both have."""
+    by_key = {(result.task, result.metric): result for result in source}
+    found = []
+    for own in model:
+        base = by_key.get((own.task, own.metric))
+        if base is None:
+            continue
+        share = _share(own, base)
+        error = math.nan
+        if own.values and len(own.values) == len(base.values):
+            error = standard_error(tuple(a - b for a, b in zip(own.values, base.values, strict=True)))
+        found.append(Recovery(own.task, own.metric, share, own.value - base.value, error))
+    return found
+
+
+def _share(own: TaskResult, base: TaskResult) -> float:
+    above, below = (own.value, base.value) if own.higher_is_better else (base.value, own.value)
+    return above / below if below else math.nan
+
+
+def needles(model: Any, tokenizer: Any, name: str, lengths: list[int], samples: int) -> dict[int, tuple[float, float]]:
+    """Share of RULER needles found and its standard error, by context length.
+
+    name: of the tokenizer, as transformers loads it; lm-eval builds the haystacks with it. Needs wonderwords and nltk.
+    """
+    try:
+        results = run_tasks(
+            model,
+            tokenizer,
+            [NEEDLE],
+            limit=samples * len(lengths),
+            batch=1,
+            max_length=max(lengths) + 256,
+            metadata={"max_seq_lengths": lengths, "tokenizer": name},
+        )
+    except ImportError as error:
+        raise DataError(
+            "the needle test cannot be built",
+            where=NEEDLE,
+            why=str(error),
+            remedy="pip install wonderwords nltk, or leave the needles out",
+        ) from error
+    found = {int(result.metric): result.value for result in results if result.metric.isdigit()}
+    return {
+        length: (share, math.sqrt(max(share * (1 - share), 0) / samples))
+        for length, share in found.items()
+        if length in lengths
+    }
+
+
+def _no_task(name: str, known: list[str]) -> DataError:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return DataError(
+        f"no task {name!r}",
+        where="--tasks",
+        why=f"lm-eval knows {len(known):,} tasks, and this is none of them",
+        remedy=f"did you mean {', '.join(near)}?"
+        if near
+        else "`lm_eval ls tasks` lists them; --include-path adds yours",
+    )
