@@ -7,6 +7,7 @@
     transmla.evaluate("OUT", against="SRC")                  # -> EvaluationReport
     transmla.doctor("OUT")                                   # -> Diagnosis: which engines take it
     transmla.export("OUT", "OUT.gguf", type="q8_0")          # for llama.cpp; or to="vllm", padded for GPU kernels
+    transmla.report(["a.json"], "report.html")               # what `eval --json` wrote, as one page
     transmla.load("OUT")                                     # -> a transformers model, latent cache, absorbed decode
     for piece in transmla.generate("OUT", "Once upon a time"):
         print(piece, end="")
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transmla.conversion import convert as convert
     from transmla.diagnosis import doctor as doctor
     from transmla.evaluation.evaluate import evaluate as evaluate
+    from transmla.evaluation.report import report as report
     from transmla.exporting import export as export
     from transmla.generation import generate as generate
     from transmla.loading import load as load
@@ -35,9 +37,10 @@ _PUBLIC = {
     "generate": "transmla.generation",
     "load": "transmla.loading",
     "plan": "transmla.planning",
+    "report": "transmla.evaluation.report",
 }
 
-__all__ = ["convert", "doctor", "evaluate", "export", "generate", "load", "plan"]
+__all__ = ["convert", "doctor", "evaluate", "export", "generate", "load", "plan", "report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -230,7 +230,7 @@ def convert_command(
     "--text",
     multiple=True,
     metavar="TEXT",
-    help="FILE, dataset id, wikitext-valid or tinystories-valid; may be repeated. [default: of the suite or the recipe]",
+    help="FILE, dataset id, wikitext-valid or tinystories-valid; repeatable. [default: of the suite or the recipe]",
 )
 @_option("--windows", type=click.IntRange(min=1), metavar="N", help="Windows of each text. [default: 16]")
 @_option("--length", type=click.IntRange(min=2), metavar="N", help="Tokens per window. [default: 1024, or the context]")
@@ -315,6 +315,23 @@ def _write(name: str, text: str) -> None:
 
     with disk_errors(Path(name)):
         Path(name).write_text(text, encoding="utf-8")
+
+
+@main.command("report", epilog=EPILOG)
+@click.argument("results", metavar="RESULTS...", nargs=-1, required=True)
+@_option("--out", default="report.html", metavar="FILE", help="The page; an existing one is replaced.")
+@_option("--pictures", metavar="DIR", help="Also write every figure as PNG and SVG there.")
+@_option("--published", metavar="FILE", help="JSON rows of other methods: name, bytes_per_token, ratio.")
+def report_command(results: tuple[str, ...], out: str, pictures: str | None, published: str | None) -> None:
+    """Make one page with tables and pictures of files that `transmla eval --json` has written."""
+    with _errors():
+        import transmla
+
+        rows = []
+        if published is not None:
+            with click.open_file(published, encoding="utf-8") as file:
+                rows = json.load(file)
+        click.echo(transmla.report(results, out, pictures=pictures, published=rows))
 
 
 @main.command("doctor", epilog=EPILOG)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transmla.calibrate.tokens import CHARACTERS_PER_TOKEN, read_text
+from transmla.checkpoint.provenance import read_provenance
 from transmla.errors import TransmlaError
 from transmla.evaluation.cache import measured_bytes_per_token
 from transmla.evaluation.perplexity import perplexity, text_windows
@@ -162,6 +163,8 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
             for number, which in enumerate(suite.texts)
         },
     }
+    if is_converted(Path(name)):
+        result["layers"] = read_provenance(Path(name)).get("layers", [])
     if suite.quantised:
         result["quantised"] = [part(f"{bits} bits", functools.partial(quantised, bits)) for bits in suite.quantised]
     if suite.positions:

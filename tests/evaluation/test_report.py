@@ -1,0 +1,139 @@
+"""The page: holds every number, needs no network, and is the same for the same results."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import transmla
+from transmla.cli import main
+from transmla.errors import DataError
+from transmla.evaluation.results import frontier_rows, frontier_table, read_results
+
+TEXT = "texts/a <b>.txt"
+
+
+def model(name: str, nats: list[float], size: float, **others: Any) -> dict[str, Any]:
+    text = {"nats": nats, "num_tokens": 300, "length": 100}
+    return {"name": name, "converted": False, "cache_bytes_per_token": size, "texts": {TEXT: text}} | others
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    """What `eval` writes, by hand; the source's name would be markup if it were not escaped."""
+    task = {"task": "piqa", "metric": "acc", "higher_is_better": True, "values": []}
+    content = {
+        "format": 1,
+        "made": {"date": "2026-11-22", "dtype": "bfloat16", "device": "cpu", "length": 100, "versions": {"torch": "2"}},
+        "suite": {},
+        "source": model(
+            "<source>", [2.0, 2.2], 640.0,
+            quantised=[{"bits": 4, "bytes_per_token": 200.0, "nats": [2.01, 2.22]}],
+            positions={"edges": [0, 512, 1024], "nats": [[2.0, 1.9]]},
+            tasks=[task | {"value": 0.7, "standard_error": 0.01}],
+        ),
+        "model": model(
+            "mla", [2.1, 2.31], 320.0,
+            quantised=[{"bits": 4, "bytes_per_token": 100.0, "nats": [2.15, 2.35]}, None],
+            positions={"edges": [0, 512, 1024], "nats": [[2.1, 2.2]]},
+            tasks=[task | {"value": 0.6, "standard_error": None}],
+            layers=[{"stream_loss_heldout": 0.01}, {"stream_loss_heldout": 0.02}],
+            smoke={"num_empty": 0, "repeated": 0.25, "continuations": [
+                {"prompt": "Once", "text": " upon & a time", "num_tokens": 4, "repeated": 0.25}]},
+        ),
+        "comparison": {
+            "texts": {TEXT: {"ratio": 1.111, "standard_error": 0.0022}},
+            "agreement": {
+                "kl": {"value": 0.0512, "standard_error": 0.001}, "top1": {"value": 0.9, "standard_error": 0.01},
+            },
+            "tasks": [{"task": "piqa", "metric": "acc", "recovery": 0.857, "difference": -0.1, "standard_error": None}],
+        },
+        "gates": [
+            {"name": "perplexity", "wanted": 0.9, "found": 0.9, "passed": True},
+            {"name": "piqa", "wanted": 0.9, "found": None, "passed": False},
+        ],
+        "skipped": [{"model": "mla", "part": "needles", "why": "no wonderwords"}],
+    }  # fmt: skip
+    path = tmp_path / "mla-24-8.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+class Page(HTMLParser):
+    """Tags in order, their attributes, and the text that is shown."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.shown = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.shown += data
+
+
+def test_every_number_is_on_the_page(result: Path, tmp_path: Path) -> None:
+    out = transmla.report([result], tmp_path / "page.html", pictures=tmp_path / "pictures")
+    page = Page(out.read_text("utf-8"))
+    assert page.open == []
+    for shown in (
+        "-50.0%", "×1.111", "1.1110 ± 0.0022", "0.0512", "90.0%", "source, 4 bits", "mla-24-8, 4 bits", "85.7%",
+        "-0.1000 ± ?", "512-1,024", "upon & a time", "no wonderwords", "passed", "missed", "a <b>.txt", "2026-11-22",
+    ):  # fmt: skip
+        assert shown in page.shown, shown
+    drawn = ("frontier", "positions", "recovery", "layers")
+    names = {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
+
+
+def test_the_page_stands_alone_and_is_reproducible(result: Path, tmp_path: Path) -> None:
+    first, second = (transmla.report([result], tmp_path / name).read_text("utf-8") for name in ("a.html", "b.html"))
+    assert first == second
+    links = [value for key, value in Page(first).attributes if key in ("src", "href", "xlink:href")]
+    assert all(value and value.startswith("#") for value in links)
+    assert "<script" not in first and "@import" not in first and "url(http" not in first
+    assert "prefers-color-scheme: dark" in first and 'lang="en"' in first and "@media print" in first
+    assert len(re.findall("aria-label=", first)) == 4 and str(tmp_path) not in first
+
+
+def test_frontier_rows(result: Path) -> None:
+    rows = frontier_rows(read_results([result]), [{"name": "other", "bytes_per_token": 320.0, "ratio": 3.0}])
+    assert [(row.name, row.group) for row in rows] == [
+        ("source, as stored", "source"), ("mla-24-8, as stored", "converted"), ("other", "published"),
+        ("source, 4 bits", "source, quantised"), ("mla-24-8, 4 bits", "converted, quantised"),
+    ]  # fmt: skip
+    assert rows[1].ratio == pytest.approx(2.718281828**0.105, rel=1e-6)
+    assert "| other | 320 | 24.50 | 3.0000 |" in frontier_table(rows)
+
+
+def test_what_is_no_result(tmp_path: Path, result: Path) -> None:
+    for content in ("{", "[]", '{"format": 0}'):
+        path = tmp_path / "other.json"
+        path.write_text(content)
+        with pytest.raises(DataError, match="no result file"):
+            transmla.report([result, path], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+    with pytest.raises(DataError, match="nothing to report"):
+        transmla.report([], tmp_path / "page.html")
+
+
+def test_command_line(result: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["report", str(result), "--out", str(tmp_path / "page.html")])
+    assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "page.html")
+    assert CliRunner().invoke(main, ["report", str(tmp_path / "none.json")]).exit_code == 7

@@ -1,0 +1,130 @@
+"""Figures of result files. Colours are readable on white and on black; every series has a marker of its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from transmla.evaluation.results import FrontierRow, Result
+
+COLOURS = ("#3b7dd8", "#e0812a", "#3a9d5d", "#b455c8", "#c8443e", "#7a7a7a")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+GREY = "#8a8a8a"
+
+
+def frontier(rows: list[FrontierRow]) -> Figure:
+    """Perplexity against cache bytes per token, both logarithmic; a line per group."""
+    figure, axes = _axes()
+    groups = list(dict.fromkeys(row.group for row in rows))
+    for number, group in enumerate(groups):
+        part = sorted((row for row in rows if row.group == group), key=lambda row: row.bytes_per_token)
+        errors = [0.0 if math.isnan(row.ratio_error) else row.ratio_error for row in part]
+        # converted models are of different sizes, their rounded caches of different models: no line joins them
+        joined = group in ("source, quantised", "converted") and len(part) > 1
+        axes.errorbar(
+            [row.bytes_per_token for row in part], [row.ratio for row in part], yerr=errors, capsize=3,
+            marker=MARKERS[number % 6], color=COLOURS[number % 6], linestyle="-" if joined else "none", label=group,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    highest = max(row.ratio for row in rows)
+    axes.set_yticks([tick for tick in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50) if tick <= 1.2 * highest])
+    axes.set_yticks([], minor=True)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xticks(sorted({2 ** round(math.log2(row.bytes_per_token)) for row in rows}))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("cache bytes per token, all layers")
+    axes.set_ylabel("perplexity, times the source")
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def positions(results: list[Result]) -> Figure | None:
+    """Ratio of perplexities by position; None if nothing was measured by position."""
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for result in results:
+        own, source = (result.content[key] for key in ("model", "source"))
+        if not source or not own.get("positions") or not source.get("positions"):
+            continue
+        means = [_column_means(one["positions"]["nats"]) for one in (source, own)]
+        series[result.name] = (
+            own["positions"]["edges"],
+            [math.exp(b - a) for a, b in zip(*means, strict=True)],
+        )
+    if not series:
+        return None
+    figure, axes = _axes()
+    for number, (name, (edges, ratios)) in enumerate(series.items()):
+        middles = [math.sqrt(max(a, 64) * b) for a, b in itertools.pairwise(edges)]
+        axes.plot(middles, ratios, marker=MARKERS[number % 6], color=COLOURS[number % 6], label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set_xlabel("position in the text, tokens")
+    axes.set_ylabel("perplexity, times the source")
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def layers(results: list[Result]) -> Figure | None:
+    """Held-out stream error of every layer, from the provenance of converted models."""
+    figure, axes = _axes()
+    for number, result in enumerate(results):
+        errors = [layer["stream_loss_heldout"] for layer in result.content["model"].get("layers") or []]
+        if errors:
+            axes.plot(
+                range(len(errors)), errors, marker=MARKERS[number % 6], markersize=4, color=COLOURS[number % 6],
+                label=result.name,
+            )  # fmt: skip
+    if not axes.lines:
+        return None
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("squared error of the stream, share of its energy")
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def recovery(results: list[Result]) -> Figure | None:
+    """Bars of task recovery; None if no task was measured."""
+    series: dict[str, dict[str, float]] = {}
+    for result in results:
+        rows = (result.content["comparison"] or {}).get("tasks") or []
+        if rows:
+            series[result.name] = {f"{row['task']}\n{row['metric']}": row["recovery"] or 0.0 for row in rows}
+    if not series:
+        return None
+    names = list(dict.fromkeys(name for rows in series.values() for name in rows))
+    figure, axes = _axes(width=max(8.0, 1.1 * len(names)))
+    bar = 0.8 / len(series)
+    for number, (label, rows) in enumerate(series.items()):
+        places = [place + (number - (len(series) - 1) / 2) * bar for place in range(len(names))]
+        axes.bar(places, [rows.get(name, 0.0) for name in names], bar, color=COLOURS[number % 6], label=label)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_ylabel("recovery, share of the source")
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def _axes(width: float = 8.0) -> tuple[Figure, Any]:
+    """No global state, and nothing but grey that depends on the background."""
+    figure = Figure(figsize=(width, 4.8), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    axes.grid(color=GREY, alpha=0.25)
+    axes.tick_params(colors=GREY, which="both")
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(GREY)
+    for spine in axes.spines.values():
+        spine.set_color(GREY)
+    return figure, axes
+
+
+def _column_means(rows: list[list[float]]) -> list[float]:
+    return [sum(column) / len(column) for column in zip(*rows, strict=True)]

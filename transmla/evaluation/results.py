@@ -1,0 +1,103 @@
+"""Result files of `transmla eval --json`: read, checked, and turned into the rows that tables and plots share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transmla.errors import DataError
+from transmla.evaluation.evaluate import FORMAT, perplexity_of
+from transmla.evaluation.perplexity import Perplexity, ratio
+
+
+@dataclass(frozen=True)
+class Result:
+    """name: of the file, without its ending;  content: see results.schema.json"""
+
+    name: str
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FrontierRow:
+    """One cache: bytes per token over all layers, perplexity, and the ratio to the source on the same windows.
+
+    group: "source", "source, quantised", "converted", "converted, quantised" or "published"
+    """
+
+    name: str
+    group: str
+    bytes_per_token: float
+    perplexity: float
+    perplexity_error: float
+    ratio: float
+    ratio_error: float
+
+
+def read_results(paths: Iterable[Path]) -> list[Result]:
+    """Result files; `DataError` for anything else."""
+    found = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise _no_result(path, str(error)) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
+            raise _no_result(path, f"its format is not {FORMAT}")
+        found.append(Result(path.stem, content))
+    return found
+
+
+def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = ()) -> list[FrontierRow]:
+    """Every cache that was measured on the first text, largest first; each source once.
+
+    published: rows of other methods with name, bytes_per_token and ratio
+    """
+    rows: dict[str, FrontierRow] = {}
+    for result in results:
+        source = result.content["source"]
+        if source is None:
+            continue
+        text = next(iter(result.content["model"]["texts"]))
+        base = perplexity_of(source, text)
+        for one, name, group in ((source, "source", "source"), (result.content["model"], result.name, "converted")):
+            found = [(f"{name}, as stored", group, one["cache_bytes_per_token"], perplexity_of(one, text))]
+            for row in filter(None, one.get("quantised", [])):
+                nats = Perplexity(tuple(row["nats"]), 0)
+                found.append((f"{name}, {row['bits']} bits", f"{group}, quantised", row["bytes_per_token"], nats))
+            for label, kind, size, nats in found:
+                compared = ratio(nats, base)
+                rows[label] = FrontierRow(
+                    label, kind, size, nats.value, nats.standard_error, compared.value, compared.standard_error
+                )
+    source_value = next((row.perplexity for row in rows.values() if row.group == "source"), math.nan)
+    for entry in published:
+        value = entry["ratio"] * source_value
+        rows[entry["name"]] = FrontierRow(
+            entry["name"], "published", entry["bytes_per_token"], value, math.nan, entry["ratio"], math.nan
+        )
+    return sorted(rows.values(), key=lambda row: -row.bytes_per_token)
+
+
+def frontier_table(rows: list[FrontierRow]) -> str:
+    """Markdown."""
+    lines = ["| cache | bytes per token | perplexity | times the source |", "|---|---:|---:|---:|"]
+    for row in rows:
+        error, spread = (
+            f" ± {value:.{digits}f}" if value > 0 else ""
+            for value, digits in ((row.perplexity_error, 2), (row.ratio_error, 4))
+        )
+        lines.append(
+            f"| {row.name} | {row.bytes_per_token:,.0f} | {row.perplexity:.2f}{error} | {row.ratio:.4f}{spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _no_result(path: Path, why: str) -> DataError:
+    return DataError(
+        "this is no result file", where=str(path), why=why, remedy="pass files that `transmla eval --json` has written"
+    )
