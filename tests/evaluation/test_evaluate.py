@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 import transmla
@@ -36,6 +37,10 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_all_parts_and_their_comparison(converted: Path, suite: str) -> None:
     report = transmla.evaluate(converted, "stories260k", suite=suite, **SETTINGS)
     plain = json.loads(json.dumps(report.plain(), allow_nan=False))
+    schema = json.loads((Path(measure_module.__file__).parent / "results.schema.json").read_text())
+    jsonschema.validate(plain, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(plain | {"model": plain["model"] | {"nats": []}}, schema)
     assert list(plain["model"]["texts"]) == SETTINGS["text"]
     assert plain["model"]["cache_bytes_per_token"] * 2 == plain["source"]["cache_bytes_per_token"]
     # 8 + 1 and 2 + 1 bits of 32

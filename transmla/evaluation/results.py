@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+
 from transmla.errors import DataError
-from transmla.evaluation.evaluate import FORMAT, perplexity_of
+from transmla.evaluation.evaluate import perplexity_of
 from transmla.evaluation.perplexity import Perplexity, ratio
 
 
@@ -41,13 +44,16 @@ class FrontierRow:
 def read_results(paths: Iterable[Path]) -> list[Result]:
     """Result files; `DataError` for anything else."""
     found = []
+    schema = json.loads((resources.files("transmla.evaluation") / "results.schema.json").read_text("utf-8"))
     for path in paths:
         try:
             content = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise _no_result(path, str(error)) from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
-            raise _no_result(path, f"its format is not {FORMAT}")
+        try:
+            jsonschema.validate(content, schema)
+        except jsonschema.ValidationError as error:
+            raise _no_result(path, f"{error.json_path}: {error.message[:200]}") from error
         found.append(Result(path.stem, content))
     return found
 
