@@ -7,6 +7,7 @@
     transmla.evaluate("OUT", against="SRC")                  # -> EvaluationReport
     transmla.doctor("OUT")                                   # -> Diagnosis: which engines take it
     transmla.export("OUT", "OUT.gguf", type="q8_0")          # for llama.cpp; or to="vllm", padded for GPU kernels
+    transmla.bench("OUT", against="SRC")                     # -> BenchReport: prefill and decoding, roofline
     transmla.report(["a.json"], "report.html")               # what `eval --json` wrote, as one page
     transmla.load("OUT")                                     # -> a transformers model, latent cache, absorbed decode
     for piece in transmla.generate("OUT", "Once upon a time"):
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transmla.diagnosis import doctor as doctor
     from transmla.evaluation.evaluate import evaluate as evaluate
     from transmla.evaluation.report import report as report
+    from transmla.evaluation.speed import bench as bench
     from transmla.exporting import export as export
     from transmla.generation import generate as generate
     from transmla.loading import load as load
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 # imported when first used: `transmla --help` must not wait for torch
 _PUBLIC = {
+    "bench": "transmla.evaluation.speed",
     "convert": "transmla.conversion",
     "doctor": "transmla.diagnosis",
     "evaluate": "transmla.evaluation.evaluate",
@@ -40,7 +43,7 @@ _PUBLIC = {
     "report": "transmla.evaluation.report",
 }
 
-__all__ = ["convert", "doctor", "evaluate", "export", "generate", "load", "plan", "report"]
+__all__ = ["bench", "convert", "doctor", "evaluate", "export", "generate", "load", "plan", "report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -295,17 +295,19 @@ def _lists(given: dict[str, Any]) -> dict[str, Any]:
     given["text"] = list(given["text"]) or None
     given["tasks"] = given["tasks"].split(",") if given["tasks"] else None
     for name in ("quantised", "needles"):
-        words = given[name].split(",") if given[name] else []
-        if not all(word.isdigit() for word in words):
-            raise click.BadParameter(
-                f"{given[name]!r} are not whole numbers, separated by commas", param_hint=f"--{name}"
-            )
-        given[name] = [int(word) for word in words] or None
+        given[name] = _integers(given[name], f"--{name}") if given[name] else None
     gates = {}
     for gate in given.pop("gate"):
         name, _, share = gate.partition("=")
         gates[name] = _number(share or None, "--gate", auto=False)
     return given | {"gates": gates or None}
+
+
+def _integers(text: str, option: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdigit() and int(word) for word in words):
+        raise click.BadParameter(f"{text!r} are not positive whole numbers, separated by commas", param_hint=option)
+    return [int(word) for word in words]
 
 
 def _write(name: str, text: str) -> None:
@@ -315,6 +317,44 @@ def _write(name: str, text: str) -> None:
 
     with disk_errors(Path(name)):
         Path(name).write_text(text, encoding="utf-8")
+
+
+@main.command("bench", epilog=EPILOG)
+@click.argument("model", metavar="MODEL")
+@_option("--against", metavar="SRC", help="The source, timed in turns with MODEL.")
+@_option("--context", "contexts", default="512,2048,8192", metavar="A,B", help="Cached tokens per text.")
+@_option("--batch", "batches", default="1", metavar="A,B", help="Texts at once.")
+@_option("--steps", type=click.IntRange(min=1), default=16, metavar="N", help="Decoding steps per timing.")
+@_option("--repeats", type=click.IntRange(min=1), default=3, metavar="N", help="Timings; the median is shown.")
+@_option("--stock", is_flag=True, help="Also the stock transformers class of MODEL.")
+@_option("--dtype", type=click.Choice(DTYPES[1:]), default="bfloat16", help="To compute and to cache in.")
+@_device
+@_option("--json", "json_file", metavar="FILE", help="Write the results here, - for stdout instead of the table.")
+@_option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def bench_command(model: str, json_file: str | None, quiet: bool, **given: Any) -> None:
+    """Time prefill and decoding of MODEL and SRC in alternating runs, and measure what they cache.
+
+    "x floor" is the time of a decoding step over what its bytes and multiply-adds need on this machine.
+    """
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        from rich.console import Console
+
+        from transmla.display import progress, show_bench
+
+        for name in ("contexts", "batches"):
+            given[name] = _integers(given[name], f"--{name}")
+        with progress(quiet) as update:
+            report = transmla.bench(model, progress=update, **given)
+        content = json.dumps(report.plain(), indent=1)
+        if json_file == "-":
+            click.echo(content)
+            return
+        show_bench(report, Console())
+        if json_file is not None:
+            _write(json_file, content + "\n")
 
 
 @main.command("report", epilog=EPILOG)

@@ -1,0 +1,104 @@
+"""The benchmark's arithmetic; times themselves are never asserted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+import transmla
+from transmla.checkpoint.resolve import resolve
+from transmla.cli import main
+from transmla.errors import GeometryError
+from transmla.evaluation import speed
+
+STORIES = resolve("stories260k").path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speed") / "mla"
+    transmla.convert("smoke", folder, refine="off")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "PRODUCT", 64)
+    monkeypatch.setattr(speed, "BLOCK", 4096)
+
+
+def test_rows_of_the_grid(converted: Path) -> None:
+    report = transmla.bench(
+        converted, "stories260k", contexts=(16, 40, 9000), batches=(1, 3), steps=3, repeats=2, stock=True,
+        dtype="float32",
+    )  # fmt: skip
+    models = ["stories260k", str(converted), f"{converted}, stock class"]
+    grid = [(batch, context) for batch in (1, 3) for context in (16, 40)]
+    assert [(row.batch, row.context, row.model) for row in report.rows] == [(*at, one) for at in grid for one in models]
+    assert report.notes == ("context 9,000 left out: the models end at 512",)
+    # 5 layers of 64 and of 24 + 8 values
+    sizes = {row.model: row.cache_bytes_per_token for row in report.rows}
+    assert list(sizes.values()) == [1280, 640, 640]
+    for row in report.rows:
+        assert 0 < row.slowest <= row.tokens_per_second <= row.fastest and row.of_floor > 0
+        assert row.prefill_tokens_per_second == pytest.approx(row.batch * row.context / row.first_token_seconds)
+        assert (row.speed_ratio == 1) == (row.model == "stories260k")
+    json.dumps(report.plain(), allow_nan=False)
+
+
+def test_cost_of_a_step_counts_every_product() -> None:
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    seen = 0
+
+    def count(module: Any, args: Any, output: torch.Tensor) -> None:
+        nonlocal seen
+        seen += module.weight.numel() * args[0].shape[0] * args[0].shape[1]
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    model(torch.zeros(2, 1, dtype=torch.long))
+    config = model.config
+    attention = config.num_hidden_layers * config.num_attention_heads * 2 * config.head_dim
+    norms = sum(weight.numel() for name, weight in model.named_parameters() if "norm" in name)
+    multiply_adds, moved = speed.step_cost(model, 2, 7, 1000.0)
+    assert multiply_adds == seen + 2 * (norms + 7 * attention)
+    assert moved == 1000 + 4 * sum(weight.numel() for weight in model.parameters())
+
+
+def test_a_size_that_does_not_fit_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = speed._fill
+
+    def failing(model: Any, ids: torch.Tensor) -> Any:
+        if len(ids) == 2 and type(model).__name__.startswith("Llama"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, ids)
+
+    monkeypatch.setattr(speed, "_fill", failing)
+    report = transmla.bench(converted, "stories260k", contexts=(8,), batches=(1, 2), steps=2, repeats=1)
+    assert [row.failed for row in report.rows] == [None, None, "out of memory", None]
+    assert report.rows[3].speed_ratio is None and report.rows[3].tokens_per_second
+
+
+def test_other_errors_are_not_swallowed(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(speed, "_decode", failing)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        transmla.bench(converted, contexts=(8,), steps=2, repeats=1)
+
+
+def test_command_line(converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    words = ["bench", str(converted), "--against", "stories260k", "--steps", "2", "--repeats", "1", "-q"]
+    done = CliRunner().invoke(main, [*words, "--context", "8", "--batch", "1,2", "--json", str(out)])
+    assert done.exit_code == 0 and "x floor" in done.stdout and "threads" in done.stdout
+    assert len(json.loads(out.read_text())["rows"]) == 4
+    assert CliRunner().invoke(main, [*words, "--context", "8,0"]).exit_code == 2
+    with pytest.raises(GeometryError, match="no context fits"):
+        transmla.bench(converted, contexts=(4096,))

@@ -1,0 +1,277 @@
+"""`transmla bench`: prefill and decoding of a converted model and its source, side by side.
+
+All models are in memory at once and take turns within every repeat, so that a busy moment of the machine hits all of
+them. Beside each time stands its floor: the bytes and multiply-adds of one decoding step over what this machine moves
+and multiplies, measured in the same run (Williams et al., "Roofline", CACM 52/4).
+
+Legend: B batch, S cached tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from transmla.checkpoint.provenance import versions
+from transmla.errors import GeometryError
+from transmla.evaluation.cache import cache_bytes
+from transmla.loading import is_converted, load, load_any
+
+PREFILL_CHUNK = 512
+# the machine's rates: sides of a square product, elements of a copied block
+PRODUCT, BLOCK = 2048, 2**26
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of the machine, in the dtype that is computed in: multiply-adds and bytes per second."""
+
+    multiply_adds: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model at one batch and context. Speeds are medians over the repeats, with the smallest and the largest.
+
+    first_token_seconds: the whole context, from nothing to the first new token
+    tokens_per_second:   of decoding, all texts of the batch together
+    floor_seconds:       of one decoding step, by the roofline;  peak_bytes: allocated, CUDA only
+    failed:              why there are no numbers
+    """
+
+    model: str
+    batch: int
+    context: int
+    first_token_seconds: float | None = None
+    prefill_tokens_per_second: float | None = None
+    tokens_per_second: float | None = None
+    slowest: float | None = None
+    fastest: float | None = None
+    speed_ratio: float | None = None
+    cache_bytes_per_token: float | None = None
+    floor_seconds: float | None = None
+    of_floor: float | None = None
+    peak_bytes: int | None = None
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """rows: by batch and context, the source first; speed_ratio is to it."""
+
+    rows: tuple[Timing, ...]
+    rates: Rates
+    notes: tuple[str, ...]
+    setting: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "rates": asdict(self.rates),
+            "notes": list(self.notes),
+            "setting": self.setting,
+        }
+
+
+def bench(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    contexts: Sequence[int] = (512, 2048, 8192),
+    batches: Sequence[int] = (1,),
+    steps: int = 16,
+    repeats: int = 3,
+    stock: bool = False,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Time a model, and its source in the same run.
+
+    model:    converted folder, or a source;  against: the source, to which speeds are compared
+    contexts: cached tokens per text;  batches: texts at once. A grid until memory ends: sizes that do not fit are named
+    steps:    decoding steps per timing;  repeats: timings, after one that warms up
+    stock:    also the stock transformers class of a converted folder
+    """
+    tell = progress or (lambda *_: None)
+    where, number_format = torch.device(device), getattr(torch, dtype)
+    models = _loaded(model, against, stock, number_format, where)
+    longest = min(int(one.config.max_position_embeddings) for one in models.values())
+    if min(contexts) > longest:
+        raise GeometryError(
+            "no context fits the model",
+            where="--context",
+            why=f"it ends at {longest:,} positions",
+            remedy=f"use contexts up to {longest - steps:,}",
+        )
+    notes = [f"context {size:,} left out: the models end at {longest:,}" for size in contexts if size > longest]
+    sizes = [min(size, longest - steps) for size in contexts if size <= longest]
+    rates = machine_rates(where, number_format)
+    for one in models.values():  # what is compiled or allocated once is not to be timed
+        _fill(one, torch.zeros(1, 8, dtype=torch.long, device=where))
+    rows: list[Timing] = []
+    for number, (batch, context) in enumerate((batch, context) for batch in batches for context in sizes):
+        tell("bench", number, len(batches) * len(sizes), f"batch {batch}, context {context:,}")
+        rows += _measured(models, batch, context, steps, repeats, where, rates)
+    tell("bench", len(batches) * len(sizes), len(batches) * len(sizes), "")
+    setting = {
+        "dtype": dtype, "device": device, "device_name": _device_name(where), "threads": torch.get_num_threads(),
+        "steps": steps, "repeats": repeats, "versions": versions(),
+    }  # fmt: skip
+    return BenchReport(tuple(rows), rates, tuple(notes), setting)
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Best of a few square products, and of a few copies of a block that no cache holds."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=device).to(dtype) for _ in range(2))
+    block = torch.zeros(BLOCK, dtype=dtype, device=device)
+    product = min(_seconds(lambda: a @ b, device) for _ in range(5))
+    copy = min(_seconds(block.clone, device) for _ in range(5))
+    return Rates(PRODUCT**3 / product, 2 * BLOCK * block.element_size() / copy)
+
+
+def step_cost(model: Any, batch: int, context: int, cached_bytes: float) -> tuple[float, float]:
+    """(multiply-adds, bytes) of one decoding step: every weight but the embedding once, the whole cache once.
+
+    Attention per head and cached token: GQA 2 d; MLA in latent space 2 r + e.
+    """
+    config = model.config
+    embedding = model.get_input_embeddings().weight
+    weights = [weight for weight in model.parameters() if weight is not embedding]
+    count = sum(weight.numel() for weight in weights)
+    if model.get_output_embeddings().weight is embedding:
+        weights, count = [*weights, embedding], count + embedding.numel()
+    if getattr(config, "kv_lora_rank", None):
+        per_head = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        per_head = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    attention = config.num_hidden_layers * config.num_attention_heads * per_head * context
+    moved = sum(weight.numel() * weight.element_size() for weight in weights)
+    return float(batch * (count + attention)), moved + cached_bytes
+
+
+def _loaded(
+    model: str | Path, against: str | Path | None, stock: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    models: dict[str, Any] = {}
+    if against is not None:
+        models[str(against)] = load_any(against, dtype=dtype, device=device)
+    if is_converted(Path(model)):
+        models[str(model)] = load(model, dtype=dtype, device=device)
+        if stock:
+            from transformers import DeepseekV3ForCausalLM
+
+            loaded: Any = DeepseekV3ForCausalLM.from_pretrained(str(model), dtype=dtype, local_files_only=True)
+            models[f"{model}, stock class"] = loaded.to(device).eval()
+    else:
+        models[str(model)] = load_any(model, dtype=dtype, device=device)
+    return models
+
+
+def _measured(
+    models: dict[str, Any], batch: int, context: int, steps: int, repeats: int, device: torch.device, rates: Rates
+) -> list[Timing]:
+    """One row per model; a model whose cache does not fit has a row that says so."""
+    vocabulary = min(one.config.vocab_size for one in models.values())
+    generator = torch.Generator().manual_seed(context)
+    ids_BS = torch.randint(vocabulary, (batch, context + steps), generator=generator).to(device)
+    caches: dict[str, Any] = {}
+    first: dict[str, float] = {}
+    peaks: dict[str, int | None] = {}
+    failed: dict[str, str] = {}
+    for name, model in models.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            started = time.perf_counter()
+            caches[name] = _fill(model, ids_BS[:, :context])
+            _wait(device)
+            first[name] = time.perf_counter() - started
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            failed[name] = "out of memory"
+            gc.collect()
+        peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    for repeat in range(-1, repeats):
+        for name, cache in caches.items():
+            elapsed = _decode(models[name], cache, ids_BS[:, context:], device)
+            cache.crop(-steps)
+            if repeat >= 0:  # the first one warms up kernels and allocators
+                seconds[name].append(elapsed / steps)
+    rows = []
+    base = next(iter(models))
+    for name, model in models.items():
+        if name in failed:
+            rows.append(Timing(name, batch, context, failed=failed[name]))
+            continue
+        stored = cache_bytes(caches[name])
+        median = statistics.median(seconds[name])
+        multiply_adds, moved = step_cost(model, batch, context, stored)
+        floor = max(multiply_adds / rates.multiply_adds, moved / rates.bytes)
+        rows.append(
+            Timing(
+                model=name,
+                batch=batch,
+                context=context,
+                first_token_seconds=first[name],
+                prefill_tokens_per_second=batch * context / first[name],
+                tokens_per_second=batch / median,
+                slowest=batch / max(seconds[name]),
+                fastest=batch / min(seconds[name]),
+                speed_ratio=statistics.median(seconds[base]) / median if base in seconds else None,
+                cache_bytes_per_token=stored / (batch * context),
+                floor_seconds=floor,
+                of_floor=median / floor,
+                peak_bytes=peaks[name],
+            )
+        )
+    return rows
+
+
+@torch.inference_mode()
+def _fill(model: Any, ids_BS: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache()
+    for chunk in torch.split(ids_BS, PREFILL_CHUNK, dim=1):
+        model(chunk, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+@torch.inference_mode()
+def _decode(model: Any, cache: DynamicCache, ids_BT: torch.Tensor, device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    for token_B1 in torch.split(ids_BT, 1, dim=1):
+        model(token_B1, past_key_values=cache)
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
