@@ -9,6 +9,7 @@
     transmla.export("OUT", "OUT.gguf", type="q8_0")          # for llama.cpp; or to="vllm", padded for GPU kernels
     transmla.bench("OUT", against="SRC")                     # -> BenchReport: prefill and decoding, roofline
     transmla.report(["a.json"], "report.html")               # what `eval --json` wrote, as one page
+    transmla.unfold("OUT", "TRAIN"), transmla.fold("TRAIN", "OUT2")  # the form for training, and back
     transmla.load("OUT")                                     # -> a transformers model, latent cache, absorbed decode
     for piece in transmla.generate("OUT", "Once upon a time"):
         print(piece, end="")
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transmla.evaluation.report import report as report
     from transmla.evaluation.speed import bench as bench
     from transmla.exporting import export as export
+    from transmla.folding import fold as fold
+    from transmla.folding import unfold as unfold
     from transmla.generation import generate as generate
     from transmla.loading import load as load
     from transmla.planning import plan as plan
@@ -37,13 +40,15 @@ _PUBLIC = {
     "doctor": "transmla.diagnosis",
     "evaluate": "transmla.evaluation.evaluate",
     "export": "transmla.exporting",
+    "fold": "transmla.folding",
     "generate": "transmla.generation",
     "load": "transmla.loading",
     "plan": "transmla.planning",
     "report": "transmla.evaluation.report",
+    "unfold": "transmla.folding",
 }
 
-__all__ = ["bench", "convert", "doctor", "evaluate", "export", "generate", "load", "plan", "report"]
+__all__ = ["bench", "convert", "doctor", "evaluate", "export", "fold", "generate", "load", "plan", "report", "unfold"]
 
 
 def __getattr__(name: str) -> Any:

@@ -433,6 +433,46 @@ def export_command(model: str, out: str, quiet: bool, **given: Any) -> None:
         show_export(report, Console())
 
 
+@main.command("unfold", epilog=EPILOG)
+@click.argument("model", metavar="MODEL")
+@click.argument("out", metavar="OUT")
+@_option("--dtype", type=click.Choice(DTYPES), default="auto", help="Of the written weights; auto: as in MODEL.")
+@_option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def unfold_command(model: str, out: str, dtype: str, quiet: bool) -> None:
+    """Write the converted folder MODEL in the form for training: weights of ordinary size, no norm on the latent.
+
+    Any trainer takes it with trust_remote_code=True, or as transmla.load(OUT). `transmla fold` makes the stock form of
+    the result. MODEL itself must not be trained: an optimizer step destroys its latent rows, which are about 1e-6.
+    """
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        from transmla.display import progress
+
+        with progress(quiet) as update:
+            click.echo(transmla.unfold(model, out, dtype=dtype, progress=update))
+
+
+@main.command("fold", epilog=EPILOG)
+@click.argument("model", metavar="MODEL")
+@click.argument("out", metavar="OUT")
+@_option("--text", metavar="TEXT", default="wikitext", help="On which the size of the latents is measured.")
+@_option("--dtype", type=click.Choice(DTYPES), default="auto", help="Of the written weights; auto: as in MODEL.")
+@_device
+@_option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def fold_command(model: str, out: str, quiet: bool, **given: Any) -> None:
+    """Write the unfolded folder MODEL in the stock form again, after training; verified through the stock class."""
+    with _errors():
+        import transmla
+
+        _quiet_libraries()
+        from transmla.display import progress
+
+        with progress(quiet) as update:
+            click.echo(transmla.fold(model, out, progress=update, **given))
+
+
 @main.command("generate", epilog=EPILOG)
 @click.argument("model", metavar="MODEL")
 @click.argument("prompt", metavar="PROMPT")

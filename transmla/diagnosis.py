@@ -43,7 +43,8 @@ def doctor(model: str | Path) -> Diagnosis:
             "this is not a deepseek_v3 model",
             where=source.config_where,
             why=f"model_type is {config.get('model_type')!r}",
-            remedy="`transmla plan SRC` says what engines would make of it once it is converted",
+            remedy="`transmla plan SRC` says what engines would make of it once it is converted; an unfolded model is "
+            "folded first: transmla fold",
         )
     if config.get("latent_norm_folded"):
         source.require(expected_tensors(config))

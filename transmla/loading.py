@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.provenance import FILE_NAME
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import resolve
 from transmla.errors import SourceError, UnsupportedError
-from transmla.modeling.modeling_transmla import DeepseekV3ForCausalLM
+from transmla.modeling.modeling_transmla import DeepseekV3ForCausalLM, UnfoldedConfig, UnfoldedForCausalLM
 from transmla.recipe import Recipe, find_recipe, load_recipe
+
+# wherever this package is imported, Auto classes know the unfolded form without code from its folder
+AutoConfig.register(UnfoldedConfig.model_type, UnfoldedConfig, exist_ok=True)
+AutoModelForCausalLM.register(UnfoldedConfig, UnfoldedForCausalLM, exist_ok=True)
 
 
 def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwargs: Any) -> DeepseekV3ForCausalLM:
@@ -23,9 +28,9 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
     kwargs: passed on to `from_pretrained`; attn_implementation is "sdpa" unless given
     """
     folder = Path(model)
-    _check(folder)
+    model_class = UnfoldedForCausalLM if _checked_type(folder) == UnfoldedConfig.model_type else DeepseekV3ForCausalLM
     kwargs.setdefault("attn_implementation", "sdpa")
-    loaded: DeepseekV3ForCausalLM = DeepseekV3ForCausalLM.from_pretrained(
+    loaded: DeepseekV3ForCausalLM = model_class.from_pretrained(
         str(folder), dtype=dtype, local_files_only=True, **kwargs
     )
     if "device_map" not in kwargs:
@@ -36,8 +41,6 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
 
 def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
     """The source model itself, as transformers loads it; GGUF files are dequantised, with their rotary scaling."""
-    from transformers import AutoModelForCausalLM
-
     if source.format != "gguf":
         model = AutoModelForCausalLM.from_pretrained(str(source.path), dtype=dtype, local_files_only=True)
         return model.to(device).eval()
@@ -74,7 +77,8 @@ def is_converted(folder: Path) -> bool:
     return (folder / FILE_NAME).is_file()
 
 
-def _check(folder: Path) -> None:
+def _checked_type(folder: Path) -> str:
+    """model_type of a converted folder, folded or not."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -93,11 +97,13 @@ def _check(folder: Path) -> None:
             remedy="convert again, or restore the file",
         ) from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != "deepseek_v3" or not config.get("kv_lora_rank"):
-        fact = f"model_type is {model_type!r}" if model_type != "deepseek_v3" else "it has no kv_lora_rank"
+    known = model_type in ("deepseek_v3", UnfoldedConfig.model_type)
+    if not known or not config.get("kv_lora_rank"):
+        fact = "it has no kv_lora_rank" if known else f"model_type is {model_type!r}"
         raise UnsupportedError(
             "this is not a converted model",
             where=str(path),
             why=f"{fact}; a converted model is a deepseek_v3 with a kv_lora_rank",
             remedy="convert it first: transmla convert SRC OUT",
         )
+    return str(model_type)

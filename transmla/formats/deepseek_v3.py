@@ -44,6 +44,8 @@ def deepseek_v3_config(
         "v_head_dim": target.v_head_dim,
         "rms_norm_eps": EPS,
         "latent_norm_folded": True,
+        # what `transmla unfold` goes back to
+        "unfolded_rms_norm_eps": float(source.get("rms_norm_eps", EPS)),
         "max_position_embeddings": max_position_embeddings,
         "rope_theta": theta,
         "rope_interleave": True,

@@ -13,6 +13,7 @@ Shape legend: see transmla/maths/__init__.py.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -71,6 +72,56 @@ def fold_attention(
         "kv_a_layernorm.weight": torch.full((rank,), math.sqrt(EPS) / scale).to(kv_a),
         "kv_b_proj.weight": kv_b.flatten(0, 1),
         "o_proj.weight": mla.o_DHv * residual,
+    }
+
+
+def unfold_layer(tensors: Mapping[str, Tensor], rank: int, residual: float) -> dict[str, Tensor]:
+    """A folded decoder layer in ordinary scales, for a class whose latent norms are linear.
+
+    tensors:  by their stock names, with "self_attn." and "mlp.";  rank: kv_lora_rank;  residual: from `residual_scale`
+    Rotary layout and softmax scale stay. `fold_layer` is the inverse.
+    """
+    scale = math.sqrt(EPS) / float(tensors["self_attn.kv_a_layernorm.weight"][0])
+    query_norm = tensors.get("self_attn.q_a_layernorm.weight")
+    query_scale = None if query_norm is None else math.sqrt(EPS) / float(query_norm[0])
+    factors = _layer_factors(tensors, rank, residual, scale, query_scale)
+    unfolded = {name: tensor / factors.get(name, 1.0) for name, tensor in tensors.items()}
+    for name in ("self_attn.kv_a_layernorm.weight", "self_attn.q_a_layernorm.weight"):
+        if name in tensors:
+            unfolded[name] = tensors[name] / tensors[name][0]
+    return unfolded
+
+
+def fold_layer(
+    tensors: Mapping[str, Tensor], rank: int, residual: float, scale: float, query_scale: float | None
+) -> dict[str, Tensor]:
+    """An unfolded decoder layer for stock classes, whose latent norms are real.
+
+    scale, query_scale: from `latent_scale`, of latents as their linear norms give them
+    """
+    factors = _layer_factors(tensors, rank, residual, scale, query_scale)
+    folded = {name: tensor * factors.get(name, 1.0) for name, tensor in tensors.items()}
+    for name, one in (("self_attn.kv_a_layernorm.weight", scale), ("self_attn.q_a_layernorm.weight", query_scale)):
+        if name in tensors:
+            assert one is not None
+            folded[name] = tensors[name] * (math.sqrt(EPS) / one)
+    return folded
+
+
+def _layer_factors(
+    tensors: Mapping[str, Tensor], rank: int, residual: float, scale: float, query_scale: float | None
+) -> dict[str, Tensor | float]:
+    """What folding multiplies each tensor of a layer with, but for the latent norms."""
+    down = tensors["self_attn.kv_a_proj_with_mqa.weight"]
+    rows = torch.full((len(down), 1), 1 / INPUT_NORM_GAIN, dtype=down.dtype, device=down.device)
+    rows[:rank] *= scale
+    return {
+        "input_layernorm.weight": INPUT_NORM_GAIN,
+        "self_attn.q_proj.weight": 1 / INPUT_NORM_GAIN,
+        "self_attn.q_a_proj.weight": (query_scale or 1.0) / INPUT_NORM_GAIN,
+        "self_attn.kv_a_proj_with_mqa.weight": rows,
+        "self_attn.o_proj.weight": residual,
+        "mlp.down_proj.weight": residual,
     }
 
 

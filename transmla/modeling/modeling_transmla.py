@@ -38,13 +38,22 @@ class FoldedRMSNorm(nn.Module):
             logger.warning_once(
                 "This checkpoint has its latent norm folded (latent_norm_folded in config.json), a form for "
                 "inference: the latent rows of kv_a_proj_with_mqa are about 1e-6 and an optimizer step "
-                "destroys them. Train the unfolded form and fold it again afterwards."
+                "destroys them. Train the unfolded form (transmla unfold) and fold it again afterwards."
             )
         # weight / sqrt(eps) overflows float16
         wide = torch.promote_types(latent_BTr.dtype, torch.float32)
         scale_r = self.weight.to(wide) * self.variance_epsilon**-0.5
         scaled_BTr: torch.Tensor = latent_BTr.to(wide) * scale_r
         return scaled_BTr.to(latent_BTr.dtype)
+
+
+class LatentGain(nn.Module):
+    """The latent times a weight per channel: the norm of an unfolded checkpoint, whose latent has an ordinary size."""
+
+    weight: nn.Parameter
+
+    def forward(self, latent_BTr: torch.Tensor) -> torch.Tensor:
+        return latent_BTr * self.weight
 
 
 class LatentAttention(stock.DeepseekV3Attention):
@@ -232,4 +241,24 @@ class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):
                 layer.self_attn.q_a_layernorm.__class__ = FoldedRMSNorm
 
 
-__all__ = ["DeepseekV3ForCausalLM"]
+class UnfoldedConfig(DeepseekV3Config):
+    """A config that no stock class takes for its own: it would put a real norm on the latent."""
+
+    model_type = "deepseek_v3_unfolded"
+    _auto_class = "AutoConfig"
+
+
+class UnfoldedForCausalLM(DeepseekV3ForCausalLM):
+    """For training: all weights of ordinary size, no norm on the latent. `transmla fold` makes the stock form of it."""
+
+    config_class = UnfoldedConfig
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.kv_a_layernorm.__class__ = LatentGain
+            if config.q_lora_rank is not None:
+                layer.self_attn.q_a_layernorm.__class__ = LatentGain
+
+
+__all__ = ["DeepseekV3ForCausalLM", "UnfoldedConfig", "UnfoldedForCausalLM"]
