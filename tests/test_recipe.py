@@ -47,7 +47,9 @@ def test_every_key(toml):
 
 def test_defaults(toml):
     assert load_recipe(toml("")) == Recipe()
-    assert (Recipe().tokens, Recipe().window, Recipe().theta) == (131072, 1024, "auto")
+    assert (Recipe().num_tokens, Recipe().window, Recipe().theta) == (131072, 1024, "auto")
+    assert Recipe(refine="full").num_tokens == 245760 and Recipe(tokens=5, refine="full").num_tokens == 5
+    assert Recipe().resolved["tokens"] == 131072
 
 
 def test_an_integer_is_a_number(toml):

@@ -142,7 +142,12 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     help="Gradient refinement on the calibration tokens after the closed form: off, fast or full (several passes). "
     "[default: fast]",
 )
-@_option("--tokens", type=click.IntRange(min=1), metavar="N", help="Calibration tokens in all. [default: 131072]")
+@_option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Calibration tokens in all. [default: 131072, with --refine full 245760]",
+)
 @_option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
 @_option(
     "--theta",

@@ -92,7 +92,7 @@ def convert(
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
     calibration: text file, table with a `text` column, dataset id, "wikitext" or "synthetic" (both ship with the
                  package) or "self"; several, separated by "+", share the tokens
-    tokens:      calibration tokens in all;  window: tokens per window
+    tokens:      calibration tokens in all, default 131,072, for "full" 245,760;  window: tokens per window
     theta:       rope_theta of the target, or "auto": chosen by the measured error of a few layers
     dtype:       of the written weights: auto (as the source), float32, bfloat16, float16
     device:      where the arithmetic runs;  seed: of everything random (only "self" calibration is)
@@ -233,7 +233,7 @@ def _tokens(run: Run) -> CalibrationTokens:
         return sample_from(model, num_windows, length, seed=recipe.seed).cpu()
 
     if run.processes.first:
-        made = calibration_tokens(recipe.calibration, tokenizer(source), recipe.tokens, window, sampler=sampler)
+        made = calibration_tokens(recipe.calibration, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
         found = shuffled(made, recipe.seed)
     text: CalibrationTokens = run.processes.from_first(found)
     run.progress("tokens", 1, 1, f"{text.ids_NT.numel():,} tokens")

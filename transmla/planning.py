@@ -266,7 +266,7 @@ def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe) -
     """Peak of the conversion itself, estimated: streams, head outputs, one layer, moments, attention of one group."""
     hidden, inner, window = gqa.hidden_size, int(config["intermediate_size"]), recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
-    streams = recipe.tokens * (2 * hidden + width) * 4
+    streams = recipe.num_tokens * (2 * hidden + width) * 4
     layer = (3 * hidden * inner + 2 * hidden * width + hidden * gqa.cache_values()) * 4
     moments = 10 * hidden * hidden * 8
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4

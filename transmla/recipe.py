@@ -10,6 +10,8 @@ from typing import Any, get_args, get_type_hints
 from transmla.errors import RecipeError
 
 REFINE_LEVELS = ("off", "fast", "full")
+# calibration tokens of each level, where the recipe does not say
+TOKENS = {"off": 131072, "fast": 131072, "full": 245760}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _WORDS = {str: "a string", int: "an integer", float: "a number"}
@@ -29,7 +31,7 @@ class Recipe:
     theta: float | str = "auto"  # rope_theta of the target
     calibration: str = "wikitext+synthetic"  # names of embedded texts, or files, shares of each
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on
-    tokens: int = 131072  # calibration tokens in all
+    tokens: int | None = None  # calibration tokens in all; None: TOKENS
     window: int = 1024  # tokens per calibration window
     dtype: str = "auto"  # of the written weights
     seed: int = 0
@@ -39,9 +41,14 @@ class Recipe:
         return _checked(self, {key: value for key, value in given.items() if value is not None}, "the options")
 
     @property
+    def num_tokens(self) -> int:
+        """Calibration tokens in all."""
+        return self.tokens or TOKENS[self.refine]
+
+    @property
     def resolved(self) -> dict[str, Any]:
         """All values, for the provenance file."""
-        return asdict(self)
+        return asdict(self) | {"tokens": self.num_tokens}
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -32,5 +32,5 @@ class Refinement:
 LEVELS: dict[str, Refinement] = {
     "off": Refinement(None, None),
     "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=1e-3), closed_form_tokens=49152),
-    "full": Refinement(None, Descent(passes=4.0, batch=2, rate=1e-3), closed_form_tokens=65536),
+    "full": Refinement(None, Descent(passes=4.0, batch=1, rate=1e-3), closed_form_tokens=65536),
 }
