@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -189,9 +190,9 @@ def _perplexities(report: EvaluationReport) -> Table:
 
     for one in filter(None, (source, report.model)):
         is_source = one is source
-        add(one["name"], perplexity_of(one, report.text), one["cache_bytes_per_token"], is_source)
+        add(_name(one), perplexity_of(one, report.text), one["cache_bytes_per_token"], is_source)
         for row in filter(None, one.get("quantised", [])):
-            add(f"  its cache in {row['bits']} bits", Perplexity(tuple(row["nats"]), 0), row["bytes_per_token"])
+            add(f"  {row['bits']}-bit cache", Perplexity(tuple(row["nats"]), 0), row["bytes_per_token"])
     if source and not source.get("quantised"):
         for name, size in quantised_sizes(source, report.made["dtype"]).items():
             add(f"source, {name} cache (size only)", None, size)
@@ -219,8 +220,8 @@ def _positions(model: dict[str, Any], source: dict[str, Any] | None) -> Table | 
     for one in (source, model):
         if one and one.get("positions"):
             columns = zip(*one["positions"]["nats"], strict=True)
-            rows[one["name"]] = [math.exp(sum(column) / len(column)) for column in columns]
-            table.add_row(one["name"], *(f"{value:.2f}" for value in rows[one["name"]]))
+            rows[_name(one)] = [math.exp(sum(column) / len(column)) for column in columns]
+            table.add_row(_name(one), *(f"{value:.2f}" for value in rows[_name(one)]))
     if len(rows) == 2:
         base, own = rows.values()
         table.add_row("ratio", *(f"{b / a:.3f}" for a, b in zip(base, own, strict=True)))
@@ -250,7 +251,7 @@ def _needles(model: dict[str, Any], source: dict[str, Any] | None) -> Table | No
     for one in filter(None, (source, model)):
         found = one.get("needles") or {}
         cells = (found.get(size) for size in model["needles"])
-        table.add_row(one["name"], *(f"{c['found']:.0%} ± {c['standard_error']:.0%}" if c else "" for c in cells))
+        table.add_row(_name(one), *(f"{c['found']:.0%} ± {c['standard_error']:.0%}" if c else "" for c in cells))
     return table
 
 
@@ -260,7 +261,7 @@ def _smoke(model: dict[str, Any], source: dict[str, Any] | None) -> Table | None
     table = _table("greedy text of", "empty", "repeated 4-grams")
     for one in filter(None, (source, model)):
         found = one["smoke"]
-        table.add_row(one["name"], f"{found['num_empty']}/{len(found['continuations'])}", f"{found['repeated']:.0%}")
+        table.add_row(_name(one), f"{found['num_empty']}/{len(found['continuations'])}", f"{found['repeated']:.0%}")
     return table
 
 
@@ -323,6 +324,11 @@ def _table(*headers: str) -> Table:
 
 def _share(row: Any, base: Any) -> float:
     return float(row.bytes_per_token / base.bytes_per_token - 1)
+
+
+def _name(model: dict[str, Any]) -> str:
+    """Without the folders around it."""
+    return Path(model["name"]).name
 
 
 def _plus_minus(found: Any, digits: int) -> str:

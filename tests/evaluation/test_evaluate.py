@@ -105,7 +105,7 @@ def test_command_line(converted: Path, tmp_path: Path) -> None:
     words += ["--text", "tinystories-valid", "--text", "wikitext-valid", "--quantised", "4", "--positions", "1"]
     done = CliRunner().invoke(command_line, [*words, "--json", str(out), "--gate", "perplexity=0.99"])
     assert done.exit_code == 5 and "gates missed" in done.stderr
-    for shown in ("its cache in 4 bits", "wikitext-valid", "perplexity by position", "ratio", "gate missed"):
+    for shown in ("4-bit cache", "wikitext-valid", "perplexity by position", "ratio", "gate missed"):
         assert shown in done.stdout
     assert json.loads(out.read_text())["format"] == 1 and [path.name for path in tmp_path.iterdir()] == ["results.json"]
     done = CliRunner().invoke(command_line, [*words, "--gate", "perplexity=0.1"])

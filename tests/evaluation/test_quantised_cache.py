@@ -9,6 +9,7 @@ from transmla.evaluation.quantised_cache import (
     GROUP,
     bits_per_value,
     keys_by_channel,
+    latents_by_token,
     rounded,
     rounding_cache,
     values_by_token,
@@ -52,3 +53,12 @@ def test_the_model_reads_the_rounded_values() -> None:
     exact = nats(None)
     assert nats(16) == pytest.approx(exact, abs=1e-3)
     assert abs(nats(2) - exact) > 10 * abs(nats(8) - exact)
+
+
+def test_latents_and_rotary_keys_have_grids_of_their_own() -> None:
+    x = torch.randn(1, 1, 64, 20, generator=torch.Generator().manual_seed(3))
+    x[..., 12:] *= 1000
+    latent, rotary = latents_by_token(4, 12)(x).split([12, 8], dim=-1)
+    assert torch.equal(latent, rounded(x[..., :12], 4, -1)) and torch.equal(rotary, rounded(x[..., 12:], 4, -2))
+    together = values_by_token(4)(x)
+    assert (latent - x[..., :12]).norm() < 0.05 * (together[..., :12] - x[..., :12]).norm()

@@ -182,7 +182,13 @@ def _suite(name: str | None, model: str | Path, **given: Any) -> Suite:
         raise RecipeError(
             "a task is named twice", where="--tasks", why=", ".join(given["tasks"]), remedy="name it once"
         )
-    return (Suite() if name is None else load_suite(name)).with_overrides(**given)
+    if name is None:
+        return Suite().with_overrides(**given)
+    found = load_suite(name)
+    if given["texts"] is None:  # what the model was made for comes first
+        own = _default_text(Path(model))
+        given["texts"] = tuple(sorted(found.texts, key=lambda text: text != own))
+    return found.with_overrides(**given)
 
 
 def _files(name: str | Path) -> list[list[str | int]]:

@@ -20,7 +20,13 @@ from transmla.errors import TransmlaError
 from transmla.evaluation.cache import measured_bytes_per_token
 from transmla.evaluation.perplexity import perplexity, text_windows
 from transmla.evaluation.positions import by_position
-from transmla.evaluation.quantised_cache import bits_per_value, keys_by_channel, rounding_cache, values_by_token
+from transmla.evaluation.quantised_cache import (
+    bits_per_value,
+    keys_by_channel,
+    latents_by_token,
+    rounding_cache,
+    values_by_token,
+)
 from transmla.evaluation.smoke import smoke
 from transmla.evaluation.suite import Suite
 from transmla.evaluation.tasks import needles, run_tasks
@@ -131,7 +137,8 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
 
     def quantised(bits: int) -> dict[str, Any]:
         ids_NT = windows_of(suite.texts[0], tokenizer, length, suite.windows)
-        key = values_by_token(bits) if is_converted(Path(name)) else keys_by_channel(bits)
+        rank = getattr(subject.model.config, "kv_lora_rank", None)
+        key = latents_by_token(bits, rank) if rank else keys_by_channel(bits)
         found = perplexity(subject.model, ids_NT, cache=lambda: rounding_cache(key, values_by_token(bits)))
         stored = measured_bytes_per_token(subject.model) * bits_per_value(bits) / _bits_of(subject.model)
         return {"bits": bits, "bytes_per_token": stored, "nats": list(found.nats_N)}

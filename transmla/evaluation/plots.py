@@ -7,17 +7,22 @@ import math
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from transmla.evaluation.results import FrontierRow, Result
 
 COLOURS = ("#3b7dd8", "#e0812a", "#3a9d5d", "#b455c8", "#c8443e", "#7a7a7a")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#8a8a8a"
+# of the frontier: caches that cost more are not worth a look
+HIGHEST = 30
 
 
 def frontier(rows: list[FrontierRow]) -> Figure:
-    """Perplexity against cache bytes per token, both logarithmic; a line per group."""
+    """Perplexity against cache bytes per token, both logarithmic; what lies above HIGHEST is only counted."""
     figure, axes = _axes()
+    above = sum(row.ratio > HIGHEST for row in rows)
+    rows = [row for row in rows if row.ratio <= HIGHEST]
     groups = list(dict.fromkeys(row.group for row in rows))
     for number, group in enumerate(groups):
         part = sorted((row for row in rows if row.group == group), key=lambda row: row.bytes_per_token)
@@ -31,14 +36,16 @@ def frontier(rows: list[FrontierRow]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     highest = max(row.ratio for row in rows)
-    axes.set_yticks([tick for tick in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50) if tick <= 1.2 * highest])
+    ticks = (1, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2) if highest < 2 else (1, 1.2, 1.5, 2, 3, 5, 10, 20)
+    axes.set_yticks([tick for tick in ticks if tick <= 1.1 * highest])
     axes.set_yticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xticks(sorted({2 ** round(math.log2(row.bytes_per_token)) for row in rows}))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("cache bytes per token, all layers")
     axes.set_ylabel("perplexity, times the source")
-    axes.legend(frameon=False, labelcolor=GREY)
+    title = f"{above} more above {HIGHEST} times the source" if above else None
+    axes.legend(frameon=False, labelcolor=GREY, title=title).get_title().set_color(GREY)
     return figure
 
 
@@ -81,8 +88,9 @@ def layers(results: list[Result]) -> Figure | None:
             )  # fmt: skip
     if not axes.lines:
         return None
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("squared error of the stream, share of its energy")
     axes.legend(frameon=False, labelcolor=GREY)

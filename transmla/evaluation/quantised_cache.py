@@ -48,8 +48,18 @@ def keys_by_channel(bits: int) -> Callable[[Tensor], Tensor]:
 
 
 def values_by_token(bits: int) -> Callable[[Tensor], Tensor]:
-    """Values [B, G, T, d], latents [B, 1, T, r + e]: neighbouring channels of one token share a grid."""
+    """Values [B, G, T, d]: neighbouring channels of one token share a grid."""
     return lambda x: rounded(x, bits, dim=-1) if x.shape[-1] else x
+
+
+def latents_by_token(bits: int, rank: int) -> Callable[[Tensor], Tensor]:
+    """What latent attention caches [B, 1, T, r + e]: the latent like values, the rotary key behind it like keys."""
+
+    def both(x: Tensor) -> Tensor:
+        latent, rotary = x.split([rank, x.shape[-1] - rank], dim=-1)
+        return torch.cat([rounded(latent, bits, dim=-1), rounded(rotary, bits, dim=-2)], dim=-1)
+
+    return both
 
 
 def rounding_cache(key: Callable[[Tensor], Tensor], value: Callable[[Tensor], Tensor]) -> Cache:
