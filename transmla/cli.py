@@ -260,6 +260,7 @@ def convert_command(
     help="Write the results here, - for stdout instead of tables. An evaluation that is interrupted goes on from "
     "FILE.partial.",
 )
+@_option("--reuse", metavar="FILE", help="Earlier result of the same SRC and suite: SRC is not measured again.")
 @_option("-q", "--quiet", is_flag=True, help="No progress bars.")
 def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -> None:
     """Measure MODEL and SRC in the same way: perplexity ± standard error, their paired ratio, cache bytes per token.

@@ -9,7 +9,7 @@ import pytest
 
 import transmla
 from transmla.cli import main as command_line
-from transmla.errors import DataError
+from transmla.errors import DataError, RecipeError
 from transmla.evaluation import measure as measure_module
 
 from click.testing import CliRunner  # isort: skip
@@ -80,6 +80,27 @@ def test_an_evaluation_goes_on_where_it_was(
     # four of the source and four of the model, none twice but the one that was interrupted
     assert len(measured) == 9 and not kept.exists()
     assert again.plain() == whole.plain()
+
+
+def test_the_source_is_taken_from_an_earlier_result(
+    converted: Path, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS | {"positions": None, "quantised": None}
+    first = transmla.evaluate(converted, "stories260k", suite=suite, **settings)
+    earlier = tmp_path / "first.json"
+    earlier.write_text(json.dumps(first.plain()))
+    measured: list[str] = []
+    real = measure_module.perplexity
+    monkeypatch.setattr(
+        measure_module, "perplexity", lambda model, *args, **kwargs: (
+            measured.append(type(model).__name__), real(model, *args, **kwargs))[1],
+    )  # fmt: skip
+    again = transmla.evaluate(converted, "stories260k", suite=suite, reuse=earlier, **settings)
+    assert again.plain() == first.plain() and set(measured) == {"DeepseekV3ForCausalLM"}
+    with pytest.raises(RecipeError, match="another way"):
+        transmla.evaluate(converted, "stories260k", suite=suite, reuse=earlier, **settings | {"windows": 2})
+    with pytest.raises(DataError, match="no result file"):
+        transmla.evaluate(converted, "stories260k", suite=suite, reuse=tmp_path / "none.json", **settings)
 
 
 def test_parts_of_other_settings_are_measured_anew(converted: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance, versions
-from transmla.errors import RecipeError
+from transmla.errors import DataError, RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.measure import Kept, Progress, Skipped, Subject, measure, window_length, windows_of
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
@@ -106,6 +107,7 @@ def evaluate(
     device: str = "cpu",
     progress: Progress | None = None,
     kept: str | Path | None = None,
+    reuse: str | Path | None = None,
 ) -> EvaluationReport:
     """Measure a model, and its source in the same way.
 
@@ -118,6 +120,7 @@ def evaluate(
     tasks, include_path, limit, quantised, positions, needles, gates: see `Suite`; each overrides the suite's value
     dtype:   to compute and cache in, "auto" for the stored one;  device: where
     kept:    file for finished parts; the same call goes on from there, and removes it at the end
+    reuse:   an earlier result file of the same source, suite, dtype and device: its source is not measured again
     Raises SourceError, DataError (the first text, unknown tasks), VerificationError (NaN), RecipeError (suite). What
     else cannot be measured is named in `skipped`. Gates are not enforced here: see `EvaluationReport.gates`.
     """
@@ -135,7 +138,10 @@ def evaluate(
     source_found, source_predictions = None, None
     if against is not None:
         subject = Subject(str(against), dtype, device)
-        source_found = measure(subject, wanted, store, skipped, tell)
+        if reuse is not None:
+            source_found = _reused(Path(reuse), str(against), wanted, dtype, device)
+        else:
+            source_found = measure(subject, wanted, store, skipped, tell)
         if wanted.agreement and not store.has(str(model), "agreement"):
             source_predictions = _predictions(subject, wanted, tell)
         subject.release()
@@ -189,6 +195,32 @@ def _suite(name: str | None, model: str | Path, **given: Any) -> Suite:
         own = _default_text(Path(model))
         given["texts"] = tuple(sorted(found.texts, key=lambda text: text != own))
     return found.with_overrides(**given)
+
+
+def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str) -> dict[str, Any]:
+    """The source of an earlier result; `RecipeError` if it was measured in another way."""
+    try:
+        earlier = json.loads(path.read_text("utf-8"))
+        found: dict[str, Any] = earlier["source"]
+        settings = [earlier["suite"], earlier["made"]["dtype"], earlier["made"]["device"], found["name"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "this is no result file with a source",
+            where=str(path),
+            why=f"{type(error).__name__}: {error}",
+            remedy="pass a file that `transmla eval --against SRC --json` has written",
+        ) from error
+    for kept, wanted in zip(settings, [suite.plain(), dtype, device, source], strict=True):
+        plain = [{key: value for key, value in one.items() if key != "gates"} if isinstance(one, dict) else one
+                 for one in (kept, wanted)]  # fmt: skip
+        if plain[0] != plain[1]:
+            raise RecipeError(
+                "the earlier result was measured in another way",
+                where=str(path),
+                why=f"{plain[0]} there, {plain[1]} here",
+                remedy="use the same source, suite, options, dtype and device, or leave --reuse out",
+            )
+    return found
 
 
 def _files(name: str | Path) -> list[list[str | int]]:
