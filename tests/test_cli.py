@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import transmla
@@ -118,3 +119,18 @@ def test_generate_streams_the_models_own_text(converted: Path) -> None:
     pieces = "".join(transmla.generate(converted, "Once upon a time", max_new_tokens=12, temperature=0))
     assert result.stdout == "Once upon a time" + pieces + "\n"
     assert len(pieces) > 5
+
+
+def test_out_of_memory_is_said_in_words(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("transmla.evaluation.evaluate.evaluate", full)
+    result = run("eval", converted)
+    assert result.exit_code == 1 and "out of memory" in result.stderr and "--device cpu" in result.stderr
+
+    def wrong(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("transmla.evaluation.evaluate.evaluate", wrong)
+    assert isinstance(run("eval", converted).exception, RuntimeError)

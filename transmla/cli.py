@@ -73,12 +73,27 @@ def _errors() -> Iterator[None]:
     except TransmlaError as error:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error) and "batch size" not in str(error):
+            raise
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {_out_of_memory(error)}", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         click.echo(
             "interrupted; nothing is half-written, and the same command continues a conversion",
             err=True,
         )
         sys.exit(130)
+
+
+def _out_of_memory(error: Exception) -> TransmlaError:
+    return TransmlaError(
+        "out of memory",
+        where="the device",
+        why=(str(error).splitlines() or [type(error).__name__])[0],
+        remedy="use --device cpu, a smaller --dtype or shorter windows (--length, --window); of a conversion, fewer "
+        "--tokens, --offload or --block-layers",
+    )
 
 
 def _quiet_libraries() -> None:

@@ -34,6 +34,27 @@ def test_equals_ten_plain_lines(ids_NT: torch.Tensor) -> None:
     assert found.num_tokens == 12 * 128
 
 
+def test_batches_shrink_until_they_fit(ids_NT: torch.Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    tried: list[int] = []
+
+    def too_small_a_device(module: object, args: tuple[torch.Tensor], kwargs: object) -> None:
+        tried.append(len(args[0]))
+        if len(args[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    wanted = perplexity(model, ids_NT, batch=1)
+    model.register_forward_pre_hook(too_small_a_device, with_kwargs=True)
+    found = perplexity(model, ids_NT, batch=5)
+    assert tried == [5, 4, 3, 3, 3, 3] and found.nats_N == pytest.approx(wanted.nats_N, rel=1e-5)
+    tried.clear()
+    with pytest.raises(RuntimeError, match="batch size"):
+        model.register_forward_pre_hook(
+            lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. "))
+        )
+        perplexity(model, ids_NT, batch=2)
+
+
 def test_standard_error_agrees_with_the_bootstrap() -> None:
     generator = torch.Generator().manual_seed(0)
     nats = 3 + 0.2 * torch.randn(400, generator=generator, dtype=torch.float64)

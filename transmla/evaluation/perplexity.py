@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 
 from transmla.errors import DataError, VerificationError
@@ -65,28 +66,35 @@ def perplexity(
     model: Any,
     ids_NT: Tensor,
     *,
-    batch: int = 2,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache: Callable[[], Any] | None = None,
 ) -> Perplexity:
     """Teacher-forced perplexity; the first token of each window is not scored.
 
-    model: a transformers causal language model;  batch: windows at once
+    model: a transformers causal language model
+    batch: windows at once; default: 2 on CPUs, elsewhere 16 or as many as fit into memory
     cache: makes a cache that the keys and values go through, see quantised_cache.py
     Raises `VerificationError` if the model returns NaN.
     """
+    if batch is None:
+        batch = 2 if model.device.type == "cpu" else 16
     nats: list[float] = []
-    with torch.no_grad():
-        for ids_BT in ids_NT.split(batch):
+
+    def run(size: int) -> None:
+        for ids_BT in ids_NT[len(nats) :].split(size):
             ids_BT = ids_BT.to(model.device)
             through = {"use_cache": False} if cache is None else {"past_key_values": cache()}
             logits_BTV = model(ids_BT, **through).logits.float()
             loss_BT = torch.nn.functional.cross_entropy(
                 logits_BTV[:, :-1].transpose(1, 2), ids_BT[:, 1:], reduction="none"
             )
-            nats += loss_BT.mean(1).tolist()
+            nats.extend(loss_BT.mean(1).tolist())
             if progress is not None:
                 progress(len(nats), len(ids_NT))
+
+    with torch.no_grad():
+        find_executable_batch_size(run, starting_batch_size=batch)()
     if not all(math.isfinite(value) for value in nats):
         raise VerificationError(
             "the model returns NaN or infinity",
