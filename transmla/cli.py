@@ -163,6 +163,12 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     metavar="N",
     help="Calibration tokens in all. [default: 131072, with --refine full 245760]",
 )
+@_option(
+    "--sampled",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Tokens more, which SRC itself writes as continuations of the text; needs SRC in memory. [default: 0]",
+)
 @_option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
 @_option(
     "--theta",

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.calibrate.tokens import CalibrationTokens, calibration_tokens, sample_from, shuffled
+from transmla.calibrate.sampling import continue_from, sample_from
+from transmla.calibrate.tokens import CalibrationTokens, calibration_tokens, shuffled, with_sampled
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.destination import partial_of
 from transmla.checkpoint.journal import Journal
@@ -28,7 +29,7 @@ from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan, plan
 from transmla.processes import ALONE, Processes
 from transmla.refine.settings import LEVELS, Refinement
-from transmla.run import Progress, Run, free_bytes
+from transmla.run import Progress, Run, free_bytes, heldout_of
 from transmla.searching import Trial, find_latent
 from transmla.verification import Verification, Witness, verify
 from transmla.writing import HeldoutNats, Measured, measure, write_companions, write_weights
@@ -67,6 +68,7 @@ def convert(
     refine: str | None = None,
     calibration: str | None = None,
     tokens: int | None = None,
+    sampled: int | None = None,
     window: int | None = None,
     theta: float | str | None = None,
     dtype: str | None = None,
@@ -93,6 +95,8 @@ def convert(
     calibration: text file, table with a `text` column, dataset id, "wikitext" or "synthetic" (both ship with the
                  package) or "self"; several, separated by "+", share the tokens
     tokens:      calibration tokens in all, default 131,072, for "full" 245,760;  window: tokens per window
+    sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; needs
+                 the whole source in memory
     theta:       rope_theta of the target, or "auto": chosen by the measured error of a few layers
     dtype:       of the written weights: auto (as the source), float32, bfloat16, float16
     device:      where the arithmetic runs;  seed: of everything random (only "self" calibration is)
@@ -109,8 +113,8 @@ def convert(
     started = time.monotonic()
     settings: dict[str, Any] = {
         "latent": latent, "budget": budget, "rope": rope, "q_latent": q_latent, "refine": refine,
-        "calibration": calibration, "tokens": tokens, "window": window, "theta": theta, "dtype": dtype,
-        "seed": seed, "recipe": recipe,
+        "calibration": calibration, "tokens": tokens, "sampled": sampled, "window": window, "theta": theta,
+        "dtype": dtype, "seed": seed, "recipe": recipe,
     }  # fmt: skip
     planned = plan(source, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)
@@ -226,15 +230,27 @@ def _tokens(run: Run) -> CalibrationTokens:
     run.progress("tokens", 0, 1, recipe.calibration)
     window = min(recipe.window, run.plan.max_position_embeddings)
 
-    def sampler(num_windows: int, length: int) -> Tensor:
+    def model() -> Any:
         from transmla.loading import load_source
 
-        model = load_source(source, dtype=run.compute, device=str(run.device))
-        return sample_from(model, num_windows, length, seed=recipe.seed).cpu()
+        return load_source(source, dtype=run.compute, device=str(run.device))
+
+    def tell(done: int, total: int) -> None:
+        run.progress("sample", done, total, "tokens")
+
+    def sampler(num_windows: int, length: int) -> Tensor:
+        return sample_from(model(), num_windows, length, seed=recipe.seed, progress=tell)
 
     if run.processes.first:
         made = calibration_tokens(recipe.calibration, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
         found = shuffled(made, recipe.seed)
+        if num_sampled := recipe.sampled // window:
+            heldout = heldout_of(len(found.ids_NT))
+            prompts_NT = found.ids_NT[:-heldout]
+            sampled_NT = continue_from(model(), prompts_NT, num_sampled, seed=recipe.seed, progress=tell)
+            found = with_sampled(found, sampled_NT, heldout)
+            run.num_heldout = heldout
+    run.num_heldout = run.processes.from_first(run.num_heldout)
     text: CalibrationTokens = run.processes.from_first(found)
     run.progress("tokens", 1, 1, f"{text.ids_NT.numel():,} tokens")
     return text

@@ -122,6 +122,8 @@ def plan(
         )
     if settings.refine != "off":
         notes.append("refinement takes as many layers at once as fit into half of the free memory")
+    if settings.sampled:
+        notes.append("--sampled holds the whole source in memory while it writes, on top of what is said here")
     if mla.cache_values() >= gqa.cache_values():
         notes.append(
             f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
@@ -266,7 +268,7 @@ def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe) -
     """Peak of the conversion itself, estimated: streams, head outputs, one layer, moments, attention of one group."""
     hidden, inner, window = gqa.hidden_size, int(config["intermediate_size"]), recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
-    streams = recipe.num_tokens * (2 * hidden + width) * 4
+    streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
     layer = (3 * hidden * inner + 2 * hidden * width + hidden * gqa.cache_values()) * 4
     moments = 10 * hidden * hidden * 8
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4

@@ -32,6 +32,7 @@ class Recipe:
     calibration: str = "wikitext+synthetic"  # names of embedded texts, or files, shares of each
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on
     tokens: int | None = None  # calibration tokens in all; None: TOKENS
+    sampled: int = 0  # tokens more, written by the source itself as continuations of that text
     window: int = 1024  # tokens per calibration window
     dtype: str = "auto"  # of the written weights
     seed: int = 0
@@ -127,6 +128,8 @@ def _typed(key: str, value: Any, hint: Any, where: str) -> Any:
         raise _bad_value(key, value, where, 'latent is an integer or "auto"')
     if key == "dtype" and value not in DTYPES:
         raise _bad_value(key, value, where, f"dtype is one of {', '.join(DTYPES)}")
+    if key == "sampled" and value < 0:
+        raise _bad_value(key, value, where, "sampled is a number of tokens")
     # latent and rope are judged by geometry.py, which can name the nearest possible size
     if key in ("theta", "tokens", "window", "budget") and not isinstance(value, str) and not 0 < value < float("inf"):
         raise _bad_value(key, value, where, f"{key} must be positive")

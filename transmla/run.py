@@ -31,7 +31,7 @@ HELDOUT_SHARE, MAX_HELDOUT = 1 / 16, 8
 @dataclass
 class Run:
     """folder: where activations go that shall not stay in memory;  block_layers: layers distilled at once, None: all
-    that fit into memory"""
+    that fit into memory;  num_heldout: windows that only measure, None: a sixteenth, at most 8"""
 
     plan: Plan
     method: ClosedForm
@@ -41,6 +41,7 @@ class Run:
     processes: Processes = ALONE
     folder: Path | None = None
     block_layers: int | None = None
+    num_heldout: int | None = None
     autocast: torch.dtype | None = field(init=False)
     frequencies: tuple[Tensor, float] = field(init=False)
     config: Any = field(init=False)
@@ -98,7 +99,7 @@ class Run:
         ids_NT: all windows;  num_heldout: the last ones that only measure; default: a sixteenth, at most 8
         """
         if num_heldout is None:
-            num_heldout = min(MAX_HELDOUT, max(1, round(len(ids_NT) * HELDOUT_SHARE)))
+            num_heldout = self.num_heldout or heldout_of(len(ids_NT))
         mine = self.processes.mine(len(ids_NT))
         shape = (len(mine), ids_NT.shape[1], self.plan.gqa.hidden_size)
         source_NTD, converted_NTD = (allocate(shape, self.folder) for _ in range(2))
@@ -119,6 +120,11 @@ class Run:
     def embedded(self, ids_T: Tensor) -> Tensor:
         """Embeddings of one window, float32 on the CPU."""
         return self.plan.source.rows(self.plan.family.embed_tokens, ids_T).float()
+
+
+def heldout_of(num_windows: int) -> int:
+    """How many calibration windows only measure."""
+    return min(MAX_HELDOUT, max(1, round(num_windows * HELDOUT_SHARE)))
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from families import lively_config, lively_model
 
-from transmla.calibrate.tokens import calibration_tokens, read_text, sample_from, windows
+from transmla.calibrate.sampling import continue_from, sample, sample_from
+from transmla.calibrate.tokens import calibration_tokens, read_text, windows, with_sampled
 from transmla.errors import DataError
 
 
@@ -75,6 +76,51 @@ def test_sampling_is_repeatable_and_leaves_the_generator_alone() -> None:
     assert first.shape == (3, 16) and torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(state, torch.random.get_rng_state())
     assert (first == 2).any(), "no text ended"
+
+
+def test_samples_follow_the_models_distribution() -> None:
+    """One step from one prompt, many times: frequencies are the probabilities."""
+    model = lively_model(lively_config(layers=1, vocab=6))
+    prompt = torch.tensor([[1, 3, 4]]).expand(6000, -1)
+    found = sample(model, prompt, 4, torch.Generator().manual_seed(0))
+    assert torch.equal(found[:, :3], prompt)
+    with torch.no_grad():
+        wanted = model(prompt[:1]).logits[0, -1].softmax(-1)
+    seen = torch.bincount(found[:, 3], minlength=6) / 6000
+    assert (seen - wanted).abs().max() < 0.02 and wanted.max() < 0.9
+
+
+def test_every_sampled_token_was_conditioned_on_all_before() -> None:
+    """With a model that is all but certain, sampling is greedy decoding."""
+    model = lively_model(lively_config(layers=2, vocab=50))
+    with torch.no_grad():
+        model.lm_head.weight *= 300
+    prompt = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(4))
+    found = sample(model, prompt, 12, torch.Generator().manual_seed(0))
+    ids = prompt
+    with torch.no_grad():
+        for _ in range(7):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, ids)
+
+
+def test_continuations_start_with_pieces_of_the_text() -> None:
+    model = lively_model(lively_config(layers=1, vocab=20))
+    text = torch.randint(3, 20, (4, 300), generator=torch.Generator().manual_seed(2))
+    found = continue_from(model, text, 3, seed=0, batch=2)
+    assert found.shape == (3, 300) and torch.equal(found, continue_from(model, text, 3, seed=0, batch=2))
+    pieces = {tuple(row[start : start + 32].tolist()) for row in text for start in range(268)}
+    assert tuple(found[0, :32].tolist()) in pieces
+
+
+def test_sampled_windows_are_never_held_out() -> None:
+    text = windows(list(range(1000)), 100, 10, name="text")
+    sampled = torch.arange(5000, 5060).view(6, 10)
+    found = with_sampled(text, sampled, 3)
+    assert torch.equal(found.ids_NT[-3:], text.ids_NT[-3:]) and len(found.ids_NT) == 16
+    kinds = (found.ids_NT[:-3, 0] >= 5000).tolist()
+    assert sum(kinds) == 6 and True in kinds[:4] and True in kinds[-4:]
+    assert found.name == "text+60 sampled tokens" and found.digest != text.digest
 
 
 def test_shipped_text() -> None:

@@ -30,8 +30,6 @@ TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv
 # name -> file in transmla/data; validation texts are kept out of calibration
 SHIPPED = {"wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt"}
 SHIPPED_VALIDATION = {"wikitext-valid": "wikitext2-valid-excerpt.txt", "tinystories-valid": "tinystories-valid.txt"}
-# tokens of a text that is sampled from the model: many short ones cost less than few long ones, and show more
-TEXT_LENGTH = 256
 # characters read per token asked for: enough for any language and tokenizer worth calibrating with
 CHARACTERS_PER_TOKEN = 12
 
@@ -139,41 +137,11 @@ def shuffled(text: CalibrationTokens, seed: int) -> CalibrationTokens:
     return _named(text.ids_NT[order], text.name)
 
 
-def sample_from(model: Any, num_windows: int, window: int, *, seed: int, batch: int = 128) -> Tensor:
-    """Text sampled from a model at temperature 1: int64 [N, T], texts one after another, each of at most `TEXT_LENGTH`.
-
-    model: a transformers causal language model. Every second text starts with a random token instead of the begin
-           token, which leads to all that the model was trained on (LLM-QAT, 2305.17888, section 2.1)
-    """
-    begin, end = model.config.bos_token_id, model.config.eos_token_id
-    begin = begin if begin is not None else (_first(end) if end is not None else 0)
-    length, wanted = min(TEXT_LENGTH, window), num_windows * window
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    flat: list[int] = []
-    while len(flat) < wanted:
-        texts = min(batch, 1 + (wanted - len(flat)) // length)
-        start = torch.randint(model.config.vocab_size, (texts, 1))
-        start[::2] = begin
-        start = start.to(model.device)
-        found = model.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-            max_new_tokens=length - 1, pad_token_id=-1 if end is None else _first(end),
-        )  # fmt: skip
-        for text in found.tolist():
-            flat += text[:1] + _until_end(text[1:], end)
-    torch.random.set_rng_state(generator_state)
-    return torch.tensor(flat[:wanted]).view(num_windows, window)
-
-
-def _until_end(ids: list[int], end: int | list[int] | None) -> list[int]:
-    ends = {end} if isinstance(end, int) else set(end or ())
-    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: stop + 1]
-
-
-def _first(end: int | list[int]) -> int:
-    return end[0] if isinstance(end, list) else end
+def with_sampled(text: CalibrationTokens, sampled_NT: Tensor, num_heldout: int) -> CalibrationTokens:
+    """Sampled windows among those of the text, spread evenly; the held-out ones stay the last, and real text."""
+    fitted, heldout = text.ids_NT[:-num_heldout], text.ids_NT[-num_heldout:]
+    mixed = _mixed([_named(fitted, text.name), _named(sampled_NT, f"{sampled_NT.numel():,} sampled tokens")])
+    return _named(torch.cat([mixed.ids_NT, heldout]), mixed.name)
 
 
 def _read_plain(path: Path, max_characters: int) -> str:
