@@ -1,9 +1,13 @@
 """Lively models, built once per test session: tests that change a folder copy it first."""
 
+import os
 import socket
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+# several test processes share the cores: threads of each would wait for those of the others
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from families import MakeSource, lively_source
