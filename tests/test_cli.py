@@ -130,7 +130,7 @@ def test_out_of_memory_is_said_in_words(converted: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 1 and "out of memory" in result.stderr and "--device cpu" in result.stderr
 
     def wrong(*_: object, **__: object) -> None:
-        raise RuntimeError("shapes differ")
+        raise RuntimeError("shapes of memory and batch size differ")
 
     monkeypatch.setattr("transmla.evaluation.evaluate.evaluate", wrong)
     assert isinstance(run("eval", converted).exception, RuntimeError)

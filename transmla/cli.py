@@ -74,7 +74,9 @@ def _errors() -> Iterator[None]:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error) and "batch size" not in str(error):
+        from transmla.evaluation.speed import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
             raise
         click.echo(f"{click.style('error:', fg='red', bold=True)} {_out_of_memory(error)}", err=True)
         sys.exit(1)

@@ -116,6 +116,8 @@ def test_what_cannot_be_measured_is_named(converted: Path) -> None:
     )
     assert {(one.part, one.model) for one in report.skipped} == {("text missing.txt", str(converted))}
     assert list(report.model["texts"]) == ["tinystories-valid"]
+    with pytest.raises(DataError, match="no task 'pica'"):
+        transmla.evaluate(converted, tasks=["pica"], windows=2, length=32)
     with pytest.raises(DataError, match=r"no text 'missing.txt'"):
         transmla.evaluate(converted, text=["missing.txt"], windows=2, length=32)
 

@@ -16,7 +16,7 @@ from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.measure import Kept, Progress, Skipped, Subject, measure, window_length, windows_of
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.suite import Suite, load_suite
-from transmla.evaluation.tasks import TaskResult, recoveries
+from transmla.evaluation.tasks import TaskResult, check_tasks, recoveries
 from transmla.loading import load_tokenizer
 from transmla.planning import CACHE_BITS
 from transmla.recipe import Recipe
@@ -130,6 +130,8 @@ def evaluate(
         include_path=include_path, limit=limit, quantised=_tuple(quantised), positions=positions,
         needles=_tuple(needles), gates=gates,
     )  # fmt: skip
+    if wanted.tasks:
+        check_tasks(wanted.tasks, wanted.include_path or None)
     tell = progress or (lambda *_: None)
     settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
     settings |= {str(name): _files(name) for name in (model, against) if name is not None}

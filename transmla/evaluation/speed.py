@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import DynamicCache
 
 from transmla.checkpoint.provenance import versions
@@ -142,6 +143,13 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(PRODUCT**3 / product, 2 * BLOCK * block.element_size() / copy)
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error says, on any device; also when no batch size was small enough."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return should_reduce_batch_size(error) or "No executable batch size found" in str(error)
+
+
 def step_cost(model: Any, batch: int, context: int, cached_bytes: float) -> tuple[float, float]:
     """(multiply-adds, bytes) of one decoding step: every weight but the embedding once, the whole cache once.
 
@@ -199,8 +207,8 @@ def _measured(
             caches[name] = _fill(model, ids_BS[:, :context])
             _wait(device)
             first[name] = time.perf_counter() - started
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error):
                 raise
             failed[name] = "out of memory"
             gc.collect()

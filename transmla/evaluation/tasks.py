@@ -4,6 +4,7 @@ pairs; and needles in haystacks (RULER), which lm-eval has, too."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,7 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path, metadata=metadata)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise _no_task(unknown[0], manager.all_tasks)
+    _check(names, manager.all_tasks)
     if batch == "auto" and model.device.type == "cpu":
         batch = 8
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
@@ -80,6 +79,19 @@ def run_tasks(
             remedy="give local task files with --include-path, or leave the task out",
         ) from error
     return _results(found)
+
+
+def check_tasks(names: Sequence[str], include_path: str | None) -> None:
+    """Raise `DataError` for a name that lm-eval does not know, before anything is measured."""
+    from lm_eval.tasks import TaskManager
+
+    _check(names, TaskManager(include_path=include_path).all_tasks)
+
+
+def _check(names: Sequence[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise _no_task(name, known)
 
 
 def _results(found: dict[str, Any]) -> list[TaskResult]:
