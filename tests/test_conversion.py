@@ -23,6 +23,7 @@ from transmla.conversion import ConversionReport, convert, default_destination
 from transmla.errors import DestinationError, VerificationError
 from transmla.loading import load
 from transmla.maths.closed_form import ClosedForm
+from transmla.maths.fold import MAX_NORM_DEVIATION
 from transmla.planning import plan
 from transmla.refine.settings import Descent, Refinement
 
@@ -149,8 +150,14 @@ def test_written_in_another_dtype(lively: MakeSource, run: Convert, dtype: str) 
 
 
 @pytest.mark.parametrize("refine", ["off", "fast"])
-def test_queries_through_a_latent(lively: MakeSource, run: Convert, refine: str) -> None:
-    """At full rank nothing is lost; at a smaller one what is written is still what was converted (verified)."""
+def test_queries_through_a_latent(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch, refine: str
+) -> None:
+    """At full rank nothing is lost; at a smaller one what is written is still what was converted (verified).
+
+    In float32, since a lively model makes much of the noise of bfloat16.
+    """
+    monkeypatch.setattr(run_module, "_autocast", lambda device: None)
     source = lively()
     wide = run(source, "wide", refine=refine, theta=100.0)
     full = run(source, "full", refine=refine, theta=100.0, q_latent=48)
@@ -160,14 +167,14 @@ def test_queries_through_a_latent(lively: MakeSource, run: Convert, refine: str)
     assert config["q_lora_rank"] == 20
     assert weights(narrow.destination)["model.layers.0.self_attn.q_a_proj.weight"].shape == (20, 48)
     if refine == "off":
-        # but for the noise of bfloat16, of which a lively model makes much
-        assert full.heldout.converted == pytest.approx(wide.heldout.converted, abs=0.03)
+        assert full.heldout.converted == pytest.approx(wide.heldout.converted, abs=1e-3)
     else:
         assert narrow.blocks[0].loss_after < narrow.blocks[0].loss_before
     own = load(narrow.destination, dtype=torch.float32)
     with torch.no_grad():
         error = own(IDS).logits - logits(narrow.destination)
-    assert error.norm() < 1e-3 * logits(narrow.destination).norm()
+    # our class has the linear map that the norm of the stock class approximates within this
+    assert error.norm() < MAX_NORM_DEVIATION * logits(narrow.destination).norm()
 
 
 def test_text_that_the_source_writes_joins_the_calibration(lively: MakeSource, run: Convert) -> None:
