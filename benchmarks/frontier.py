@@ -9,11 +9,10 @@ ratio.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from transmla.evaluation.plots import frontier
-from transmla.evaluation.results import frontier_rows, frontier_table, read_results
+from transmla.evaluation.results import frontier_rows, frontier_table, read_published, read_results
 
 
 def main() -> None:
@@ -22,8 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--published", type=Path)
     arguments = parser.parse_args()
-    published = json.loads(arguments.published.read_text("utf-8")) if arguments.published else []
-    rows = frontier_rows(read_results(arguments.results), published)
+    rows = frontier_rows(read_results(arguments.results), read_published(arguments.published))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "frontier.md").write_text(frontier_table(rows), encoding="utf-8")
     frontier(rows).savefig(arguments.out / "frontier.png", dpi=150, facecolor="white")

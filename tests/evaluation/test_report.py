@@ -129,6 +129,11 @@ def test_what_is_no_result(tmp_path: Path, result: Path) -> None:
         with pytest.raises(DataError, match="no result file"):
             transmla.report([result, path], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+    for content in ("{", '[{"name": "a"}]', "7", '[{"name": "a", "bytes_per_token": "b", "ratio": 1}]'):
+        path.write_text(content)
+        with pytest.raises(DataError, match="published rows"):
+            transmla.report([result], tmp_path / "page.html", published=path)
+    assert not (tmp_path / "page.html").exists()
     with pytest.raises(DataError, match="nothing to report"):
         transmla.report([], tmp_path / "page.html")
 

@@ -14,7 +14,7 @@ from transmla.checkpoint.destination import disk_errors
 from transmla.errors import DataError
 from transmla.evaluation import plots
 from transmla.evaluation.evaluate import perplexity_of, quantised_sizes
-from transmla.evaluation.results import Result, frontier_rows, read_results
+from transmla.evaluation.results import Result, frontier_rows, read_published, read_results
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ def report(
     out: str | Path,
     *,
     pictures: str | Path | None = None,
-    published: Sequence[dict[str, Any]] = (),
+    published: str | Path | None = None,
 ) -> Path:
     """Write the page `out` from files of `transmla eval --json`; returns its path. An existing page is replaced.
 
     pictures:  folder for a PNG and an SVG of every figure
-    published: rows of other methods for the frontier, with name, bytes_per_token and ratio
+    published: JSON file with rows of other methods for the frontier: name, bytes_per_token, ratio
     Raises `DataError` for other files, `DestinationError`.
     """
     found = read_results([Path(path) for path in results])
     if not found:
         raise DataError("nothing to report", where="RESULTS", why="no file was given", remedy="give result files")
-    drawn = _figures(found, list(published))
+    drawn = _figures(found, read_published(published))
     page = _page(found, drawn)
     with disk_errors(Path(out)):
         Path(out).write_text(page, encoding="utf-8")

@@ -58,6 +58,24 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
     return found
 
 
+def read_published(path: str | Path | None) -> list[dict[str, Any]]:
+    """Rows of other methods, with name, bytes_per_token and ratio; `DataError` for anything else, nothing for None."""
+    if path is None:
+        return []
+    try:
+        rows = json.loads(Path(path).read_text("utf-8"))
+        return [
+            {"name": str(row["name"]), **{key: float(row[key]) for key in ("bytes_per_token", "ratio")}} for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "the published rows cannot be read",
+            where=str(path),
+            why=f"{type(error).__name__}: {error}",
+            remedy="write a JSON list of objects with name, bytes_per_token and ratio",
+        ) from error
+
+
 def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = ()) -> list[FrontierRow]:
     """Every cache that was measured on the first text, largest first; each source once.
 

@@ -1,0 +1,30 @@
+"""The command line. Here and in the commands' modules only click is imported; everything else is imported when a
+command runs, so that `transmla --help` answers at once. Every command is one documented Python call."""
+
+from __future__ import annotations
+
+import click
+
+from transmla.cli.converting import convert_command, plan_command
+from transmla.cli.frame import EPILOG
+from transmla.cli.measuring import bench_command, eval_command, report_command
+from transmla.cli.using import doctor_command, export_command, fold_command, generate_command, unfold_command
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="transmla", prog_name="transmla")
+def main() -> None:
+    """Retrofit multi-head latent attention (MLA) onto pretrained GQA, MHA and MQA language models.
+
+    SRC is a Hugging Face folder, a .gguf file, a hub id, the name of a recipe, or stories260k (a 1 MB model
+    that ships with the program).
+    """
+
+
+for command in (
+    plan_command, convert_command, eval_command, bench_command, report_command, doctor_command, export_command,
+    unfold_command, fold_command, generate_command,
+):  # fmt: skip
+    main.add_command(command)
+
+__all__ = ["main"]

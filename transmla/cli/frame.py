@@ -1,0 +1,97 @@
+"""What all commands share: options, errors as messages with exit codes, words to numbers. Only click is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from transmla.errors import TransmlaError
+
+EPILOG = (
+    "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 5 over budget or gate missed, "
+    "6 impossible geometry, 7 text missing or too short, 8 destination, 9 verification failed, 10 recipe or suite, "
+    "130 interrupted, 1 anything else."
+)
+
+
+def option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
+    return click.option(*names, show_default=True, **kwargs)
+
+
+device = option("--device", default="cpu", metavar="DEVICE", help="Where to compute: cpu, cuda or cuda:1.")
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Expected errors as one message and their exit code; everything else keeps its traceback."""
+    try:
+        yield
+    except TransmlaError as error:
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        from transmla.evaluation.speed import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {_out_of_memory(error)}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo(
+            "interrupted; nothing is half-written, and the same command continues a conversion",
+            err=True,
+        )
+        sys.exit(130)
+
+
+def _out_of_memory(error: Exception) -> TransmlaError:
+    return TransmlaError(
+        "out of memory",
+        where="the device",
+        why=(str(error).splitlines() or [type(error).__name__])[0],
+        remedy="use --device cpu, a smaller --dtype or shorter windows (--length, --window); of a conversion, fewer "
+        "--tokens, --offload or --block-layers",
+    )
+
+
+def quiet_libraries() -> None:
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("torch", "gguf"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def integers(text: str, option: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdigit() and int(word) for word in words):
+        raise click.BadParameter(f"{text!r} are not positive whole numbers, separated by commas", param_hint=option)
+    return [int(word) for word in words]
+
+
+def number(text: str | None, option: str, auto: bool = True) -> float | str | None:
+    if text is None or (auto and text == "auto"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        wanted = "neither a number nor auto" if auto else "not a number"
+        raise click.BadParameter(f"{text!r} is {wanted}", param_hint=option) from None
+
+
+def write_file(name: str, text: str) -> None:
+    from pathlib import Path
+
+    from transmla.checkpoint.destination import disk_errors
+
+    with disk_errors(Path(name)):
+        Path(name).write_text(text, encoding="utf-8")
