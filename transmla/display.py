@@ -218,7 +218,8 @@ def _positions(model: dict[str, Any], source: dict[str, Any] | None) -> Table | 
     table = _table("perplexity by position", *(f"{a:,}-{b:,}" for a, b in itertools.pairwise(edges)))
     rows = {}
     for one in (source, model):
-        if one and one.get("positions"):
+        # a window of another length has other ranges
+        if one and one.get("positions") and one["positions"]["edges"] == edges:
             columns = zip(*one["positions"]["nats"], strict=True)
             rows[_name(one)] = [math.exp(sum(column) / len(column)) for column in columns]
             table.add_row(_name(one), *(f"{value:.2f}" for value in rows[_name(one)]))

@@ -9,7 +9,7 @@
     ├── DataError             7   calibration or evaluation text missing, unreadable or too short
     ├── DestinationError      8   output exists, is not writable, or the disk is too small
     ├── VerificationError     9   what was written does not compute what it should
-    └── RecipeError          10   unknown recipe, unknown key or a value of the wrong type
+    └── RecipeError          10   unknown recipe or suite, unknown key, a value of the wrong type
     (interrupted, ctrl-C)   130   nothing is left but DST.partial, from which the same command goes on
 
 Every message has four parts: what happened, where, why, and what to do about it.
@@ -75,6 +75,6 @@ class VerificationError(TransmlaError):
 
 
 class RecipeError(TransmlaError):
-    """A recipe is unknown, has an unknown key, or a value of the wrong type."""
+    """A recipe or suite is unknown, has an unknown key, or a value of the wrong type."""
 
     exit_code = 10

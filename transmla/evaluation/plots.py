@@ -56,6 +56,8 @@ def positions(results: list[Result]) -> Figure | None:
         own, source = (result.content[key] for key in ("model", "source"))
         if not source or not own.get("positions") or not source.get("positions"):
             continue
+        if own["positions"]["edges"] != source["positions"]["edges"]:  # contexts of different lengths
+            continue
         means = [_column_means(one["positions"]["nats"]) for one in (source, own)]
         series[result.name] = (
             own["positions"]["edges"],

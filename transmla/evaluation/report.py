@@ -225,7 +225,7 @@ def _positions(results: list[Result], shown: dict[str, Picture]) -> Section | No
             edges = model["positions"]["edges"]
             rows = []
             for one in filter(None, (source, model)):
-                if one.get("positions"):
+                if one.get("positions") and one["positions"]["edges"] == edges:
                     means = (sum(column) / len(column) for column in zip(*one["positions"]["nats"], strict=True))
                     rows.append([Path(one["name"]).name, *(f"{math.exp(mean):.2f}" for mean in means)])
             head = ("perplexity at", *(f"{a:,}-{b:,}" for a, b in itertools.pairwise(edges)))

@@ -1,7 +1,8 @@
 """What each inference engine makes of a deepseek_v3 config: runs it, refuses it, or computes something else.
 
 A table of rules. Each names the engines it is about, the configs it applies to, the fact, and what to do. Facts are
-measured (the engine ran here, benchmarks/engines.py) or read from the engines' sources; `EVIDENCE` says which.
+measured (the engine ran on converted models, see tests/test_engines_run.py) or read from the engines' sources;
+`EVIDENCE` says which.
 """
 
 from __future__ import annotations
