@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import transmla
 from transmla.cli import main
-from transmla.errors import UnsupportedError
+from transmla.errors import UnsupportedError, VerificationError
 from transmla.folding import open_unfolded
 
 IDS = torch.arange(3, 67)[None]
@@ -112,6 +112,19 @@ print("transmla" in sys.modules, float(model(torch.arange(3, 67)[None]).logits.s
         transmla.unfold(tmp_path / "train", tmp_path / "other")
     with pytest.raises(UnsupportedError, match="not a deepseek_v3 model"):
         transmla.doctor(tmp_path / "train")
+
+
+def test_weights_that_the_dtype_cannot_hold(converted: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    model = transmla.load(converted, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 3e4  # times sqrt(10) when unfolded
+    model.save_pretrained(large)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (large / name).write_bytes((converted / name).read_bytes())
+    with pytest.raises(VerificationError, match="does not fit"):
+        transmla.unfold(large, tmp_path / "train", dtype="float16")
+    assert not (tmp_path / "train").exists()
 
 
 def test_command_line(converted: Path, text_file: Path, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def _write_padded(source: Source, old: Widths, new: Widths, writer: CheckpointWr
         prefix = f"model.layers.{index}.self_attn."
         block = {name.removeprefix(prefix): source.read(name) for name in names if name.startswith(prefix)}
         for name, tensor in pad_attention(block, old, new).items():
-            writer.add(prefix + name, tensor)
+            writer.add_as(prefix + name, tensor, tensor.dtype)
         progress("pad", index + 1, total, "")
     for name in names:
         if ".self_attn." not in name:

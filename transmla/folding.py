@@ -151,13 +151,11 @@ def _write(
             if name.startswith(prefix)
         }
         for name, tensor in layer(index, tensors).items():
-            writer.add(prefix + name, tensor.to(number_format))
+            writer.add_as(prefix + name, tensor, number_format)
         progress("write", index + 1, config["num_hidden_layers"], "")
-    writer.add(
-        "model.embed_tokens.weight", (source.read("model.embed_tokens.weight").float() * embedding).to(number_format)
-    )
-    for name in ("model.norm.weight", "lm_head.weight"):
-        writer.add(name, source.read(name).to(number_format))
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        factor = embedding if name == "model.embed_tokens.weight" else 1.0
+        writer.add_as(name, source.read(name).float() * factor, number_format)
     writer.close_shards()
     writer.write_json("config.json", config | {"dtype": stored, "torch_dtype": stored})
     modeling = Path(__file__).parent / "modeling" / MODELING_FILE

@@ -122,14 +122,14 @@ def write_weights(
         del layer  # before the next one is read
         run.progress("write", index + 1, len(scales), "")
     embed_VD = source.read(family.embed_tokens)
-    _add(writer, "model.embed_tokens.weight", embed_VD.float() * residual, dtype)
+    writer.add_as("model.embed_tokens.weight", embed_VD.float() * residual, dtype)
     if run.head_name != family.embed_tokens:
         del embed_VD  # before the next one is read
         embed_VD = source.read(run.head_name)
     head_VD = embed_VD
-    _add(writer, "lm_head.weight", head_VD, dtype)
+    writer.add_as("lm_head.weight", head_VD, dtype)
     norm_D = source.read(family.norm, dtype=torch.float32, device=run.device)
-    _add(writer, "model.norm.weight", norm_D, dtype)
+    writer.add_as("model.norm.weight", norm_D, dtype)
     writer.close_shards()
     witness.finish(norm_D, eps, head_VD[witness.vocabulary_K])
     return scales
@@ -143,20 +143,7 @@ def _write_layer(
         factor = {"input_layernorm.weight": INPUT_NORM_GAIN, "mlp.down_proj.weight": residual}.get(name, 1.0)
         tensors[name] = tensor * factor
     for name, tensor in tensors.items():
-        _add(writer, f"model.layers.{layer.index}.{name}", tensor, dtype)
-
-
-def _add(writer: CheckpointWriter, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Write a tensor in its final dtype, unless that cannot hold it."""
-    stored = tensor.to(dtype)
-    if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
-        raise VerificationError(
-            "a weight does not fit into the wanted dtype",
-            where=name,
-            why=f"its largest value is {float(tensor.abs().max()):.3g}, {dtype} ends at {torch.finfo(dtype).max:.3g}",
-            remedy="use --dtype bfloat16 or float32",
-        )
-    writer.add(name, stored)
+        writer.add_as(f"model.layers.{layer.index}.{name}", tensor, dtype)
 
 
 def write_companions(run: Run, config: dict[str, Any], sections: dict[str, Any], writer: CheckpointWriter) -> None:

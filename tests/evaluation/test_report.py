@@ -122,6 +122,14 @@ def test_frontier_rows(result: Path) -> None:
     assert "| other | 320 | 24.50 | 3.0000 |" in frontier_table(rows)
 
 
+def test_positions_of_another_context_are_not_compared(result: Path, tmp_path: Path) -> None:
+    content = json.loads(result.read_text())
+    content["source"]["positions"] = {"edges": [0, 512], "nats": [[2.0]]}
+    result.write_text(json.dumps(content))
+    page = Page(transmla.report([result], tmp_path / "page.html").read_text("utf-8"))
+    assert "512-1,024" in page.shown and "times the source, by position" not in page.shown
+
+
 def test_what_is_no_result(tmp_path: Path, result: Path) -> None:
     for content in ("{", "[]", '{"format": 0}'):
         path = tmp_path / "other.json"

@@ -21,6 +21,7 @@ from transmla.checkpoint.destination import (
     partial_of,
     sync,
 )
+from transmla.errors import VerificationError
 
 __all__ = ["CheckpointWriter", "check_destination"]
 
@@ -71,6 +72,19 @@ class CheckpointWriter:
         self._pending_bytes += num_bytes
         self._total_bytes += num_bytes
         self._names.add(name)
+
+    def add_as(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        """`add` in another dtype; `VerificationError` if that cannot hold it."""
+        stored = tensor.to(dtype)
+        if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
+            largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
+            raise VerificationError(
+                "a weight does not fit into the wanted dtype",
+                where=name,
+                why=f"its largest value is {largest:.3g}, {dtype} ends at {limit:.3g}",
+                remedy="use --dtype bfloat16 or float32",
+            )
+        self.add(name, stored)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
