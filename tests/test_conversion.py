@@ -180,10 +180,10 @@ def test_queries_through_a_latent(
 def test_text_that_the_source_writes_joins_the_calibration(lively: MakeSource, run: Convert) -> None:
     source = lively(layers=1)
     report = run(source, "more", sampled=300, theta=100.0)
-    assert report.num_calibration_tokens == 512 + 256
+    assert report.num_calibration_tokens == 512 + 320
     assert report.heldout.num_windows == run(source, "plain", theta=100.0).heldout.num_windows == 1
     provenance = json.loads((report.destination / "transmla.json").read_text())
-    assert provenance["calibration"]["text"].endswith("+256 sampled tokens")
+    assert provenance["calibration"]["text"].endswith("+320 sampled tokens")
     assert provenance["recipe"]["sampled"] == 300
 
 

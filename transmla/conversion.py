@@ -95,8 +95,8 @@ def convert(
     calibration: text file, table with a `text` column, dataset id, "wikitext" or "synthetic" (both ship with the
                  package) or "self"; several, separated by "+", share the tokens
     tokens:      calibration tokens in all, default 131,072, for "full" 245,760;  window: tokens per window
-    sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; needs
-                 the whole source in memory
+    sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; in
+                 whole windows; needs the whole source in memory
     theta:       rope_theta of the target, or "auto": chosen by the measured error of a few layers
     dtype:       of the written weights: auto (as the source), float32, bfloat16, float16
     device:      where the arithmetic runs;  seed: of everything random (only "self" calibration is)
@@ -244,7 +244,7 @@ def _tokens(run: Run) -> CalibrationTokens:
     if run.processes.first:
         made = calibration_tokens(recipe.calibration, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
         found = shuffled(made, recipe.seed)
-        if num_sampled := recipe.sampled // window:
+        if num_sampled := -(-recipe.sampled // window):
             heldout = heldout_of(len(found.ids_NT))
             prompts_NT = found.ids_NT[:-heldout]
             sampled_NT = continue_from(model(), prompts_NT, num_sampled, seed=recipe.seed, progress=tell)

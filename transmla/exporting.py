@@ -46,19 +46,27 @@ def export(
     out: str | Path,
     *,
     to: str = "gguf",
-    type: str = "bf16",
+    type: str | None = None,
     size: str | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write the converted folder `model` in another form; `model` stays as it is.
 
-    to:   "gguf": one file for llama.cpp and what reads its files. type: f32, f16, bf16, q8_0, and with llama.cpp's
-          quantiser on the PATH or as the Python package llama_cpp also q6_k, q5_k_m, q4_k_m, ...
+    to:   "gguf": one file for llama.cpp and what reads its files. type: f32, f16, bf16 (default), q8_0, and with
+          llama.cpp's quantiser on the PATH or as the Python package llama_cpp also q6_k, q5_k_m, q4_k_m, ...
           "vllm": a folder padded with zeros to a geometry that GPU kernels of vLLM and SGLang are built for; the same
           function, with a larger cache. size: "512+64" or "256+64", default the smallest that is large enough
     Raises `SourceError`, `UnsupportedError` (a tokenizer that llama.cpp does not know, a missing quantiser, another
     model), `GeometryError` (no kernel is large enough), `DestinationError`, `VerificationError`.
     """
+    if (to == "gguf" and size is not None) or (to == "vllm" and type is not None):
+        raise UnsupportedError(
+            f"--{'size' if to == 'gguf' else 'type'} does not go with --to {to}",
+            where="--to",
+            why="sizes are those of padded folders, types those of GGUF files",
+            remedy="leave it out, or choose the other target",
+        )
+    type = type or "bf16"
     if to not in TARGETS or type not in GGUF_TYPES:
         raise UnsupportedError(
             f"no export to {to!r} as {type!r}",

@@ -231,6 +231,9 @@ def test_refusals(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for wrong in ({"type": "q5"}, {"to": "ollama"}):
         with pytest.raises(UnsupportedError, match="no export"):
             transmla.export(converted, tmp_path / "model.gguf", **wrong)
+    for unfit in ({"size": "512+64"}, {"to": "vllm", "type": "f16"}):
+        with pytest.raises(UnsupportedError, match="does not go with"):
+            transmla.export(converted, tmp_path / "model.gguf", **unfit)
     assert [path.name for path in tmp_path.iterdir()] == ["taken.gguf"]
 
 

@@ -122,6 +122,21 @@ def test_what_cannot_be_measured_is_named(converted: Path) -> None:
         transmla.evaluate(converted, text=["missing.txt"], windows=2, length=32)
 
 
+def test_a_gate_that_was_not_measured_is_missed(converted: Path, suite: str) -> None:
+    given: dict[str, Any] = {"windows": 2, "length": 32, "dtype": "float32"}
+    report = transmla.evaluate(
+        converted, "stories260k", text=["tinystories-valid", "missing.txt"],
+        gates={"perplexity": 0.1, "needles": 0.5, "tasks": 0.5}, **given,
+    )  # fmt: skip
+    assert {gate.name: gate.passed for gate in report.gates} == {
+        "perplexity tinystories-valid": True, "perplexity missing.txt": False, "needles": False, "tasks": False,
+    }  # fmt: skip
+    alone = transmla.evaluate(converted, suite=suite, **given)
+    assert alone.gates == () and [one.part for one in alone.skipped] == ["gates"]
+    with pytest.raises(RecipeError, match="gates need a source"):
+        transmla.evaluate(converted, gates={"perplexity": 0.5}, **given)
+
+
 def test_command_line(converted: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     words = ["eval", str(converted), "--against", "stories260k", "--windows", "3", "--length", "64", "-q"]

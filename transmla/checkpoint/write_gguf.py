@@ -75,9 +75,9 @@ def write_gguf(
 
     Raises `DestinationError`, and `VerificationError` for a weight that the type cannot hold.
     """
-    size = 4 * sum(math.prod(entry.shape) for entry in tensors)
-    check_gguf_destination(out, size if quantiser is None else 2 * size)
     own_type, file_type = OWN_TYPES["f32" if quantiser is not None else type]
+    size = sum(_num_bytes(entry.shape, own_type) for entry in tensors)
+    check_gguf_destination(out, size if quantiser is None else 2 * size)
     partial, quantised = (out.with_name(out.name + ending) for ending in (".partial", ".quantised.partial"))
     writer = gguf.GGUFWriter(partial, architecture)
     with disk_errors(partial):
@@ -132,7 +132,7 @@ def _write_tensors(
     for entry in tensors:
         type = _stored_type(entry.shape, wanted)
         shape, dtype = _numpy_form(entry.shape, type)
-        writer.add_tensor_info(entry.name, shape, dtype, math.prod(shape) * dtype.itemsize, raw_dtype=type)
+        writer.add_tensor_info(entry.name, shape, dtype, _num_bytes(entry.shape, wanted), raw_dtype=type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -168,6 +168,12 @@ def _numpy_form(shape: tuple[int, ...], type: GgmlType) -> tuple[tuple[int, ...]
     if type in (GgmlType.F32, GgmlType.F16):
         return shape, np.dtype(np.float32 if type == GgmlType.F32 else np.float16)
     return gguf.quant_shape_to_byte_shape(shape, type), np.dtype(np.uint8)
+
+
+def _num_bytes(shape: tuple[int, ...], wanted: GgmlType) -> int:
+    """In the file, of a tensor that is to be stored as `wanted`."""
+    stored, dtype = _numpy_form(shape, _stored_type(shape, wanted))
+    return math.prod(stored) * dtype.itemsize
 
 
 def find_quantiser(type: str) -> Quantiser | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
@@ -80,9 +81,13 @@ def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -
             raise GateError(
                 f"{len(missed)} of {len(report.gates)} gates missed",
                 where=", ".join(gate.name for gate in missed),
-                why=", ".join(f"{gate.found:.3f} of {gate.wanted}" for gate in missed),
+                why=", ".join(f"{_recovery(gate.found)} of {gate.wanted}" for gate in missed),
                 remedy="use a larger latent, more refinement or healing; or set the gate with --gate",
             )
+
+
+def _recovery(value: float) -> str:
+    return "not measured" if math.isnan(value) else f"{value:.3f}"
 
 
 def _lists(given: dict[str, Any]) -> dict[str, Any]:

@@ -49,8 +49,7 @@ def doctor_command(model: str, as_json: bool) -> None:
 @option(
     "--type",
     type=click.Choice(GGUF_TYPES),
-    default="bf16",
-    help="Of the GGUF weights; from q6_k on with llama.cpp's own quantiser, if that is installed.",
+    help="Of the GGUF weights; from q6_k on with llama.cpp's own quantiser, if that is installed. [default: bf16]",
 )
 @option(
     "--size",

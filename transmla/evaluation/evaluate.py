@@ -135,8 +135,17 @@ def evaluate(
     tell = progress or (lambda *_: None)
     settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
     settings |= {str(name): _files(name) for name in (model, against) if name is not None}
+    if gates and against is None:
+        raise RecipeError(
+            "gates need a source",
+            where="--gate",
+            why="a gate is a recovery: a value over the source's",
+            remedy="name the source with --against",
+        )
     store = Kept(Path(kept) if kept is not None else None, settings)
     skipped: list[Skipped] = []
+    if wanted.gates and against is None:
+        skipped.append(Skipped(str(model), "gates", "there is no source to compare with (--against)"))
     source_found, source_predictions = None, None
     if against is not None:
         subject = Subject(str(against), dtype, device)
@@ -165,7 +174,13 @@ def evaluate(
         "versions": versions(),
     }
     report = EvaluationReport(
-        made, wanted.plain(), found, source_found, compared, _gates(wanted, found, source_found), tuple(skipped)
+        made,
+        wanted.plain(),
+        found,
+        source_found,
+        compared,
+        _gates(wanted, found, source_found, skipped),
+        tuple(skipped),
     )
     store.drop()
     return report
@@ -282,24 +297,29 @@ def _task(row: dict[str, Any]) -> TaskResult:
     return TaskResult(**row | {"values": tuple(row["values"])})
 
 
-def _gates(suite: Suite, model: dict[str, Any], source: dict[str, Any] | None) -> tuple[Gate, ...]:
-    """Every recovery that the suite has a gate for; one value per task, its first metric."""
-    if source is None or not suite.gates:
+def _gates(
+    suite: Suite, model: dict[str, Any], source: dict[str, Any] | None, skipped: Sequence[Skipped]
+) -> tuple[Gate, ...]:
+    """Every recovery that the suite has a gate for; of a task its first metric. What was not measured is no pass: NaN."""
+    if source is None:
         return ()
-    found = []
     compared = _comparison(model, source, None)
-    if (wanted := suite.gates.get("perplexity")) is not None:
-        found += [
-            Gate(f"perplexity {Path(text).name}", wanted, 1 / one["ratio"]) for text, one in compared["texts"].items()
-        ]
-    if (wanted := suite.gates.get("tasks")) is not None:
-        first = {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))}
-        found += [Gate(task, wanted, recovery) for task, recovery in first.items()]
-    if (wanted := suite.gates.get("needles")) is not None and model.get("needles") and source.get("needles"):
-        for size, one in model["needles"].items():
-            base = source["needles"][size]["found"]
-            found.append(Gate(f"needles {size}", wanted, one["found"] / base if base else math.nan))
-    return tuple(found)
+    recovered: dict[str, dict[str, float]] = {
+        "perplexity": {Path(text).name: 1 / one["ratio"] for text, one in compared["texts"].items()},
+        "tasks": {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))},
+        "needles": {},
+    }
+    for size, one in (model.get("needles") or {}).items():
+        base = (source.get("needles") or {}).get(size, {}).get("found")
+        recovered["needles"][size] = one["found"] / base if base else math.nan
+    for kind, word in (("perplexity", "text "), ("tasks", "task ")):
+        missing = {one.part.removeprefix(word) for one in skipped if one.part.startswith(word)}
+        recovered[kind] |= {Path(name).name: math.nan for name in missing}
+    return tuple(
+        Gate(f"{kind} {name}".strip(), wanted, value)
+        for kind, wanted in suite.gates.items()
+        for name, value in (recovered[kind] or {"": math.nan}).items()
+    )
 
 
 def _without_nan(value: Any) -> Any:
