@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from transmla.evaluation.evaluate import perplexity_of, quantised_sizes
+from transmla.evaluation.evaluate import quantised_sizes
 from transmla.evaluation.perplexity import Perplexity, ratio
+from transmla.evaluation.results import perplexity_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

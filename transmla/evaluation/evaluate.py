@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance, versions
-from transmla.errors import DataError, RecipeError
+from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.measure import Kept, Progress, Skipped, Subject, measure, window_length, windows_of
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
+from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
 from transmla.evaluation.tasks import TaskResult, check_tasks, recoveries
 from transmla.loading import load_tokenizer
 from transmla.planning import CACHE_BITS
 from transmla.recipe import Recipe
-
-# of the JSON form; raised when a reader of older files would misread them
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -186,12 +183,6 @@ def evaluate(
     return report
 
 
-def perplexity_of(model: dict[str, Any], text: str) -> Perplexity:
-    """Of the plain values of a model."""
-    found = model["texts"][text]
-    return Perplexity(tuple(found["nats"]), found["num_tokens"])
-
-
 def quantised_sizes(source: dict[str, Any], dtype: str) -> dict[str, float]:
     """Bytes per token of the source's cache in 8 and 4 bits, by arithmetic: what a user gets without converting."""
     per_bit = source["cache_bytes_per_token"] / (32.0 if dtype == "float32" else 16.0)
@@ -215,29 +206,27 @@ def _suite(name: str | None, model: str | Path, **given: Any) -> Suite:
 
 
 def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str) -> dict[str, Any]:
-    """The source of an earlier result; `RecipeError` if it was measured in another way."""
-    try:
-        earlier = json.loads(path.read_text("utf-8"))
-        found: dict[str, Any] = earlier["source"]
-        settings = [earlier["suite"], earlier["made"]["dtype"], earlier["made"]["device"], found["name"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            "this is no result file with a source",
+    """The source of an earlier result; `RecipeError` if it was measured in another way, or not at all."""
+    (earlier,) = (result.content for result in read_results([path]))
+    found: dict[str, Any] | None = earlier["source"]
+    kept = [_without_gates(earlier["suite"]), earlier["made"]["dtype"], earlier["made"]["device"]]
+    wanted = [_without_gates(suite.plain()), dtype, device]
+    differing = [f"{old} there, {new} here" for old, new in zip(kept, wanted, strict=True) if old != new]
+    if found is None or found["name"] != source:
+        differing.append(f"its source is {found['name'] if found else None}, not {source}")
+    if found is None or differing:
+        raise RecipeError(
+            "the earlier result was measured in another way",
             where=str(path),
-            why=f"{type(error).__name__}: {error}",
-            remedy="pass a file that `transmla eval --against SRC --json` has written",
-        ) from error
-    for kept, wanted in zip(settings, [suite.plain(), dtype, device, source], strict=True):
-        plain = [{key: value for key, value in one.items() if key != "gates"} if isinstance(one, dict) else one
-                 for one in (kept, wanted)]  # fmt: skip
-        if plain[0] != plain[1]:
-            raise RecipeError(
-                "the earlier result was measured in another way",
-                where=str(path),
-                why=f"{plain[0]} there, {plain[1]} here",
-                remedy="use the same source, suite, options, dtype and device, or leave --reuse out",
-            )
+            why="; ".join(differing),
+            remedy="use the same source, suite, options, dtype and device, or leave --reuse out",
+        )
     return found
+
+
+def _without_gates(suite: dict[str, Any]) -> dict[str, Any]:
+    """Gates judge what was measured, and change nothing of it."""
+    return {key: value for key, value in suite.items() if key != "gates"}
 
 
 def _files(name: str | Path) -> list[list[str | int]]:
@@ -300,7 +289,8 @@ def _task(row: dict[str, Any]) -> TaskResult:
 def _gates(
     suite: Suite, model: dict[str, Any], source: dict[str, Any] | None, skipped: Sequence[Skipped]
 ) -> tuple[Gate, ...]:
-    """Every recovery that the suite has a gate for; of a task its first metric. What was not measured is no pass: NaN."""
+    """Every recovery that the suite has a gate for, of a task its first metric; NaN, which is no pass, where it was not
+    measured."""
     if source is None:
         return ()
     compared = _comparison(model, source, None)

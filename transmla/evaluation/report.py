@@ -13,8 +13,8 @@ from typing import Any
 from transmla.checkpoint.destination import disk_errors
 from transmla.errors import DataError
 from transmla.evaluation import plots
-from transmla.evaluation.evaluate import perplexity_of, quantised_sizes
-from transmla.evaluation.results import Result, frontier_rows, read_published, read_results
+from transmla.evaluation.evaluate import quantised_sizes
+from transmla.evaluation.results import Result, frontier_rows, perplexity_of, read_published, read_results
 
 
 @dataclass(frozen=True)

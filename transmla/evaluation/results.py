@@ -13,8 +13,10 @@ from typing import Any
 import jsonschema
 
 from transmla.errors import DataError
-from transmla.evaluation.evaluate import perplexity_of
 from transmla.evaluation.perplexity import Perplexity, ratio
+
+# raised when a reader of older files would misread them; results.schema.json says what a file holds
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
             raise _no_result(path, f"{error.json_path}: {error.message[:200]}") from error
         found.append(Result(path.stem, content))
     return found
+
+
+def perplexity_of(model: dict[str, Any], text: str) -> Perplexity:
+    """Of the plain values of a model."""
+    found = model["texts"][text]
+    return Perplexity(tuple(found["nats"]), found["num_tokens"])
 
 
 def read_published(path: str | Path | None) -> list[dict[str, Any]]:
