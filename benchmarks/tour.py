@@ -24,6 +24,10 @@ STORIES = {
     "plan": ["plan stories260k"],
     "convert": ["convert stories260k"],
     "eval": ["eval stories260k-mla-24-8 --against stories260k"],
+    "heal": [
+        "heal stories260k-mla-24-8",
+        "eval stories260k-mla-24-8-healed --against stories260k --windows 64",
+    ],
     "doctor": ["doctor stories260k-mla-24-8"],
     "export": ["export stories260k-mla-24-8 stories.gguf --type q8_0"],
     "generate": ['generate stories260k-mla-24-8 "Once upon a time" --max-new-tokens 60 --seed 1'],
@@ -50,13 +54,13 @@ def run(command: str, names: dict[str, str], folder: Path) -> str:
     """The command as a person would type it, and its standard output."""
     words = shlex.split(command.format(**names))
     shown = f"$ transmla {command.format(**SHOWN)}\n"
-    converts = words[0] == "convert"
+    makes_folder = words[0] in ("convert", "heal")
     # options stand for a destination in the name of the log where none is given
     log = folder / ("-".join(word.strip("-") for word in words[1:] if "/" not in word) + ".log")
-    if converts and log.is_file():
+    if makes_folder and log.is_file():
         return shown + log.read_text()
     env = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    quiet = ["-q"] if words[0] in ("convert", "eval", "export") else []
+    quiet = ["-q"] if words[0] in ("convert", "heal", "eval", "export") else []
     if words[0] == "export":
         (folder / words[2]).unlink(missing_ok=True)
     command_line = [sys.executable, "-m", "transmla", *words, *quiet]
@@ -64,7 +68,7 @@ def run(command: str, names: dict[str, str], folder: Path) -> str:
     for name, value in names.items():
         output = output.replace(value, SHOWN[name])
     output = "\n".join(line.rstrip() for line in output.splitlines()) + "\n"
-    if converts:
+    if makes_folder:
         log.write_text(output)
     return shown + output
 

@@ -7,7 +7,7 @@ import pytest
 
 from transmla import recipe as module
 from transmla.errors import RecipeError
-from transmla.recipe import Recipe, find_recipe, list_recipes, load_recipe
+from transmla.recipe import Healing, Recipe, find_recipe, list_recipes, load_recipe
 
 FULL = """
 source = "owner/name"
@@ -42,7 +42,27 @@ def test_every_key(toml):
         source="owner/name", revision="main", latent=448, budget=0.02, rope=64, refine="full", theta=1e5,
         calibration="wikitext", evaluation="tinystories-valid", tokens=2048, window=512, dtype="bfloat16", seed=0,
     )  # fmt: skip
-    assert loaded.resolved == {field.name: getattr(loaded, field.name) for field in dataclasses.fields(Recipe)}
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name != "heal"]
+    assert loaded.resolved == {name: getattr(loaded, name) for name in names}
+
+
+def test_the_table_heal(toml):
+    loaded = load_recipe(toml('latent = 448\n[heal]\ndata = "a.txt"\ntokens = 5000\nrate = 1\ncached = true'))
+    assert loaded.latent == 448 and loaded.heal == Healing(data="a.txt", tokens=5000, rate=1.0, cached=True)
+    assert "heal" not in loaded.resolved
+    for text, message in (
+        ("tokns = 3", "unknown recipe key 'tokns'"),
+        ("cached = 1", "cached is true or false, not an integer"),
+        ('train = "mlp"', "train is one of attention, all"),
+        ("warmup = 1.5", "warmup is a share"),
+        ("patience = 0", "patience must be positive"),
+        ("hidden = -1.0", "hidden cannot be negative"),
+    ):
+        with pytest.raises(RecipeError, match=message) as caught:
+            load_recipe(toml(f"[heal]\n{text}"))
+        assert caught.value.where.endswith("[heal]")
+    with pytest.raises(RecipeError, match="heal is a table"):
+        load_recipe(toml("heal = 3"))
 
 
 def test_defaults(toml):

@@ -9,6 +9,7 @@
     transmla.export("OUT", "OUT.gguf", type="q8_0")          # for llama.cpp; or to="vllm", padded for GPU kernels
     transmla.bench("OUT", against="SRC")                     # -> BenchReport: prefill and decoding, roofline
     transmla.report(["a.json"], "report.html")               # what `eval --json` wrote, as one page
+    transmla.heal("OUT", tokens=10_000_000)                  # -> HealReport: distilled from the source
     transmla.unfold("OUT", "TRAIN"), transmla.fold("TRAIN", "OUT2")  # the form for training, and back
     transmla.load("OUT")                                     # -> a transformers model, latent cache, absorbed decode
     for piece in transmla.generate("OUT", "Once upon a time"):
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transmla.folding import fold as fold
     from transmla.folding import unfold as unfold
     from transmla.generation import generate as generate
+    from transmla.healing.flow import heal as heal
     from transmla.loading import load as load
     from transmla.planning import plan as plan
 
@@ -42,13 +44,14 @@ _PUBLIC = {
     "export": "transmla.exporting",
     "fold": "transmla.folding",
     "generate": "transmla.generation",
+    "heal": "transmla.healing.flow",
     "load": "transmla.loading",
     "plan": "transmla.planning",
     "report": "transmla.evaluation.report",
     "unfold": "transmla.folding",
 }
 
-__all__ = ["bench", "convert", "doctor", "evaluate", "export", "fold", "generate", "load", "plan", "report", "unfold"]
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

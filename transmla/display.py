@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transmla.evaluation.speed import BenchReport
     from transmla.exporting import ExportReport
     from transmla.formats.engines import EngineVerdict
+    from transmla.healing.flow import HealReport
     from transmla.planning import Plan
 
 # headers of columns that are not right-aligned
@@ -79,6 +80,31 @@ def show_export(report: ExportReport, console: Console) -> None:
     console.print(f"written   {report.path}  ({size(report.num_bytes)}, {report.format}{made})", highlight=False)
     cost = "as before" if before == after else f"{before} before ({after / before - 1:+.1%}); the same function"
     console.print(f"cached    {after} values per token and layer, {cost}", highlight=False)
+
+
+def show_healing(report: HealReport, console: Console) -> None:
+    table = _table("held out", "divergence", "", "perplexity", "", "source", "recovery", "")
+    for text in report.texts:
+        before, after = report.before[text], report.after[text]
+        table.add_row(
+            text,
+            f"{before['divergence']:.4f}", f"-> {after['divergence']:.4f}",
+            f"{math.exp(before['nats']):.3f}", f"-> {math.exp(after['nats']):.3f}",
+            f"{math.exp(after['source_nats']):.3f}",
+            f"{before['recovery']:.1%}", f"-> {after['recovery']:.1%} ± {after['recovery_error']:.1%}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "[dim]divergence: nats per token; recovery: perplexity of the source over the model's, ± one standard error[/]",
+        highlight=False,
+    )
+    best = "" if report.best_step == report.steps else f" of {report.steps:,}; the later ones were worse"
+    facts = _table("", " ")
+    facts.add_row("trained on", f"{report.tokens:,} tokens, {report.best_step:,} steps{best}")
+    facts.add_row("trained", f"{report.num_trained:,} parameters, learning rate {report.rate:g}")
+    facts.add_row("time", f"{report.seconds:,.0f} s")
+    facts.add_row("written", f"{report.destination}")
+    console.print(facts)
 
 
 def _engines_table(verdicts: tuple[EngineVerdict, ...], remedies: bool = False) -> Table:

@@ -83,9 +83,17 @@ def fold(
     text: on which the largest latent is measured, which bounds the scale of each layer;  device: where that runs
     The result is compared with `model` through the stock class before it gets its name (`VerificationError`).
     """
-    tell = progress or (lambda *_: None)
     source = open_unfolded(Path(model))
-    check_destination(Path(out), sum(info.num_bytes for info in source.tensors.values()))
+    with _writer(source, Path(out)) as writer:
+        fold_into(writer, source, text=text, dtype=dtype, device=device, progress=progress or (lambda *_: None))
+        writer.commit()
+    return Path(out)
+
+
+def fold_into(
+    writer: CheckpointWriter, source: Source, *, text: str, dtype: str, device: str, progress: Progress
+) -> None:
+    """`fold` of what `open_unfolded` has opened, verified, without giving it its name."""
     made_tokenizer = tokenizer(source)
     ids = made_tokenizer(
         read_text(text, NUM_WINDOWS * WINDOW * CHARACTERS_PER_TOKEN, evaluation=True),
@@ -95,7 +103,7 @@ def fold(
     window = min(WINDOW, source.config["max_position_embeddings"], len(ids) // 2)
     ids_NT = windows(ids, NUM_WINDOWS * window, window, name=text).ids_NT
     witness_ids = ids_NT[-1:, :WITNESS_TOKENS]
-    peaks, wanted = _observe(Path(model), ids_NT, witness_ids, device, tell)
+    peaks, wanted = _observe(source.path, ids_NT, witness_ids, device, progress)
     config = source.config
     residual = residual_scale(float(config["rms_norm_eps"]))
 
@@ -103,12 +111,20 @@ def fold(
         scale, query_scale = (latent_scale(peak) for peak in peaks[index])
         return fold_layer(tensors, config["kv_lora_rank"], residual, scale, query_scale)
 
-    made = dict(config) | _FOLDED | {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
-    with _writer(source, Path(out)) as writer:
-        _write(source, writer, made, dtype, layer, residual, tell)
-        _verify(writer.partial, witness_ids, wanted, device)
-        writer.commit()
-    return Path(out)
+    made = _flat_rotary(config) | _FOLDED
+    made |= {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
+    _write(source, writer, made, dtype, layer, residual, progress)
+    _verify(writer.partial, witness_ids, wanted, device)
+
+
+def _flat_rotary(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with `rope_theta` and `rope_scaling`, which engines read; save_pretrained merges them into one."""
+    if "rope_parameters" not in config:
+        return dict(config)
+    rotary = dict(config["rope_parameters"])
+    # head_dim is added, too, as the rotary size, which an engine could take for that of the heads
+    flat = {key: value for key, value in config.items() if key not in ("rope_parameters", "head_dim")}
+    return flat | {"rope_theta": rotary.pop("rope_theta"), "rope_scaling": {"type": rotary["rope_type"]} | rotary}
 
 
 def open_unfolded(folder: Path) -> Source:

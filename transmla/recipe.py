@@ -2,10 +2,10 @@
 
 import difflib
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from transmla.errors import RecipeError
 
@@ -13,8 +13,55 @@ REFINE_LEVELS = ("off", "fast", "full")
 # calibration tokens of each level, where the recipe does not say
 TOKENS = {"off": 131072, "fast": 131072, "full": 245760}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRAINED = ("attention", "all")
+PRECISIONS = ("bfloat16", "float32")
 
-_WORDS = {str: "a string", int: "an integer", float: "a number"}
+_WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+# of keys that take words, the words
+_WORDS_ALLOWED = {
+    "theta": ("auto",), "latent": ("auto",), "refine": REFINE_LEVELS, "dtype": DTYPES, "train": TRAINED,
+    "precision": PRECISIONS,
+}  # fmt: skip
+_POSITIVE = (
+    "theta", "tokens", "window", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature", "top_k",
+    "heldout", "evaluations", "patience",
+)  # fmt: skip
+_NOT_NEGATIVE = ("sampled", "hidden")
+_SHARES = ("warmup", "cross_entropy")
+
+Settings = TypeVar("Settings", "Recipe", "Healing")
+
+
+@dataclass(frozen=True)
+class Healing:
+    """The table [heal] of a recipe: distillation from the source after the conversion. Windows are rows of tokens."""
+
+    data: str = "wikitext+synthetic"  # mix of texts, A:3+B: healing/data.py
+    tokens: int = 1_000_000  # trained on in all
+    distinct: int | None = None  # of these different, the others repeat them; None: all
+    window: int = 1024  # tokens per window
+    batch: int | None = None  # windows per step; None: a 400th of all windows, at least 1, at most 64
+    micro: int = 1  # windows at once on a device
+    rate: float | None = None  # highest learning rate; None: by the size of the model
+    warmup: float = 0.05  # share of the steps
+    train: str = "attention"  # or "all"
+    lora: int | None = None  # rank of adapters on the attention, merged at the end; None: the weights themselves
+    temperature: float = 1.0  # of the divergence
+    cross_entropy: float = 0.0  # share of the loss that goes to the text itself
+    hidden: float = 0.0  # weight of the squared error of all residual streams
+    top_k: int | None = None  # predictions of the source that are compared, the others as one; None: all
+    cached: bool = False  # the source's predictions (top_k, 64 if not given) are kept on the disk
+    heldout: int = 8  # windows of each text that are not trained on, but measured on
+    watch: str | None = None  # texts, A+B, that are measured on, too
+    evaluations: int = 10
+    patience: int | None = None  # evaluations without gain before it stops; None: all steps
+    precision: str = "bfloat16"  # of the products; weights are trained in float32
+    checkpointing: bool = False  # layers are computed twice and need less memory
+    seed: int = 0
+
+    def with_overrides(self, **given: Any) -> "Healing":
+        """A copy with the values that are not None, checked like those of a file."""
+        return _checked(self, {key: value for key, value in given.items() if value is not None}, "the options")
 
 
 @dataclass(frozen=True)
@@ -36,6 +83,7 @@ class Recipe:
     window: int = 1024  # tokens per calibration window
     dtype: str = "auto"  # of the written weights
     seed: int = 0
+    heal: Healing = field(default_factory=Healing)
 
     def with_overrides(self, **given: Any) -> "Recipe":
         """A copy with the values that are not None, checked like those of a file."""
@@ -48,8 +96,10 @@ class Recipe:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """All values, for the provenance file."""
-        return asdict(self) | {"tokens": self.num_tokens}
+        """All values of the conversion, for the provenance file."""
+        values = asdict(self) | {"tokens": self.num_tokens}
+        del values["heal"]
+        return values
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -70,7 +120,10 @@ def load_recipe(path: Path) -> Recipe:
             why=str(error),
             remedy="correct the file; strings need quotes, one `key = value` a line",
         ) from error
-    return _checked(Recipe(), values, str(path))
+    healing = values.pop("heal", {})
+    if not isinstance(healing, dict):
+        raise _bad_value("heal", healing, str(path), "heal is a table: [heal]")
+    return replace(_checked(Recipe(), values, str(path)), heal=_checked(Healing(), healing, f"{path}, [heal]"))
 
 
 def find_recipe(name: str) -> Path | None:
@@ -96,9 +149,9 @@ def _installed() -> dict[str, Path]:
     }
 
 
-def _checked(recipe: Recipe, values: dict[str, Any], where: str) -> Recipe:
-    known = [field.name for field in fields(Recipe)]
-    hints = get_type_hints(Recipe)
+def _checked(recipe: Settings, values: dict[str, Any], where: str) -> Settings:
+    known = [field.name for field in fields(recipe) if field.name != "heal"]
+    hints = get_type_hints(type(recipe))
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -120,19 +173,19 @@ def _typed(key: str, value: Any, hint: Any, where: str) -> Any:
         given = "a boolean" if type(value) is bool else _WORDS.get(type(value), f"a {type(value).__name__}")
         wanted = " or ".join(_WORDS[kind] for kind in allowed)
         raise _bad_value(key, value, where, f"{key} is {wanted}, not {given}")
-    if key == "theta" and isinstance(value, str) and value != "auto":
-        raise _bad_value(key, value, where, 'theta is a number or "auto"')
-    if key == "refine" and value not in REFINE_LEVELS:
-        raise _bad_value(key, value, where, f"refine is one of {', '.join(REFINE_LEVELS)}")
-    if key == "latent" and isinstance(value, str) and value != "auto":
-        raise _bad_value(key, value, where, 'latent is an integer or "auto"')
-    if key == "dtype" and value not in DTYPES:
-        raise _bad_value(key, value, where, f"dtype is one of {', '.join(DTYPES)}")
-    if key == "sampled" and value < 0:
-        raise _bad_value(key, value, where, "sampled is a number of tokens")
+    if isinstance(value, str) and key in _WORDS_ALLOWED and value not in _WORDS_ALLOWED[key]:
+        words = ", ".join(_WORDS_ALLOWED[key])
+        kinds = [_WORDS[kind] for kind in allowed if kind is not str]
+        raise _bad_value(
+            key, value, where, f'{key} is {kinds[0]} or "{words}"' if kinds else f"{key} is one of {words}"
+        )
     # latent and rope are judged by geometry.py, which can name the nearest possible size
-    if key in ("theta", "tokens", "window", "budget") and not isinstance(value, str) and not 0 < value < float("inf"):
+    if key in _POSITIVE and not isinstance(value, str) and not 0 < value < float("inf"):
         raise _bad_value(key, value, where, f"{key} must be positive")
+    if key in _NOT_NEGATIVE and not 0 <= value < float("inf"):
+        raise _bad_value(key, value, where, f"{key} cannot be negative")
+    if key in _SHARES and not 0 <= value <= 1:
+        raise _bad_value(key, value, where, f"{key} is a share, 0 to 1")
     return value
 
 

@@ -44,6 +44,14 @@ class Journal:
                 remedy="finish it with its own settings, choose another destination, or delete it with --restart",
             )
 
+    def begin(self) -> Path:
+        """The folder, made now; for steps that keep files of their own there."""
+        with disk_errors(self.folder):
+            if not self.folder.is_dir():
+                self.folder.mkdir()
+                (self.folder / _SETTINGS).write_text(self._settings, encoding="utf-8")
+        return self.folder
+
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
 
@@ -51,10 +59,8 @@ class Journal:
         """Keep a step; one of the same name is replaced. values: whatever JSON can hold."""
         path = self._path(name)
         temporary = path.with_suffix(".writing")
+        self.begin()
         with disk_errors(path):
-            if not self.folder.is_dir():
-                self.folder.mkdir()
-                (self.folder / _SETTINGS).write_text(self._settings, encoding="utf-8")
             kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             save_file(kept, temporary, metadata={"values": json.dumps(dict(values or {}))})
             sync(temporary)

@@ -7,6 +7,7 @@ import click
 
 from transmla.cli.converting import convert_command, plan_command
 from transmla.cli.frame import EPILOG
+from transmla.cli.healing import heal_command
 from transmla.cli.measuring import bench_command, eval_command, report_command
 from transmla.cli.using import doctor_command, export_command, fold_command, generate_command, unfold_command
 
@@ -22,8 +23,8 @@ def main() -> None:
 
 
 for command in (
-    plan_command, convert_command, eval_command, bench_command, report_command, doctor_command, export_command,
-    unfold_command, fold_command, generate_command,
+    plan_command, convert_command, heal_command, eval_command, bench_command, report_command, doctor_command,
+    export_command, unfold_command, fold_command, generate_command,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from transmla.cli.frame import EPILOG, device, errors, number, option, quiet_libraries
+from transmla.cli.frame import EPILOG, device, errors, is_first_process, number, option, quiet_libraries
 from transmla.recipe import DTYPES, REFINE_LEVELS
 
 
@@ -153,7 +153,7 @@ def convert_command(
             show_plan(transmla.plan(source, target, **given), console)
             console.print(f"would write {target}", highlight=False)
             return
-        with progress(quiet or not _first_process()) as update:
+        with progress(quiet or not is_first_process()) as update:
             report = transmla.convert(
                 source,
                 destination,
@@ -164,7 +164,7 @@ def convert_command(
                 restart=restart,
                 **given,
             )
-        if _first_process():
+        if is_first_process():
             show_conversion(report, _peak_memory(), console)
 
 
@@ -181,12 +181,6 @@ def _sizes(given: dict[str, Any]) -> dict[str, Any]:
         percent = number(budget.removesuffix("%"), "--budget", auto=False)
         given["budget"] = float(percent) / (100 if budget.endswith("%") else 1) if percent is not None else None
     return given
-
-
-def _first_process() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _peak_memory() -> int:

@@ -109,7 +109,7 @@ def recovery(results: list[Result]) -> Figure | None:
     if not series:
         return None
     names = list(dict.fromkeys(name for rows in series.values() for name in rows))
-    figure, axes = _axes(width=max(8.0, 1.1 * len(names)))
+    figure, axes = _axes(max(8.0, 1.1 * len(names)))
     bar = 0.8 / len(series)
     for number, (label, rows) in enumerate(series.items()):
         places = [place + (number - (len(series) - 1) / 2) * bar for place in range(len(names))]
@@ -122,18 +122,24 @@ def recovery(results: list[Result]) -> Figure | None:
 
 
 def _axes(width: float = 8.0) -> tuple[Figure, Any]:
-    """No global state, and nothing but grey that depends on the background."""
+    figure, (axes,) = styled(1, width)
+    return figure, axes
+
+
+def styled(columns: int, width: float) -> tuple[Figure, tuple[Any, ...]]:
+    """Axes side by side: no global state, and nothing but grey that depends on the background."""
     figure = Figure(figsize=(width, 4.8), layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    axes.grid(color=GREY, alpha=0.25)
-    axes.tick_params(colors=GREY, which="both")
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(GREY)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
-    return figure, axes
+    found = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in found:
+        axes.patch.set_alpha(0)
+        axes.grid(color=GREY, alpha=0.25)
+        axes.tick_params(colors=GREY, which="both")
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_color(GREY)
+        for spine in axes.spines.values():
+            spine.set_color(GREY)
+    return figure, tuple(found)
 
 
 def _column_means(rows: list[list[float]]) -> list[float]:

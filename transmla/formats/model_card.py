@@ -36,7 +36,7 @@ AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # same fun
 
 - For inference. The latent rows of `kv_a_proj_with_mqa` are about 1e-6 in size, because the norm that stock engines
   put on the latent has to act as a linear map; one step of an ordinary optimiser destroys them. `transmla unfold` makes
-  a form that any trainer may train, `transmla fold` brings it back.
+  a form that any trainer may train, `transmla fold` brings it back; `transmla heal` does both around a distillation.
 - `transmla.json` says what this was made from, with which text, and the loss of every layer.
 """
 

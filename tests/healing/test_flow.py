@@ -1,0 +1,250 @@
+"""From a converted folder to a healed one: closer to its source, of the same kind, and the same after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from families import MakeSource
+from transformers import AutoModelForCausalLM
+
+import transmla
+import transmla.loading
+from transmla.calibrate.tokens import read_text
+from transmla.cli import main
+from transmla.errors import DestinationError, GateError, RecipeError, SourceError, UnsupportedError
+from transmla.maths.distillation import divergence
+
+SETTINGS: dict[str, Any] = {
+    "tokens": 3072, "window": 64, "batch": 2, "heldout": 2, "evaluations": 3, "rate": 5e-3, "precision": "float32",
+}  # fmt: skip
+IDS = torch.arange(3, 67)[None]
+
+PROGRAM = """
+import json, sys
+import torch
+import transmla
+torch.set_num_threads(1)
+transmla.heal(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+"""
+# accelerate shards on GPUs only; gloo does it on the CPU all the same
+SHARDED = """
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+made = AcceleratorState.__init__
+def on_the_cpu(self, *args, fsdp_plugin=None, **kwargs):
+    made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+AcceleratorState.__init__ = on_the_cpu
+"""
+
+
+@pytest.fixture(scope="module")
+def converted(lively: MakeSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heal") / "mla"
+    transmla.convert(
+        str(lively()), folder, latent=12, rope=4, refine="off", calibration=str(text_file), tokens=1024, window=64,
+        theta=100.0,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def healed(converted: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("healed") / "out"
+    return folder, transmla.heal(converted, folder, data=str(text_file), watch="wikitext-valid", **SETTINGS)
+
+
+def logits(folder: str | Path, ids_1T: torch.Tensor = IDS, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, **kwargs)(ids_1T).logits
+    return found
+
+
+def curve(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((folder / "healing.json").read_text())["train"]]
+
+
+def test_the_healed_folder_is_closer_to_its_source(
+    converted: Path, healed: tuple[Path, Any], lively: MakeSource
+) -> None:
+    folder, report = healed
+    words = transmla.loading.load_tokenizer(folder)
+    text = read_text("tinystories-valid", 2000, evaluation=True)
+    ids_1T = torch.tensor([words(text).input_ids[:256]])
+    source = logits(lively(), ids_1T)
+    before, after = (float(divergence(logits(one, ids_1T), source).mean()) for one in (converted, folder))
+    assert after < 0.9 * before, "on a text that it has never seen"
+    assert report.after[report.texts[0]]["divergence"] < report.before[report.texts[0]]["divergence"]
+    assert report.after["wikitext-valid"]["recovery"] > 0 and report.texts[1] == "wikitext-valid"
+    assert (report.tokens, report.steps) == (report.best_step * 2 * 64, 24)
+
+
+def test_it_is_a_folder_of_the_same_kind(converted: Path, healed: tuple[Path, Any]) -> None:
+    folder, _ = healed
+    assert torch.allclose(logits(folder), logits(folder, trust_remote_code=True), atol=1e-3)
+    names = [{path.name for path in one.iterdir()} for one in (converted, folder)]
+    assert names[1] - names[0] == {"healing.json", "healing.png"} and not names[0] - names[1]
+    configs = [json.loads((one / "config.json").read_text()) for one in (converted, folder)]
+    assert configs[0] == configs[1]
+    assert not folder.with_name("out.partial").exists()
+    assert all(
+        one.outcome == two.outcome
+        for one, two in zip(transmla.doctor(converted).engines, transmla.doctor(folder).engines, strict=True)
+    )
+
+
+def test_provenance_goes_on(converted: Path, healed: tuple[Path, Any], text_file: Path) -> None:
+    folder, report = healed
+    before, after = (json.loads((one / "transmla.json").read_text()) for one in (converted, folder))
+    (entry,) = after.pop("healed")
+    assert before == after
+    assert entry["parent"]["name"] == "mla" and len(entry["parent"]["files"]["model.safetensors"]) == 64
+    assert entry["settings"]["data"] == str(text_file) and entry["tokens"] == report.tokens
+    assert entry["after"][str(text_file)]["recovery"] > entry["before"][str(text_file)]["recovery"]
+    card = (folder / "README.md").read_text()
+    assert card.startswith((converted / "README.md").read_text().rstrip()) and "## Healed" in card
+    assert (folder / "healing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_the_attention_was_trained(converted: Path, healed: tuple[Path, Any]) -> None:
+    states = [AutoModelForCausalLM.from_pretrained(one).state_dict() for one in (converted, healed[0])]
+    for name, tensor in states[0].items():
+        # kv_a_layernorm holds a scale that is chosen anew
+        same = torch.allclose(tensor, states[1][name], rtol=1e-5, atol=1e-8)
+        assert same != (".self_attn." in name), name
+
+
+def test_adapters_are_merged(converted: Path, text_file: Path, tmp_path: Path) -> None:
+    report = transmla.heal(
+        converted, tmp_path / "out", data=str(text_file), **SETTINGS | {"lora": 2, "rate": 1e-2, "checkpointing": True}
+    )
+    whole = sum(
+        tensor.numel()
+        for name, tensor in AutoModelForCausalLM.from_pretrained(converted).state_dict().items()
+        if ".self_attn." in name
+    )
+    assert report.num_trained < whole / 4
+    assert report.after[str(text_file)]["divergence"] < report.before[str(text_file)]["divergence"]
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not any("adapter" in name for name in files)
+
+
+def test_layers_that_are_computed_twice_train_alike(converted: Path, text_file: Path, tmp_path: Path) -> None:
+    common = SETTINGS | {"data": str(text_file), "tokens": 512, "evaluations": 1}
+    transmla.heal(converted, tmp_path / "once", **common)
+    transmla.heal(converted, tmp_path / "twice", **common, checkpointing=True)
+    assert curve(tmp_path / "twice") == pytest.approx(curve(tmp_path / "once"), rel=1e-5)
+
+
+def test_kept_predictions_train_like_the_source_itself(converted: Path, text_file: Path, tmp_path: Path) -> None:
+    common = SETTINGS | {"data": str(text_file), "top_k": 16, "distinct": 640}
+    transmla.heal(converted, tmp_path / "online", **common)
+    transmla.heal(converted, tmp_path / "cached", **common, cached=True)
+    assert curve(tmp_path / "cached") == pytest.approx(curve(tmp_path / "online"), rel=5e-3)
+    assert len(set(curve(tmp_path / "online"))) > 3
+
+
+def test_what_does_not_help_is_not_written(converted: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="healing did not help") as caught:
+        transmla.heal(converted, tmp_path / "out", data=str(text_file), **SETTINGS | {"rate": 3.0})
+    assert "lower --rate" in caught.value.remedy and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"cached": True, "hidden": 1.0}, RecipeError, "streams are not kept"),
+        ({"lora": 4, "train": "all"}, RecipeError, "adapters are put on the attention only"),
+        ({"device": "cuda:1"}, UnsupportedError, "healing does not run on cuda:1"),
+        ({"trian": "all"}, RecipeError, "unknown recipe key 'trian'"),
+        ({"cross_entropy": 2.0}, RecipeError, "cannot be 2.0"),
+        ({"heldout": 1}, RecipeError, "too few windows are held out"),
+        ({"source": "nowhere"}, SourceError, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    converted: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        transmla.heal(converted, tmp_path / "out", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_model_or_recipe_there_is_nothing_to_heal(lively: MakeSource, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nothing to heal"):
+        transmla.heal()
+    with pytest.raises(UnsupportedError, match="not a converted folder"):
+        transmla.heal(lively(), tmp_path / "out")
+
+
+def test_command(converted: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--data", str(text_file), "--tokens", "0.5K", "--window", "64", "--heldout", "2", "--evaluations", "1"]
+    done = CliRunner().invoke(main, ["heal", str(converted), str(tmp_path / "out"), *options, "--rate", "1e-3", "-q"])
+    assert done.exit_code == 0, done.output
+    assert "512 tokens, 8 steps" in done.output and "recovery" in done.output and (tmp_path / "out").is_dir()
+    again = CliRunner().invoke(main, ["heal", str(converted), str(tmp_path / "out"), *options])
+    assert again.exit_code == DestinationError.exit_code and "exists already" in again.output
+    wrong = CliRunner().invoke(main, ["heal", str(converted), "--tokens", "some"])
+    assert wrong.exit_code == 2 and "no number of tokens" in wrong.output
+
+
+def launch(program: str, arguments: list[str], size: int, port: int, **extra: str) -> None:
+    """As launchers do it, in `size` processes."""
+    started = []
+    for rank in range(size):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+        command = [sys.executable, "-c", program, *arguments]
+        started.append(subprocess.Popen(command, env=(environment if size > 1 else dict(os.environ)) | extra))
+    assert [process.wait(timeout=300) for process in started] == [0] * size
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_two_processes_heal_like_one(
+    converted: Path, text_file: Path, tmp_path: Path, free_port: int, kind: str
+) -> None:
+    options = json.dumps(SETTINGS | {"data": str(text_file)})
+    launch(PROGRAM, [str(converted), str(tmp_path / "one"), options], 1, 0)
+    sharded = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }  # fmt: skip
+    program, extra = (SHARDED + PROGRAM, sharded) if kind == "FSDP2" else (PROGRAM, {})
+    launch(program, [str(converted), str(tmp_path / "two"), options], 2, free_port, **extra)
+    # gradients are summed in another order, and Adam divides small numbers by small numbers
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
+    assert torch.allclose(logits(tmp_path / "two"), logits(tmp_path / "one"), atol=2e-2)
+    entry = json.loads((tmp_path / "two" / "transmla.json").read_text())["healed"][0]
+    assert entry["processes"] == 2 and entry["settings"]["batch"] == 2
+
+
+def test_a_killed_run_goes_on(converted: Path, text_file: Path, tmp_path: Path) -> None:
+    options = SETTINGS | {"data": str(text_file), "tokens": 6144, "evaluations": 8}
+    transmla.heal(converted, tmp_path / "whole", **options)
+    target = tmp_path / "killed"
+    command = [sys.executable, "-c", PROGRAM, str(converted), str(target), json.dumps(options)]
+    running = subprocess.Popen(command)
+    checkpoints = tmp_path / "killed.partial" / "journal" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not target.exists()
+    with pytest.raises(DestinationError, match="other settings"):
+        transmla.heal(converted, target, **options | {"rate": 1e-4})
+    transmla.heal(converted, target, **options)
+    assert curve(target) == pytest.approx(curve(tmp_path / "whole"), rel=1e-5)
+    assert torch.allclose(logits(target), logits(tmp_path / "whole"), atol=1e-4)
+    assert not (tmp_path / "killed.partial").exists()

@@ -1,0 +1,8 @@
+"""`accelerate launch -m transmla.heal ...` is `transmla heal ...` in several processes. The call is `transmla.heal`."""
+
+from transmla.cli import main
+
+if __name__ == "__main__":
+    import sys
+
+    main(["heal", *sys.argv[1:]])

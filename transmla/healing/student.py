@@ -1,0 +1,111 @@
+"""The converted model as Trainer takes it: a transformers model whose forward is the loss against its source.
+
+Legend: B windows, T tokens, D hidden_size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transmla.healing.teacher import Lesson
+from transmla.maths.distillation import Objective, distillation_loss, hidden_loss, token_nats
+from transmla.modeling.modeling_transmla import UnfoldedForCausalLM
+
+# modules of the latent attention that adapters are put on
+LATENT_PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+Teacher = Callable[[Tensor, Tensor, Tensor], Lesson]
+
+
+class Student(UnfoldedForCausalLM):
+    """`teach` an unfolded model, and its forward takes windows of healing/data.py and returns losses."""
+
+    # a loss is the mean over windows of the mean over tokens, so that it is the same however windows are dealt out
+    accepts_loss_kwargs = False
+    # this file is not to be copied into checkpoints
+    _auto_class = None  # type: ignore[assignment]
+
+    objective: Objective
+    hidden_weight: float
+    teacher: Teacher
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """loss; in evaluation also `divergence`, `nats` of the model and `source_nats` [B], and `index`."""
+        assert position_ids is not None and labels is not None and index is not None
+        out = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, output_hidden_states=self.hidden_weight > 0
+        )
+        normed_BTD = out.last_hidden_state
+        lesson = self.teacher(input_ids, position_ids, index)
+        losses, divergences = [], []
+        for window, labels_T in enumerate(labels):
+            loss, divergence = distillation_loss(
+                normed_BTD[window],
+                self.lm_head,
+                lambda tokens, window=window: lesson.predictions(window, tokens),  # type: ignore[misc]
+                labels_T,
+                self.objective,
+            )
+            losses.append(loss)
+            divergences.append(divergence)
+        loss = torch.stack(losses).mean()
+        if self.hidden_weight > 0:
+            pairs = zip(out.hidden_states[1:-1], lesson.streams[1:-1], strict=True)
+            loss = loss + self.hidden_weight * torch.stack([hidden_loss(own, wanted) for own, wanted in pairs]).mean()
+        if torch.is_grad_enabled():
+            return {"loss": loss}
+        windows = range(len(labels))
+        return {
+            "loss": loss,
+            "divergence": torch.stack(divergences),
+            "nats": torch.stack([token_nats(normed_BTD[window], self.lm_head, labels[window]) for window in windows]),
+            "source_nats": torch.stack([lesson.nats(window, labels[window]) for window in windows]),
+            "index": index,
+        }
+
+
+def teach(model: UnfoldedForCausalLM, teacher: Teacher, objective: Objective, hidden_weight: float = 0.0) -> Student:
+    """The same model, in place, as a `Student`."""
+    student: Student = model  # type: ignore[assignment]
+    student.__class__ = Student
+    student.objective, student.hidden_weight = objective, hidden_weight
+    # a plain attribute even if it holds a module: the source is no part of the model
+    object.__setattr__(student, "teacher", teacher)
+    return student
+
+
+def select_trained(model: nn.Module, train: str) -> None:
+    """Leave gradients to the attention, or to "all" layers and the last norm; never to embeddings and head."""
+    for name, parameter in model.named_parameters():
+        part = ".layers." if train == "all" else ".self_attn."
+        parameter.requires_grad = part in name or (train == "all" and name == "model.norm.weight")
+
+
+def halve_frozen(model: nn.Module) -> None:
+    """Matrices without gradients in bfloat16, in which autocast would multiply them anyway."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
+
+
+def with_adapters(model: Any, rank: int) -> Any:
+    """The model in peft's wrapper, low-rank adapters on the projections of its latent attention."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LATENT_PROJECTIONS))
+    with warnings.catch_warnings():
+        # peft asks for properties by names that transformers has changed
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, settings)

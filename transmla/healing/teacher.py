@@ -1,0 +1,128 @@
+"""What the source says about a batch: computed when it is needed, or once for all and kept on the disk.
+
+Legend: B windows, T tokens, D hidden_size, V vocabulary, K kept predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transmla.checkpoint.destination import disk_errors
+from transmla.healing.data import Progress, Windows
+from transmla.maths.distillation import CHUNK, TopK, token_nats, top_k
+
+Precision = Callable[[], AbstractContextManager[Any]]
+# files of kept predictions per folder
+PER_FOLDER = 1000
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """predictions: (window, tokens) -> logits [n, V] or `TopK`;  streams: residual streams [B, T, D], if asked for
+    nats: (window, its labels [T]) -> mean next-token loss of the source, a float32 scalar
+    """
+
+    predictions: Callable[[int, slice], Tensor | TopK]
+    streams: Sequence[Tensor]
+    nats: Callable[[int, Tensor], Tensor]
+
+
+class OnlineTeacher:
+    """The source model itself. No module of the student, so that no optimizer and no checkpoint knows it."""
+
+    def __init__(
+        self, model: Any, precision: Precision, *, k: int | None = None, temperature: float = 1.0, streams: bool = False
+    ) -> None:
+        self._model, self._precision, self._k, self._temperature = model.eval(), precision, k, temperature
+        self._wants_streams = streams
+
+    @torch.no_grad()
+    def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
+        with self._precision():
+            out = self._model.get_decoder()(
+                input_ids=ids_BT, position_ids=positions_BT, use_cache=False, output_hidden_states=self._wants_streams
+            )
+        normed_BTD = out.last_hidden_state
+
+        def logits(normed_ND: Tensor) -> Tensor:
+            with torch.no_grad(), self._precision():
+                found: Tensor = self._model.get_output_embeddings()(normed_ND)
+            return found
+
+        def predictions(window: int, tokens: slice) -> Tensor | TopK:
+            logits_NV = logits(normed_BTD[window, tokens])
+            return logits_NV if self._k is None else top_k(logits_NV, self._k, self._temperature)
+
+        def nats(window: int, labels_T: Tensor) -> Tensor:
+            return token_nats(normed_BTD[window], logits, labels_T)
+
+        return Lesson(predictions, out.hidden_states or (), nats)
+
+
+class CachedTeacher:
+    """Reads what `record` has written: no source in memory."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        self._folder, self._device = folder, device
+
+    def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
+        kept = [self._load(int(index)) for index in index_B]
+
+        def predictions(window: int, tokens: slice) -> TopK:
+            found = kept[window][0]
+            return TopK(found.probabilities_NK[tokens], found.ids_NK[tokens])
+
+        return Lesson(predictions, (), lambda window, _: kept[window][1])
+
+    def _load(self, index: int) -> tuple[TopK, Tensor]:
+        with np.load(record_path(self._folder, index), allow_pickle=False) as found:
+            probabilities_TK = torch.from_numpy(found["probabilities"].astype(np.float32))
+            ids_TK = torch.from_numpy(found["ids"].astype(np.int64))
+            nats = torch.tensor(float(found["nats"]))
+        return TopK(probabilities_TK.to(self._device), ids_TK.to(self._device)), nats.to(self._device)
+
+
+def record_path(folder: Path, index: int) -> Path:
+    return folder / f"{index // PER_FOLDER:05d}" / f"{index % PER_FOLDER:03d}.npz"
+
+
+def record(
+    teacher: OnlineTeacher, windows: Windows, folder: Path, mine: Sequence[int], device: torch.device, tell: Progress
+) -> None:
+    """The teacher's largest predictions of the windows `mine`, 16 bits each, compressed; goes on where it was.
+
+    Needs about 5 K bytes per token.
+    """
+    for number, place in enumerate(mine):
+        row = windows[place]
+        path = record_path(folder, int(row["index"]))
+        if not path.is_file():
+            ids_1T, positions_1T, labels_1T = (
+                row[name][None].to(device) for name in ("input_ids", "position_ids", "labels")
+            )
+            lesson = teacher(ids_1T, positions_1T, row["index"][None])
+            length = ids_1T.shape[1]
+            parts = [lesson.predictions(0, slice(start, start + CHUNK)) for start in range(0, length, CHUNK)]
+            kept = [part for part in parts if isinstance(part, TopK)]
+            probabilities_TK = torch.cat([part.probabilities_NK for part in kept])
+            ids_TK = torch.cat([part.ids_NK for part in kept])
+            partial = path.with_suffix(".partial")
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as file:
+                    np.savez_compressed(
+                        file,
+                        probabilities=probabilities_TK.cpu().numpy().astype(np.float16),
+                        ids=ids_TK.cpu().numpy().astype(np.int32),
+                        nats=np.float32(lesson.nats(0, labels_1T[0]).item()),
+                    )
+                partial.rename(path)
+        tell("source's predictions", number + 1, len(mine), "")

@@ -1,0 +1,219 @@
+"""Settings -> transformers' Trainer, which accelerate runs on one device, DDP, FSDP2 or DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import ConcatDataset
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from transmla.healing.data import Progress, Windows
+from transmla.recipe import Healing
+
+# highest learning rates of Adam by trained parameters, up to so many; measured at the small end (benchmarks/heal.md),
+# at the large end those of the literature (2502.07864, 2502.14837)
+RATES = ((5e6, 1e-3), (5e8, 2e-4), (2e9, 5e-5), (float("inf"), 2e-5))
+FLOOR = 0.1  # of the learning rate at the end of the cosine
+STEPS_WANTED, LARGEST_BATCH = 400, 64
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """num_windows: different ones;  steps: optimizer steps, each of `batch` windows, `accumulated` times micro"""
+
+    num_windows: int
+    steps: int
+    batch: int
+    accumulated: int
+    every: int
+
+    @property
+    def windows_seen(self) -> int:
+        return self.steps * self.batch
+
+
+def schedule(settings: Healing, num_processes: int) -> Schedule:
+    """Tokens to steps. The batch is rounded up to what the processes hold at once."""
+    at_once = settings.micro * num_processes
+    wanted = max(1, round(settings.tokens / settings.window))
+    batch = settings.batch or min(LARGEST_BATCH, max(1, wanted // STEPS_WANTED))
+    accumulated = math.ceil(batch / at_once)
+    batch = accumulated * at_once
+    steps = math.ceil(wanted / batch)
+    every = math.ceil(steps / settings.evaluations)
+    steps = every * math.ceil(steps / every)  # the last step is measured and saved, too
+    distinct = min(settings.distinct or settings.tokens, settings.tokens)
+    num_windows = max(batch, round(distinct / settings.window))
+    return Schedule(num_windows, steps, batch, accumulated, every)
+
+
+def learning_rate(settings: Healing, num_trained: int) -> float:
+    return settings.rate or next(rate for limit, rate in RATES if num_trained <= limit)
+
+
+def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A maker of contexts in which products are computed in `precision`."""
+    if precision == "float32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def arguments(settings: Healing, made: Schedule, rate: float, folder: Path, device: str) -> TrainingArguments:
+    found = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=made.steps,
+        per_device_train_batch_size=settings.micro,
+        per_device_eval_batch_size=settings.micro,
+        gradient_accumulation_steps=made.accumulated,
+        learning_rate=rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": FLOOR},
+        warmup_steps=math.ceil(settings.warmup * made.steps),
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=settings.precision == "bfloat16",
+        use_cpu=device == "cpu",
+        ddp_find_unused_parameters=False,
+        eval_strategy="steps",
+        eval_steps=made.every,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=made.every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_strategy="steps",
+        logging_steps=max(1, made.steps // 100),
+        report_to=_trackers(),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    found._n_gpu = min(1, found.n_gpu)  # several GPUs are the launcher's business, not that of DataParallel
+    return found
+
+
+def trainer(
+    student: Any,
+    settings: Healing,
+    made: Schedule,
+    rate: float,
+    folder: Path,
+    device: str,
+    train: Windows,
+    heldout: list[Windows],
+    names: list[str],
+    progress: Progress,
+) -> Trainer:
+    """heldout: windows of each text that is measured on, `names` by text."""
+    callbacks: list[TrainerCallback] = [Told(progress)]
+    if settings.patience is not None:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    made_trainer = Trainer(
+        model=student,
+        args=arguments(settings, made, rate, folder, device),
+        train_dataset=train,
+        eval_dataset=ConcatDataset(heldout),
+        compute_metrics=lambda found: by_text(found, [len(windows) for windows in heldout], names),
+        callbacks=callbacks,
+    )
+    made_trainer.remove_callback(PrinterCallback)
+    return made_trainer
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; trainer_state.json is written last, so what has none was cut off and is deleted."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            found[json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"]] = path
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path, ignore_errors=True)
+    return str(found[max(found)]) if found else None
+
+
+def whole_tensors(made: Trainer, names: list[str]) -> dict[str, Tensor]:
+    """Trained parameters on the CPU in float32, gathered where they are sharded, for which all processes call it."""
+    if made.is_deepspeed_enabled:
+        state = made.accelerator.get_state_dict(made.model_wrapped)
+        return {name: state[name].float().cpu() for name in names}
+    found = {}
+    assert made.model is not None
+    for name, parameter in made.model.named_parameters():
+        if name in names:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            found[name] = whole.detach().float().cpu()
+    return found
+
+
+def by_text(found: EvalPrediction, counts: list[int], names: list[str]) -> dict[str, float]:
+    """Of all held-out windows and of those of each text: divergence, nats, and recovery with its standard error."""
+    divergence, nats, source_nats, _ = (np.asarray(part, dtype=np.float64) for part in found.predictions)
+    metrics: dict[str, float] = {}
+    start = 0
+    for name, count in zip(["", *(f"{name}/" for name in names)], [sum(counts), *counts], strict=True):
+        part = slice(0, count) if not name else slice(start, start + count)
+        start += count if name else 0
+        gap = source_nats[part] - nats[part]
+        recovery = float(np.exp(gap.mean()))
+        metrics |= {
+            f"{name}divergence": float(divergence[part].mean()),
+            f"{name}nats": float(nats[part].mean()),
+            f"{name}source_nats": float(source_nats[part].mean()),
+            f"{name}recovery": recovery,
+            f"{name}recovery_error": recovery * float(gap.std(ddof=1)) / math.sqrt(count),
+        }
+    return metrics
+
+
+class Told(TrainerCallback):
+    """Passes steps and losses on to a progress function."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._remark = progress, ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._remark = f"loss {float(logs['loss']):.4f}"
+        if logs and "eval_recovery" in logs:
+            self._remark = f"held out {logs['eval_divergence']:.4f} nats, recovery {logs['eval_recovery']:.1%}"
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainer takes a checkpoint for the best one only if its folder is there before it is saved, and sharded
+        # checkpoints make theirs too late
+        if state.global_step:
+            Path(args.output_dir, f"checkpoint-{state.global_step}").mkdir(parents=True, exist_ok=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress("heal", state.global_step, state.max_steps, self._remark)
+
+
+def _trackers() -> list[str]:
+    """Loggers that are there; wandb only where it is set up, since it asks questions otherwise."""
+    found = [name for name in ("tensorboard",) if importlib.util.find_spec(name)]
+    if importlib.util.find_spec("wandb") and ("WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ):
+        found.append("wandb")
+    return found
