@@ -101,6 +101,9 @@ def show_healing(report: HealReport, console: Console) -> None:
     best = "" if report.best_step == report.steps else f" of {report.steps:,}; the later ones were worse"
     facts = _table("", " ")
     facts.add_row("trained on", f"{report.tokens:,} tokens, {report.best_step:,} steps{best}")
+    repeated = [f"{text} {count} times" for text, count in report.passes.items() if count > 1]
+    if repeated:
+        facts.add_row("texts that began anew", ", ".join(repeated))
     facts.add_row("trained", f"{report.num_trained:,} parameters, learning rate {report.rate:g}")
     facts.add_row("time", f"{report.seconds:,.0f} s")
     facts.add_row("written", f"{report.destination}")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,27 @@ def test_task_equals_plain_scoring(
     assert found["acc"].values == tuple(right) and found["acc"].value == pytest.approx(sum(right) / 6)
     assert sum(right) >= 4, "a model of stories finishes stories"
     assert found["acc"].higher_is_better and found["acc"].standard_error > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_task_equals_the_command_line_of_lm_eval(
+    model: Any, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={STORIES},dtype=float32",
+        "--tasks", "tiny_choices", "--include_path", str(task_folder), "--device", "cpu", "--batch_size", "8",
+        "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(written.read_text())["results"]["tiny_choices"]
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    ours = run_tasks(model, tokenizer, ["tiny_choices"], include_path=str(task_folder))
+    assert {one.metric for one in ours} == {"acc", "acc_norm"}
+    for one in ours:
+        assert one.value == theirs[f"{one.metric},none"]
+        assert one.standard_error == theirs[f"{one.metric}_stderr,none"]
 
 
 @pytest.mark.filterwarnings("ignore")

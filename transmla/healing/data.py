@@ -51,12 +51,17 @@ class Part:
 
 @dataclass
 class Text:
-    """Documents of one part as token ids: the first windows are held out, the rest is endless."""
+    """Documents of one part as token ids: the first windows are held out, the rest is endless.
+
+    skipped: documents that are held out;  drawn: tokens that were drawn so far, in so many begun passes
+    """
 
     part: Part
     documents: Callable[[], Iterator[list[int]]]
     heldout: list[Any] = field(default_factory=list)
     skipped: int = 0
+    drawn: int = 0
+    begun: int = 0
 
     def hold_out(self, num_windows: int, length: int) -> None:
         """Pack the first windows' worth of documents and skip these documents from now on."""
@@ -78,7 +83,10 @@ class Text:
 
     def endless(self) -> Iterator[list[int]]:
         while True:
-            yield from islice(self.documents(), self.skipped, None)
+            self.begun += 1
+            for document in islice(self.documents(), self.skipped, None):
+                self.drawn += len(document)
+                yield document
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -151,12 +159,13 @@ def mixed(texts: list[Text], seed: int) -> Iterator[list[int]]:
     """Endless: documents drawn so that the tokens of each text follow its weight."""
     draw = random.Random(seed)
     streams = [text.endless() for text in texts]
-    spent = [draw.random() for _ in texts]  # tokens over weight so far; the start breaks ties by the seed
+    first = [draw.random() for _ in texts]  # breaks ties by the seed
+
+    def spent(place: int) -> float:
+        return first[place] + texts[place].drawn / texts[place].part.weight
+
     while True:
-        place = min(range(len(texts)), key=spent.__getitem__)
-        document = next(streams[place])
-        spent[place] += len(document) / texts[place].part.weight
-        yield document
+        yield next(streams[min(range(len(texts)), key=spent)])
 
 
 def write_windows(

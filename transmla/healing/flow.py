@@ -6,6 +6,7 @@ Everything unfinished lies in the journal beside the destination, so a run that 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -30,7 +31,7 @@ from transmla.errors import GateError, RecipeError, UnsupportedError
 from transmla.exporting import open_converted
 from transmla.folding import fold_into, open_unfolded, unfold
 from transmla.healing.curves import LOG_FILE, METRICS, PLOT_FILE, healing_curve, write_curve
-from transmla.healing.data import Part, Windows, mixed, open_text, parse_mix, write_windows
+from transmla.healing.data import SELF, Part, Windows, mixed, open_text, parse_mix, write_windows
 from transmla.healing.packing import pack
 from transmla.healing.student import halve_frozen, select_trained, teach, with_adapters
 from transmla.healing.teacher import CachedTeacher, OnlineTeacher, record
@@ -46,13 +47,15 @@ from transmla.recipe import Healing, find_recipe, list_recipes, load_recipe
 CACHED_TOP_K = 64
 # tokens that a source writes at most; then they begin anew
 MOST_SAMPLED = 4_000_000
+# of what was packed: tokens of each text, and in how many passes
+TEXTS = "texts.json"
 
 
 @dataclass(frozen=True)
 class HealReport:
     """before, after: of the held-out windows of each text (`texts`; the first is of what was trained on), their
     `divergence` from the source and `nats` per token, `source_nats`, `recovery` (perplexity of the source over that of
-    the model) and `recovery_error`, one standard error over windows
+    the model) and `recovery_error`, one standard error over windows;  passes: begun over each text that was trained on
     """
 
     parent: Path
@@ -66,6 +69,7 @@ class HealReport:
     best_step: int
     num_trained: int
     rate: float
+    passes: dict[str, int]
     seconds: float
 
 
@@ -145,20 +149,25 @@ class _Run:
         self.texts = [Part(name) for name in (settings.data, *watched)]
         self.log: list[dict[str, Any]] = []
         self.trained: dict[str, Tensor] = {}
+        self.passes: dict[str, int] = {}
         self.num_trained, self.rate, self.best_step = 0, 0.0, 0
 
     def train(self, work: Path) -> None:
         """From the unfolded form to the trained tensors; every process."""
         settings = self.settings
         if self.processes.first and not (work / "unfolded").is_dir():
-            unfold(self.parent, work / "unfolded", progress=self.tell)
+            unfold(self.parent, work / "unfolded", dtype="float32", progress=self.tell)
         self.processes.wait()
         train, heldout = self._windows(work)
+        packed = json.loads((work / TEXTS).read_text())
+        self.passes = {name: one["passes"] for name, one in packed.items()}
         precision = autocast(settings.precision, self.where)
         objective = Objective(settings.temperature, settings.cross_entropy)
         teacher = self._teacher(work, train, heldout, precision)
 
-        student = teach(self._unfolded(work), teacher, objective, settings.hidden)
+        # Trainer moves it to its device
+        unfolded: Any = load(work / "unfolded", dtype=torch.float32)
+        student = teach(unfolded, teacher, objective, settings.hidden)
         sharded = _is_sharded()
         select_trained(student, settings.train)
         if settings.checkpointing:
@@ -212,7 +221,7 @@ class _Run:
         return HealReport(
             self.parent, target, name, tuple(part.name for part in self.texts), before, after,
             self.best_step * self.made.batch * self.length, self.made.steps, self.best_step, self.num_trained,
-            self.rate, time.monotonic() - started,
+            self.rate, self.passes, time.monotonic() - started,
         )  # fmt: skip
 
     def unfolded_and_trained(self, work: Path) -> UnfoldedForCausalLM:
@@ -225,14 +234,10 @@ class _Run:
         model.load_state_dict(self.trained, strict=False)
         return model.merge_and_unload()
 
-    def _unfolded(self, work: Path) -> UnfoldedForCausalLM:
-        # Trainer moves it to its device
-        return load(work / "unfolded", dtype=torch.float32)  # type: ignore[return-value]
-
     def _windows(self, work: Path) -> tuple[Windows, list[Windows]]:
         """Packed by the first process, mapped by all."""
         paths = [work / "train.npy", *(work / f"heldout-{number}.npy" for number in range(len(self.texts)))]
-        if self.processes.first and not all(path.is_file() for path in paths):
+        if self.processes.first and not all(path.is_file() for path in (*paths, work / TEXTS)):
             self._pack(work, paths)
         self.processes.wait()
         files = [Windows(paths[0])]
@@ -245,16 +250,19 @@ class _Run:
         num_windows = self.made.num_windows
         parts = parse_mix(settings.data)
 
+        own_share = sum(part.weight for part in parts if part.name == SELF) / sum(part.weight for part in parts)
+
         def sampled() -> Tensor:
             path = work / "sampled.npy"
             if not path.is_file():
-                wanted = min(MOST_SAMPLED, (num_windows + settings.heldout + 1) * self.length)
+                wanted = min(MOST_SAMPLED // self.length, math.ceil(own_share * num_windows)) + settings.heldout + 1
                 model = load_source(self.of_source, dtype=torch.bfloat16, device=str(self.where))
                 tokens_NT = sample_from(
-                    model, -(-wanted // self.length), self.length, seed=settings.seed,
+                    model, wanted, self.length, seed=settings.seed,
                     progress=lambda done, total: self.tell("sample", done, total, "tokens"),
                 )  # fmt: skip
-                np.save(path, tokens_NT.numpy())
+                np.save(path.with_suffix(".partial.npy"), tokens_NT.numpy())
+                path.with_suffix(".partial.npy").rename(path)
             return torch.from_numpy(np.load(path))
 
         texts = [open_text(part, words, self.length, sampled, evaluation=False) for part in parts]
@@ -267,8 +275,10 @@ class _Run:
         heldout = [[window for text in texts for window in text.heldout], *(text.heldout for text in watched)]
         for path, kept in zip(paths[1:], heldout, strict=True):
             write_windows(path, kept, len(kept), self.length, self.tell, "hold out")
-        write_windows(
-            paths[0], pack(mixed(texts, settings.seed), self.length), num_windows, self.length, self.tell, "pack"
+        rows = pack(mixed(texts, settings.seed), self.length)
+        write_windows(paths[0], rows, num_windows, self.length, self.tell, "pack")
+        (work / TEXTS).write_text(
+            json.dumps({text.part.name: {"tokens": text.drawn, "passes": text.begun} for text in texts})
         )
 
     def _teacher(self, work: Path, train: Windows, heldout: list[Windows], precision: Any) -> Any:
@@ -294,10 +304,10 @@ class _Run:
         if _is_sharded():
             model = load_source(self.of_source, dtype=torch.bfloat16 if half else torch.float32, device=str(self.where))
             return _shard(model.requires_grad_(False))
-        model = load_source(self.of_source, dtype=torch.float32, device=str(self.where)).requires_grad_(False)
+        model = load_source(self.of_source, dtype=torch.float32).requires_grad_(False)
         if half:
             halve_frozen(model)
-        return model
+        return model.to(self.where)
 
 
 def _write(run: _Run, work: Path, writer: CheckpointWriter, provenance: dict[str, Any], name: str) -> None:
@@ -315,6 +325,7 @@ def _write(run: _Run, work: Path, writer: CheckpointWriter, provenance: dict[str
         "parent": {"name": run.parent.name, "files": file_hashes(sorted(run.parent.glob("*.safetensors")))},
         "source": name,
         "settings": asdict(run.settings),
+        "texts": json.loads((work / TEXTS).read_text()),
         "learning_rate": run.rate,
         "trained_parameters": run.num_trained,
         "processes": run.processes.size,

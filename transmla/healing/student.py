@@ -57,6 +57,7 @@ class Student(UnfoldedForCausalLM):
                 lambda tokens, window=window: lesson.predictions(window, tokens),  # type: ignore[misc]
                 labels_T,
                 self.objective,
+                self.config.vocab_size,
             )
             losses.append(loss)
             divergences.append(divergence)
@@ -66,12 +67,16 @@ class Student(UnfoldedForCausalLM):
             loss = loss + self.hidden_weight * torch.stack([hidden_loss(own, wanted) for own, wanted in pairs]).mean()
         if torch.is_grad_enabled():
             return {"loss": loss}
-        windows = range(len(labels))
+        size = self.config.vocab_size
+        nats = [
+            token_nats(own_TD, self.lm_head, labels_T, size)
+            for own_TD, labels_T in zip(normed_BTD, labels, strict=True)
+        ]
         return {
             "loss": loss,
             "divergence": torch.stack(divergences),
-            "nats": torch.stack([token_nats(normed_BTD[window], self.lm_head, labels[window]) for window in windows]),
-            "source_nats": torch.stack([lesson.nats(window, labels[window]) for window in windows]),
+            "nats": torch.stack(nats),
+            "source_nats": torch.stack([lesson.nats(window, labels_T) for window, labels_T in enumerate(labels)]),
             "index": index,
         }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
 from transmla.healing.data import Progress, Windows
-from transmla.maths.distillation import CHUNK, TopK, token_nats, top_k
+from transmla.maths.distillation import TopK, token_nats, tokens_at_once, top_k
 
 Precision = Callable[[], AbstractContextManager[Any]]
 # files of kept predictions per folder
@@ -43,6 +43,7 @@ class OnlineTeacher:
     ) -> None:
         self._model, self._precision, self._k, self._temperature = model.eval(), precision, k, temperature
         self._wants_streams = streams
+        self.vocabulary: int = model.config.vocab_size
 
     @torch.no_grad()
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
@@ -62,7 +63,7 @@ class OnlineTeacher:
             return logits_NV if self._k is None else top_k(logits_NV, self._k, self._temperature)
 
         def nats(window: int, labels_T: Tensor) -> Tensor:
-            return token_nats(normed_BTD[window], logits, labels_T)
+            return token_nats(normed_BTD[window], logits, labels_T, self.vocabulary)
 
         return Lesson(predictions, out.hidden_states or (), nats)
 
@@ -110,7 +111,8 @@ def record(
             )
             lesson = teacher(ids_1T, positions_1T, row["index"][None])
             length = ids_1T.shape[1]
-            parts = [lesson.predictions(0, slice(start, start + CHUNK)) for start in range(0, length, CHUNK)]
+            at_once = tokens_at_once(teacher.vocabulary)
+            parts = [lesson.predictions(0, slice(start, start + at_once)) for start in range(0, length, at_once)]
             kept = [part for part in parts if isinstance(part, TopK)]
             probabilities_TK = torch.cat([part.probabilities_NK for part in kept])
             ids_TK = torch.cat([part.ids_NK for part in kept])

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
-# tokens whose logits are in memory at once
-CHUNK = 256
+# logits that are in memory at once
+NUM_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -60,33 +60,69 @@ def divergence_top_k(student_NV: Tensor, teacher: TopK, temperature: float = 1.0
     return (kept.sum(-1) + rest * (rest.log() - own.log())) * temperature**2
 
 
+def tokens_at_once(vocabulary: int) -> int:
+    """Tokens whose logits are in memory together."""
+    return max(16, NUM_LOGITS // vocabulary)
+
+
 def distillation_loss(
     student_ND: Tensor,
     student_head: Head,
     teacher: Callable[[slice], Tensor | TopK],
     labels_N: Tensor,
     objective: Objective,
+    vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, divergence alone) as means over the tokens that count; differentiable in student and its head.
+    """(loss, divergence alone) as means over the tokens that count, float32.
 
-    student_ND: inputs of the student's head;  teacher: tokens -> their logits [n, V] or `TopK`
+    student_ND: inputs of the student's head, the only thing that gets a gradient: heads are not trained
+    teacher:    tokens -> their logits [n, V] or `TopK`
     labels_N:   the next token of each, -100 where nothing is to be learned, in which case the token does not count
+    Logits exist for a few tokens at a time: the gradient is computed along with the loss.
     """
-    counted = labels_N != -100
-    total = student_ND.new_zeros((), dtype=torch.float32)
-    diverged = torch.zeros_like(total)
-    for start in range(0, len(student_ND), CHUNK):
-        part = slice(start, min(start + CHUNK, len(student_ND)))
-        if not counted[part].any():
-            continue
-        wanted = teacher(part)
-        loss, kl = checkpoint(
-            _chunk, student_ND[part], student_head, wanted, labels_N[part], objective, use_reentrant=False
-        )
-        total = total + loss
-        diverged = diverged + kl.detach()
-    num = counted.sum().clamp_min(1)
-    return total / num, diverged / num
+    found: tuple[Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
+        student_ND, student_head, teacher, labels_N, objective, tokens_at_once(vocabulary)
+    )
+    return found
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_ND: Tensor,
+        head: Head,
+        teacher: Callable[[slice], Tensor | TopK],
+        labels_N: Tensor,
+        objective: Objective,
+        at_once: int,
+    ) -> tuple[Tensor, Tensor]:
+        wants_gradient = student_ND.requires_grad
+        grad_ND = torch.zeros_like(student_ND) if wants_gradient else None
+        total = student_ND.new_zeros((), dtype=torch.float32)
+        diverged = torch.zeros_like(total)
+        counted = labels_N != -100
+        num = counted.sum().clamp_min(1)
+        for start in range(0, len(student_ND), at_once):
+            part = slice(start, min(start + at_once, len(student_ND)))
+            if not counted[part].any():
+                continue
+            with torch.set_grad_enabled(wants_gradient):
+                inputs_nD = student_ND[part].detach().requires_grad_(wants_gradient)
+                loss, kl = _chunk(inputs_nD, head, teacher(part), labels_N[part], objective)
+            if grad_ND is not None:
+                (grad_ND[part],) = torch.autograd.grad(loss, inputs_nD)
+            total += loss.detach()
+            diverged += kl.detach()
+        ctx.save_for_backward(grad_ND / num if grad_ND is not None else None)
+        diverged = diverged / num
+        ctx.mark_non_differentiable(diverged)
+        return total / num, diverged
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grads[0], None, None, None, None, None
 
 
 def _chunk(
@@ -105,12 +141,13 @@ def _chunk(
 
 
 @torch.no_grad()
-def token_nats(normed_ND: Tensor, head: Head, labels_N: Tensor) -> Tensor:
+def token_nats(normed_ND: Tensor, head: Head, labels_N: Tensor, vocabulary: int) -> Tensor:
     """Mean next-token loss over the tokens that count, a float32 scalar."""
     total = torch.zeros((), dtype=torch.float32, device=normed_ND.device)
-    for start in range(0, len(normed_ND), CHUNK):
-        logits_nV = head(normed_ND[start : start + CHUNK]).float()
-        labels_n = labels_N[start : start + CHUNK]
+    at_once = tokens_at_once(vocabulary)
+    for start in range(0, len(normed_ND), at_once):
+        logits_nV = head(normed_ND[start : start + at_once]).float()
+        labels_n = labels_N[start : start + at_once]
         total += torch.nn.functional.cross_entropy(logits_nV, labels_n, ignore_index=-100, reduction="sum")
     return total / (labels_N != -100).sum().clamp_min(1)
 
