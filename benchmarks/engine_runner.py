@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 
 Ids = list[int]
+# seconds; a context whose prefill would take longer is not timed
+SLOWEST_PREFILL = 60.0
 
 
 def log_probabilities(logits_TV: Any) -> Any:
@@ -265,16 +267,21 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             return None
 
     attempt("bytes_per_token", engine.bytes_per_token)
+    started = time.perf_counter()
     attempt("nats", lambda: [engine.nats(ids) for ids in task["windows"]])
+    per_token = (time.perf_counter() - started) / sum(map(len, task["windows"]))
     last = attempt("last", lambda: [engine.last(ids) for ids in task["prefixes"]])
     if last is not None:
         np.savez_compressed(task["out"], last=np.array(last, dtype=np.float32))
         del result["last"]
     attempt("greedy", lambda: engine.greedy(task["prompt"], task["num_greedy"]))
     long = [token for ids in task["windows"] * 8 for token in ids]
+    contexts = [size for size in task["contexts"] if size * per_token < SLOWEST_PREFILL]
+    if contexts != task["contexts"]:
+        result["errors"]["contexts"] = f"a prompt token takes {1000 * per_token:.0f} ms: speed at short contexts only"
     attempt(
         "seconds_per_token",
-        lambda: {str(size): engine.seconds_per_token(long[:size], task["steps"]) for size in task["contexts"]},
+        lambda: {str(size): engine.seconds_per_token(long[:size], task["steps"]) for size in contexts},
     )
     return result
 

@@ -104,7 +104,7 @@ def show_healing(report: HealReport, console: Console) -> None:
     repeated = [f"{text} {count} times" for text, count in report.passes.items() if count > 1]
     if repeated:
         facts.add_row("texts that began anew", ", ".join(repeated))
-    facts.add_row("trained", f"{report.num_trained:,} parameters, learning rate {report.rate:g}")
+    facts.add_row("trained", f"{report.num_trained:,} parameters, steps of {report.rate:g} of their size")
     facts.add_row("time", f"{report.seconds:,.0f} s")
     facts.add_row("written", f"{report.destination}")
     console.print(facts)

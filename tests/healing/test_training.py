@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from transmla.healing.curves import healing_curve, write_curve
-from transmla.healing.training import by_text, last_checkpoint, learning_rate, schedule
+from transmla.healing.training import LEAST_SIZE, Healer, arguments, by_text, last_checkpoint, learning_rate, schedule
 from transmla.recipe import Healing
 
 
@@ -34,10 +35,23 @@ def test_schedule(
     assert found.steps * found.batch * settings["window"] >= settings["tokens"]
 
 
-def test_larger_models_learn_slower() -> None:
-    rates = [learning_rate(Healing(), count) for count in (10**5, 10**8, 10**9, 10**10)]
-    assert rates == sorted(rates, reverse=True) and rates[-1] == 2e-5
+def test_small_models_take_larger_steps() -> None:
+    assert [learning_rate(Healing(), count) for count in (10**5, 10**8, 10**10)] == [4e-3, 1e-3, 1e-3]
     assert learning_rate(Healing(rate=3e-4), 10**10) == 3e-4
+
+
+def test_steps_are_in_proportion_to_the_matrix(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(8, 8, bias=False) for name in ("large", "small", "new", "frozen")}
+    )
+    with torch.no_grad():
+        for name, size in (("large", 4.0), ("small", 0.5), ("new", 0.0), ("frozen", 1.0)):
+            model[name].weight.fill_(size)
+    model["frozen"].requires_grad_(False)
+    settings = Healing(precision="float32")
+    given = arguments(settings, schedule(settings, 1), 0.01, tmp_path, "cpu")
+    groups = Healer(model=model, args=given, eval_dataset=[]).create_optimizer().param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.04, 0.005, 0.01 * LEAST_SIZE])
 
 
 def test_recovery_of_each_text_and_its_error() -> None:
@@ -68,7 +82,7 @@ def test_curves(tmp_path: Path) -> None:
         log.append({"step": step, "eval_loss": 0.4 - step / 10})
         log[-1] |= {f"eval_a/{key}": 0.5 for key in ("divergence", "nats", "source_nats", "recovery", "recovery_error")}
     curve = healing_curve(log, 1000, ["a"])
-    assert curve["train"] == [{"step": 2, "loss": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4, "tokens": 2000}]
+    assert curve["train"] == [{"step": 2, "loss": 0.5, "grad_norm": 1.0, "tokens": 2000}]
     assert [(one["tokens"], one["loss"]) for one in curve["heldout"]] == [(0, 0.4), (2000, pytest.approx(0.2))]
     write_curve(curve, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -64,7 +64,7 @@ def test_chunks_change_nothing(share: float, kept: int | None, monkeypatch: pyte
         return wanted[part] if kept is None else top_k(wanted[part], kept, 1.5)
 
     def run() -> tuple[float, float, Tensor]:
-        loss, kl = distillation_loss(hidden, lambda x: x @ weight.T, teacher, LABELS, objective, V)
+        loss, kl = distillation_loss(hidden, weight, teacher, LABELS, objective)
         (gradient,) = torch.autograd.grad(3 * loss, hidden)
         return float(loss.detach()), float(kl), gradient / 3
 
@@ -86,9 +86,7 @@ def test_chunks_change_nothing(share: float, kept: int | None, monkeypatch: pyte
 def test_nothing_to_learn_is_no_loss() -> None:
     hidden = lively(N, D, seed=6).requires_grad_()
     nothing = torch.full((N,), -100)
-    loss, kl = distillation_loss(
-        hidden, lambda x: x @ lively(D, V, seed=3), lambda _: lively(1, V, seed=4), nothing, Objective(), V
-    )
+    loss, kl = distillation_loss(hidden, lively(V, D, seed=3), lambda _: lively(1, V, seed=4), nothing, Objective())
     assert float(loss.detach()) == float(kl) == 0
 
 

@@ -51,7 +51,12 @@ class Count(click.ParamType[int]):
     help="Windows per step. [default: a 400th of all, at least 1, at most 64]",
 )
 @option("--micro", type=click.IntRange(min=1), metavar="N", help="Windows at once on a device. [default: 1]")
-@option("--rate", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Learning rate. [default: by size]")
+@option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="Step size relative to each matrix. [default: 1e-3, small models 4e-3]",
+)
 @option("--train", type=click.Choice(TRAINED), help="What is trained. [default: attention]")
 @option("--lora", type=click.IntRange(min=1), metavar="R", help="Train adapters of rank R, merged at the end.")
 @option("--temperature", type=click.FloatRange(min=0, min_open=True), metavar="T", help="Of the KL. [default: 1]")

@@ -16,7 +16,7 @@ METRICS = ("divergence", "nats", "source_nats", "recovery", "recovery_error")
 def healing_curve(log: list[dict[str, Any]], tokens_per_step: int, texts: list[str]) -> dict[str, Any]:
     """train: loss by step;  heldout: `METRICS` of each text by step. Divergences and nats are per token."""
     train = [
-        {key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in entry}
+        {key: entry[key] for key in ("step", "loss", "grad_norm") if key in entry}
         | {"tokens": entry["step"] * tokens_per_step}
         for entry in log
         if "loss" in entry

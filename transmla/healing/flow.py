@@ -326,7 +326,7 @@ def _write(run: _Run, work: Path, writer: CheckpointWriter, provenance: dict[str
         "source": name,
         "settings": asdict(run.settings),
         "texts": json.loads((work / TEXTS).read_text()),
-        "learning_rate": run.rate,
+        "rate": run.rate,
         "trained_parameters": run.num_trained,
         "processes": run.processes.size,
         "steps": run.best_step,

@@ -53,11 +53,10 @@ class Student(UnfoldedForCausalLM):
         for window, labels_T in enumerate(labels):
             loss, divergence = distillation_loss(
                 normed_BTD[window],
-                self.lm_head,
+                self.lm_head.weight,
                 lambda tokens, window=window: lesson.predictions(window, tokens),  # type: ignore[misc]
                 labels_T,
                 self.objective,
-                self.config.vocab_size,
             )
             losses.append(loss)
             divergences.append(divergence)

@@ -67,21 +67,21 @@ def tokens_at_once(vocabulary: int) -> int:
 
 def distillation_loss(
     student_ND: Tensor,
-    student_head: Head,
+    head_VD: Tensor,
     teacher: Callable[[slice], Tensor | TopK],
     labels_N: Tensor,
     objective: Objective,
-    vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
     """(loss, divergence alone) as means over the tokens that count, float32.
 
     student_ND: inputs of the student's head, the only thing that gets a gradient: heads are not trained
+    head_VD:    lm_head
     teacher:    tokens -> their logits [n, V] or `TopK`
     labels_N:   the next token of each, -100 where nothing is to be learned, in which case the token does not count
     Logits exist for a few tokens at a time: the gradient is computed along with the loss.
     """
     found: tuple[Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
-        student_ND, student_head, teacher, labels_N, objective, tokens_at_once(vocabulary)
+        student_ND, head_VD, teacher, labels_N, objective
     )
     return found
 
@@ -91,11 +91,10 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any,
         student_ND: Tensor,
-        head: Head,
+        head_VD: Tensor,
         teacher: Callable[[slice], Tensor | TopK],
         labels_N: Tensor,
         objective: Objective,
-        at_once: int,
     ) -> tuple[Tensor, Tensor]:
         wants_gradient = student_ND.requires_grad
         grad_ND = torch.zeros_like(student_ND) if wants_gradient else None
@@ -103,15 +102,18 @@ class _Loss(torch.autograd.Function):
         diverged = torch.zeros_like(total)
         counted = labels_N != -100
         num = counted.sum().clamp_min(1)
+        at_once = tokens_at_once(len(head_VD))
         for start in range(0, len(student_ND), at_once):
             part = slice(start, min(start + at_once, len(student_ND)))
             if not counted[part].any():
                 continue
+            logits_nV = student_ND[part] @ head_VD.T
             with torch.set_grad_enabled(wants_gradient):
-                inputs_nD = student_ND[part].detach().requires_grad_(wants_gradient)
-                loss, kl = _chunk(inputs_nD, head, teacher(part), labels_N[part], objective)
+                logits_nV.requires_grad_(wants_gradient)
+                loss, kl = _chunk(logits_nV, teacher(part), labels_N[part], objective)
             if grad_ND is not None:
-                (grad_ND[part],) = torch.autograd.grad(loss, inputs_nD)
+                (grad_nV,) = torch.autograd.grad(loss, logits_nV)
+                grad_ND[part] = grad_nV @ head_VD
             total += loss.detach()
             diverged += kl.detach()
         ctx.save_for_backward(grad_ND / num if grad_ND is not None else None)
@@ -122,14 +124,12 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0], None, None, None, None, None
+        return grad_ND * grads[0], None, None, None, None
 
 
-def _chunk(
-    student_ND: Tensor, head: Head, teacher: Tensor | TopK, labels_N: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor]:
+def _chunk(student_NV: Tensor, teacher: Tensor | TopK, labels_N: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """Sums over the tokens that count."""
-    logits_NV = head(student_ND).float()
+    logits_NV = student_NV.float()
     against = divergence_top_k if isinstance(teacher, TopK) else divergence
     found_N = against(logits_NV, teacher, objective.temperature)  # type: ignore[arg-type]
     kl = torch.where(labels_N != -100, found_N, 0.0).sum()
