@@ -41,7 +41,7 @@ def result(tmp_path: Path) -> Path:
             quantised=[{"bits": 4, "bytes_per_token": 100.0, "nats": [2.15, 2.35]}, None],
             positions={"edges": [0, 512, 1024], "nats": [[2.1, 2.2]]},
             tasks=[task | {"value": 0.6, "standard_error": None}],
-            layers=[{"stream_loss_heldout": 0.01}, {"stream_loss_heldout": 0.02}],
+            layers=[{"stream_loss_heldout": error, "latent_loss": 10 * error} for error in (0.01, 0.02)],
             smoke={"num_empty": 0, "repeated": 0.25, "continuations": [
                 {"prompt": "Once", "text": " upon & a time", "num_tokens": 4, "repeated": 0.25}]},
         ),
@@ -59,6 +59,29 @@ def result(tmp_path: Path) -> Path:
         "skipped": [{"model": "mla", "part": "needles", "why": "no wonderwords"}],
     }  # fmt: skip
     path = tmp_path / "mla-24-8.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def timing(tmp_path: Path) -> Path:
+    """What `bench` writes, by hand; the last context did not fit."""
+    rows = [
+        {
+            "model": name, "batch": 1, "context": context, "first_token_seconds": 0.25,
+            "prefill_tokens_per_second": 2048.0, "tokens_per_second": 21.5 * ratio, "slowest": 20.0 * ratio,
+            "fastest": 22.0 * ratio, "speed_ratio": ratio, "cache_bytes_per_token": 640.0, "floor_seconds": 0.01,
+            "of_floor": 4.5, "peak_bytes": None, "failed": None,
+        }
+        for context in (512, 2048) for name, ratio in (("source", 1.0), ("mla", 1.5))
+    ]  # fmt: skip
+    failed = dict.fromkeys(rows[0]) | {"model": "mla", "batch": 1, "context": 8192, "failed": "out of memory"}
+    setting = {"dtype": "bfloat16", "device": "cpu", "device_name": "cpu", "threads": 2, "steps": 4, "repeats": 3}
+    content = {
+        "rows": [*rows, failed], "rates": {"multiply_adds": 2e11, "bytes": 2.0**31}, "notes": [],
+        "setting": setting | {"versions": {}},
+    }  # fmt: skip
+    path = tmp_path / "speed.json"
     path.write_text(json.dumps(content))
     return path
 
@@ -88,28 +111,31 @@ class Page(HTMLParser):
         self.shown += data
 
 
-def test_every_number_is_on_the_page(result: Path, tmp_path: Path) -> None:
-    out = transmla.report([result], tmp_path / "page.html", pictures=tmp_path / "pictures")
+def test_every_number_is_on_the_page(result: Path, timing: Path, tmp_path: Path) -> None:
+    out = transmla.report([result, timing], tmp_path / "page.html", pictures=tmp_path / "pictures")
     page = Page(out.read_text("utf-8"))
     assert page.open == []
     for shown in (
         "-50.0%", "×1.111", "1.1110 ± 0.0022", "0.0512", "90.0%", "source, 4 bits", "mla-24-8, 4 bits", "85.7%",
         "-0.1000 ± ?", "512-1,024", "upon & a time", "no wonderwords", "passed", "missed", "a <b>.txt", "2026-11-22",
+        "32.2 (30.0-33.0)", "1.50", "2,048", "out of memory", "200 G/s", "2.0 GiB/s",
     ):  # fmt: skip
         assert shown in page.shown, shown
-    drawn = ("frontier", "positions", "recovery", "layers")
+    drawn = ("frontier", "positions", "recovery", "speed", "spectrum", "layers")
     names = {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
 
 
-def test_the_page_stands_alone_and_is_reproducible(result: Path, tmp_path: Path) -> None:
-    first, second = (transmla.report([result], tmp_path / name).read_text("utf-8") for name in ("a.html", "b.html"))
+def test_the_page_stands_alone_and_is_reproducible(result: Path, timing: Path, tmp_path: Path) -> None:
+    first, second = (
+        transmla.report([result, timing], tmp_path / name).read_text("utf-8") for name in ("a.html", "b.html")
+    )
     assert first == second
     links = [value for key, value in Page(first).attributes if key in ("src", "href", "xlink:href")]
     assert all(value and value.startswith("#") for value in links)
     assert "<script" not in first and "@import" not in first and "url(http" not in first
     assert "prefers-color-scheme: dark" in first and 'lang="en"' in first and "@media print" in first
-    assert len(re.findall("aria-label=", first)) == 4 and str(tmp_path) not in first
+    assert len(re.findall("aria-label=", first)) == 6 and str(tmp_path) not in first
 
 
 def test_frontier_rows(result: Path) -> None:
@@ -128,6 +154,16 @@ def test_positions_of_another_context_are_not_compared(result: Path, tmp_path: P
     result.write_text(json.dumps(content))
     page = Page(transmla.report([result], tmp_path / "page.html").read_text("utf-8"))
     assert "512-1,024" in page.shown and "times the source, by position" not in page.shown
+
+
+def test_timings_alone_are_no_report(timing: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing to report"):
+        transmla.report([timing], tmp_path / "page.html")
+    content = json.loads(timing.read_text())
+    del content["rows"][0]["failed"]
+    timing.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="no result file"):
+        transmla.report([timing], tmp_path / "page.html")
 
 
 def test_what_is_no_result(tmp_path: Path, result: Path) -> None:

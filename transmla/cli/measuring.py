@@ -147,7 +147,7 @@ def bench_command(model: str, json_file: str | None, quiet: bool, **given: Any) 
 @option("--pictures", metavar="DIR", help="Also write every figure as PNG and SVG there.")
 @option("--published", metavar="FILE", help="JSON rows of other methods: name, bytes_per_token, ratio to the source.")
 def report_command(results: tuple[str, ...], out: str, pictures: str | None, published: str | None) -> None:
-    """Make one page with tables and pictures of files that `transmla eval --json` has written."""
+    """Make one page with tables and pictures of files that `transmla eval --json` and `bench --json` have written."""
     with errors():
         import transmla
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -80,21 +81,75 @@ def positions(results: list[Result]) -> Figure | None:
 
 def layers(results: list[Result]) -> Figure | None:
     """Held-out stream error of every layer, from the provenance of converted models."""
+    return _by_layer(
+        results,
+        lambda layer: layer.get("stream_loss_heldout"),
+        "squared error of the stream, share of its energy",
+        bottom=0,
+    )
+
+
+def spectrum(results: list[Result]) -> Figure | None:
+    """Share of the weighted energy of keys and values that the latent of each layer keeps."""
+    return _by_layer(
+        results,
+        lambda layer: 1 - layer["latent_loss"] if "latent_loss" in layer else None,
+        "energy that the rank keeps",
+    )
+
+
+def _by_layer(
+    results: list[Result], value: Callable[[dict[str, Any]], float | None], label: str, bottom: float | None = None
+) -> Figure | None:
     figure, axes = _axes()
     for number, result in enumerate(results):
-        errors = [layer["stream_loss_heldout"] for layer in result.content["model"].get("layers") or []]
-        if errors:
+        found = [value(layer) for layer in result.content["model"].get("layers") or []]
+        if found and None not in found:
             axes.plot(
-                range(len(errors)), errors, marker=MARKERS[number % 6], markersize=4, color=COLOURS[number % 6],
+                range(len(found)), found, marker=MARKERS[number % 6], markersize=4, color=COLOURS[number % 6],
                 label=result.name,
             )  # fmt: skip
     if not axes.lines:
         return None
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=bottom)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
-    axes.set_ylabel("squared error of the stream, share of its energy")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def speed(timings: list[Result]) -> Figure | None:
+    """Decoding speed against context, at the smallest batch of each file; bars from the slowest to the fastest."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    for timing in timings:
+        rows = [row for row in timing.content["rows"] if row["tokens_per_second"] is not None]
+        smallest = min((row["batch"] for row in rows), default=0)
+        for row in rows:
+            if row["batch"] == smallest:
+                series.setdefault(f"{row['model']}, batch {smallest}", []).append(row)
+    if not series:
+        return None
+    figure, axes = _axes()
+    for number, (name, rows) in enumerate(series.items()):
+        middle = [row["tokens_per_second"] for row in rows]
+        spread = [
+            [value - row["slowest"] for value, row in zip(middle, rows, strict=True)],
+            [row["fastest"] - value for value, row in zip(middle, rows, strict=True)],
+        ]
+        axes.errorbar(
+            [row["context"] for row in rows], middle, yerr=spread, capsize=3, marker=MARKERS[number % 6],
+            color=COLOURS[number % 6], label=name,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row["context"] for rows in series.values() for row in rows}))
+    axes.set_xticks([], minor=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("decoding, tokens per second")
     axes.legend(frameon=False, labelcolor=GREY)
     return figure
 

@@ -14,7 +14,7 @@ from transmla.checkpoint.destination import disk_errors
 from transmla.errors import DataError
 from transmla.evaluation import plots
 from transmla.evaluation.evaluate import quantised_sizes
-from transmla.evaluation.results import Result, frontier_rows, perplexity_of, read_published, read_results
+from transmla.evaluation.results import Result, frontier_rows, perplexity_of, read_published, read_results_and_timings
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,23 @@ def report(
     pictures: str | Path | None = None,
     published: str | Path | None = None,
 ) -> Path:
-    """Write the page `out` from files of `transmla eval --json`; returns its path. An existing page is replaced.
+    """Write the page `out` from files of `transmla eval --json` and `transmla bench --json`; returns its path.
 
+    An existing page is replaced.
     pictures:  folder for a PNG and an SVG of every figure
     published: JSON file with rows of other methods for the frontier: name, bytes_per_token, ratio
     Raises `DataError` for other files, `DestinationError`.
     """
-    found = read_results([Path(path) for path in results])
+    found, timings = read_results_and_timings([Path(path) for path in results])
     if not found:
-        raise DataError("nothing to report", where="RESULTS", why="no file was given", remedy="give result files")
-    drawn = _figures(found, read_published(published))
-    page = _page(found, drawn)
+        raise DataError(
+            "nothing to report",
+            where="RESULTS",
+            why="no file of `transmla eval` was given",
+            remedy="give at least one; files of `transmla bench` are shown beside it",
+        )
+    drawn = _figures(found, timings, read_published(published))
+    page = _page(found, timings, drawn)
     with disk_errors(Path(out)):
         Path(out).write_text(page, encoding="utf-8")
     if pictures is not None:
@@ -78,19 +84,23 @@ def report(
     return Path(out)
 
 
-def _figures(results: list[Result], published: list[dict[str, Any]]) -> dict[str, tuple[str, Any]]:
+def _figures(
+    results: list[Result], timings: list[Result], published: list[dict[str, Any]]
+) -> dict[str, tuple[str, Any]]:
     """Name -> (what it shows, figure), of those that there is data for."""
     rows = frontier_rows(results, published)
     made = {
         "frontier": ("Perplexity against cache bytes per token", plots.frontier(rows) if rows else None),
         "positions": ("Perplexity, times the source, by position in the text", plots.positions(results)),
         "recovery": ("Task recovery: score as a share of the source's", plots.recovery(results)),
+        "speed": ("Decoding speed against context", plots.speed(timings)),
+        "spectrum": ("Energy of keys and values that each layer's latent keeps", plots.spectrum(results)),
         "layers": ("Error of the residual stream behind each layer, held out", plots.layers(results)),
     }
     return {name: (label, figure) for name, (label, figure) in made.items() if figure is not None}
 
 
-def _page(results: list[Result], drawn: dict[str, tuple[str, Any]]) -> str:
+def _page(results: list[Result], timings: list[Result], drawn: dict[str, tuple[str, Any]]) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("transmla.evaluation", ""), autoescape=True, trim_blocks=True)
@@ -104,6 +114,7 @@ def _page(results: list[Result], drawn: dict[str, tuple[str, Any]]) -> str:
         _caches(results, shown),
         _tasks(results, shown),
         _positions(results, shown),
+        _speed(timings, shown),
         _layers(shown),
         _texts_written(results),
         _gates(results),
@@ -234,8 +245,38 @@ def _positions(results: list[Result], shown: dict[str, Picture]) -> Section | No
 
 
 def _layers(shown: dict[str, Picture]) -> Section | None:
-    note = "What the closed form leaves of each layer before refinement, relative to the source's residual stream."
-    return Section("By layer", [note], [], _one(shown, "layers")) if "layers" in shown else None
+    note = (
+        "What the rank keeps of each layer's keys and values, in the metric of the scores, and what the closed form "
+        "loses of the residual stream, before refinement."
+    )
+    figures = [*_one(shown, "spectrum"), *_one(shown, "layers")]
+    return Section("By layer", [note], [], figures) if figures else None
+
+
+def _speed(timings: list[Result], shown: dict[str, Picture]) -> Section | None:
+    tables = []
+    for timing in timings:
+        setting, rates = timing.content["setting"], timing.content["rates"]
+        rows = [
+            [row["model"], str(row["batch"]), f"{row['context']:,}", f"{row['first_token_seconds']:.2f}",
+             f"{row['prefill_tokens_per_second']:,.0f}",
+             f"{row['tokens_per_second']:.1f} ({row['slowest']:.1f}-{row['fastest']:.1f})",
+             f"{row['speed_ratio']:.2f}" if row["speed_ratio"] else "", f"{row['of_floor']:.1f}"]
+            if row["tokens_per_second"] is not None
+            else [row["model"], str(row["batch"]), f"{row['context']:,}", Cell(row["failed"] or "", "text")]
+            for row in timing.content["rows"]
+        ]  # fmt: skip
+        caption = (
+            f"{setting['dtype']} on {setting['device_name']}, {setting['threads']} threads, medians of "
+            f"{setting['repeats']} alternating runs (slowest-fastest); this machine multiplies "
+            f"{rates['multiply_adds'] / 1e9:,.0f} G/s and copies {rates['bytes'] / 2**30:,.1f} GiB/s"
+        )
+        head = (
+            "model", "batch", "context", "first token, s", "prefill, tokens/s", "decoding, tokens/s",
+            "times the source", "times the roofline's floor",
+        )  # fmt: skip
+        tables.append(Table(caption, head, rows))
+    return Section("Speed", [], tables, _one(shown, "speed")) if tables else None
 
 
 def _texts_written(results: list[Result]) -> Section | None:

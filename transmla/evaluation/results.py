@@ -1,4 +1,4 @@
-"""Result files of `transmla eval --json`: read, checked, and turned into the rows that tables and plots share."""
+"""Files of `transmla eval --json` and `transmla bench --json`: read, checked, turned into rows for tables and plots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Result:
-    """name: of the file, without its ending;  content: see results.schema.json"""
+    """name: of the file, without its ending;  content: see results.schema.json, of `bench` bench.schema.json"""
 
     name: str
     content: dict[str, Any]
@@ -45,19 +45,35 @@ class FrontierRow:
 
 def read_results(paths: Iterable[Path]) -> list[Result]:
     """Result files; `DataError` for anything else."""
-    found = []
-    schema = json.loads((resources.files("transmla.evaluation") / "results.schema.json").read_text("utf-8"))
+    return [_checked(path, _content(path), "results") for path in paths]
+
+
+def read_results_and_timings(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
+    """Files of `eval` and of `bench`; `DataError` for anything else."""
+    results, timings = [], []
     for path in paths:
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise _no_result(path, str(error)) from error
-        try:
-            jsonschema.validate(content, schema)
-        except jsonschema.ValidationError as error:
-            raise _no_result(path, f"{error.json_path}: {error.message[:200]}") from error
-        found.append(Result(path.stem, content))
-    return found
+        content = _content(path)
+        if isinstance(content, dict) and "rows" in content:
+            timings.append(_checked(path, content, "bench"))
+        else:
+            results.append(_checked(path, content, "results"))
+    return results, timings
+
+
+def _content(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_result(path, str(error)) from error
+
+
+def _checked(path: Path, content: Any, schema: str) -> Result:
+    wanted = json.loads((resources.files("transmla.evaluation") / f"{schema}.schema.json").read_text("utf-8"))
+    try:
+        jsonschema.validate(content, wanted)
+    except jsonschema.ValidationError as error:
+        raise _no_result(path, f"{error.json_path}: {error.message[:200]}") from error
+    return Result(path.stem, content)
 
 
 def perplexity_of(model: dict[str, Any], text: str) -> Perplexity:
@@ -131,5 +147,8 @@ def frontier_table(rows: list[FrontierRow]) -> str:
 
 def _no_result(path: Path, why: str) -> DataError:
     return DataError(
-        "this is no result file", where=str(path), why=why, remedy="pass files that `transmla eval --json` has written"
+        "this is no result file",
+        where=str(path),
+        why=why,
+        remedy="pass files that `transmla eval --json` has written, and for `transmla report` those of bench, too",
     )
