@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from transmla.healing.curves import healing_curve, write_curve
-from transmla.healing.training import LEAST_SIZE, Healer, arguments, by_text, last_checkpoint, learning_rate, schedule
+from transmla.healing.optimizer import LEAST, LEAST_OF_ADAPTERS, RelativeAdam
+from transmla.healing.training import Healer, arguments, by_text, last_checkpoint, learning_rate, schedule
 from transmla.recipe import Healing
 
 
@@ -40,18 +41,37 @@ def test_small_models_take_larger_steps() -> None:
     assert learning_rate(Healing(rate=3e-4), 10**10) == 3e-4
 
 
-def test_steps_are_in_proportion_to_the_matrix(tmp_path: Path) -> None:
-    model = torch.nn.ModuleDict(
-        {name: torch.nn.Linear(8, 8, bias=False) for name in ("large", "small", "new", "frozen")}
-    )
-    with torch.no_grad():
-        for name, size in (("large", 4.0), ("small", 0.5), ("new", 0.0), ("frozen", 1.0)):
-            model[name].weight.fill_(size)
+def test_adapters_may_start_at_nothing(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8, bias=False) for name in ("plain", "lora_B", "frozen")})
     model["frozen"].requires_grad_(False)
     settings = Healing(precision="float32")
     given = arguments(settings, schedule(settings, 1), 0.01, tmp_path, "cpu")
     groups = Healer(model=model, args=given, eval_dataset=[]).create_optimizer().param_groups
-    assert [group["lr"] for group in groups] == pytest.approx([0.04, 0.005, 0.01 * LEAST_SIZE])
+    assert [(len(group["params"]), group["least"]) for group in groups] == [(1, LEAST), (1, LEAST_OF_ADAPTERS)]
+
+
+def test_steps_are_shares_of_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 64, generator=generator, dtype=torch.float64) * torch.tensor([[10.0], [0.1], [0.0]])
+    relative = torch.nn.Parameter(start.clone())
+    optimizer = RelativeAdam([relative], lr=1e-2, least=0.5)
+    for _ in range(5):
+        # what torch's Adam does in one step, row by row, with the rate times the size of the row as it is then
+        before, sizes = relative.detach().clone(), relative.detach().square().mean(-1).sqrt().clamp_min(0.5)
+        relative.grad = torch.randn(start.shape, generator=generator, dtype=torch.float64)
+        state = {key: value.clone() for key, value in optimizer.state[relative].items()}
+        gradient = relative.grad.clone()
+        optimizer.step()
+        for row, size in enumerate(sizes):
+            plain = torch.nn.Parameter(before[row].clone())
+            adam = torch.optim.Adam([plain], lr=1e-2 * float(size), betas=(0.9, 0.95), eps=1e-12)
+            if state:
+                adam.state[plain] = {
+                    key: (value if key == "step" else value[row]).clone() for key, value in state.items()
+                }
+            plain.grad = gradient[row].clone()
+            adam.step()
+            assert torch.allclose(relative[row], plain, rtol=1e-9, atol=1e-12)
 
 
 def test_recovery_of_each_text_and_its_error() -> None:

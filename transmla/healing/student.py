@@ -91,10 +91,15 @@ def teach(model: UnfoldedForCausalLM, teacher: Teacher, objective: Objective, hi
 
 
 def select_trained(model: nn.Module, train: str) -> None:
-    """Leave gradients to the attention, or to "all" layers and the last norm; never to embeddings and head."""
+    """Leave gradients to the attention, or to "all" layers and the last norm; never to embeddings and head.
+
+    Gains of the latents stay: the matrices on both sides of them can do all that they could.
+    """
     for name, parameter in model.named_parameters():
         part = ".layers." if train == "all" else ".self_attn."
-        parameter.requires_grad = part in name or (train == "all" and name == "model.norm.weight")
+        is_gain = name.endswith(("kv_a_layernorm.weight", "q_a_layernorm.weight"))
+        chosen = part in name or (train == "all" and name == "model.norm.weight")
+        parameter.requires_grad = chosen and not is_gain
 
 
 def halve_frozen(model: nn.Module) -> None:

@@ -28,14 +28,12 @@ from transformers import (
 )
 
 from transmla.healing.data import Progress, Windows
+from transmla.healing.optimizer import LEAST_OF_ADAPTERS, RelativeAdam
 from transmla.recipe import Healing
 
-# largest step of Adam relative to the root mean square of each matrix, by trained parameters, up to so many
+# largest step of Adam relative to the size of each row, by trained parameters, up to so many
 # (benchmarks/heal.md); on the matrices of 8B models 1e-3 is about the 2e-5 of the literature (2502.07864, 2502.14837)
 RATES = ((5e6, 4e-3), (float("inf"), 1e-3))
-# of a matrix that has none yet, as new adapters
-LEAST_SIZE = 0.02
-FLOOR = 0.1  # of the learning rate at the end of the cosine
 STEPS_WANTED, LARGEST_BATCH = 400, 64
 
 
@@ -88,10 +86,9 @@ def arguments(settings: Healing, made: Schedule, rate: float, folder: Path, devi
         per_device_eval_batch_size=settings.micro,
         gradient_accumulation_steps=made.accumulated,
         learning_rate=rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": FLOOR},
+        lr_scheduler_type="cosine",
         warmup_steps=math.ceil(settings.warmup * made.steps),
-        max_grad_norm=1.0,
+        max_grad_norm=0.0,  # Adam's steps have a size of their own
         bf16=settings.precision == "bfloat16",
         use_cpu=device == "cpu",
         ddp_find_unused_parameters=False,
@@ -145,25 +142,17 @@ def trainer(
 
 
 class Healer(Trainer):
-    """Trainer with a step size for each matrix, in proportion to its root mean square: one rate for all models."""
+    """Trainer with steps in proportion to what they change."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            trained: Any = self.model if model is None else model
-            groups = [
-                {"params": [parameter], "lr": self.args.learning_rate * root_mean_square(parameter)}
-                for parameter in trained.parameters()
-                if parameter.requires_grad
-            ]
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            whole: Any = self.model if model is None else model
+            trained = [(name, parameter) for name, parameter in whole.named_parameters() if parameter.requires_grad]
+            new = [parameter for name, parameter in trained if "lora_" in name]
+            old = [parameter for name, parameter in trained if "lora_" not in name]
+            groups: list[dict[str, Any]] = [{"params": old}, {"params": new, "least": LEAST_OF_ADAPTERS}]
+            self.optimizer = RelativeAdam([group for group in groups if group["params"]], lr=self.args.learning_rate)
         return self.optimizer
-
-
-def root_mean_square(parameter: Tensor) -> float:
-    """Of all of it, wherever its parts are; at least LEAST_SIZE."""
-    whole = parameter.detach()
-    whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-    return max(LEAST_SIZE, float(whole.float().square().mean().sqrt()))
 
 
 def last_checkpoint(folder: Path) -> str | None:
