@@ -42,7 +42,7 @@ class Healing:
     window: int = 1024  # tokens per window
     batch: int | None = None  # windows per step; None: a 400th of all windows, at least 1, at most 64
     micro: int = 1  # windows at once on a device
-    rate: float | None = None  # largest step, relative to the size of each matrix; None: by the size of the model
+    rate: float | None = None  # largest step, as a share of the row that it changes; None: by the size of the model
     warmup: float = 0.05  # share of the steps
     train: str = "attention"  # or "all"
     lora: int | None = None  # rank of adapters on the attention, merged at the end; None: the weights themselves

@@ -33,7 +33,7 @@ from transmla.recipe import Healing
 
 # largest step of Adam relative to the size of each row, by trained parameters, up to so many
 # (benchmarks/heal.md); on the matrices of 8B models 1e-3 is about the 2e-5 of the literature (2502.07864, 2502.14837)
-RATES = ((5e6, 4e-3), (float("inf"), 1e-3))
+RATES = ((5e6, 1e-2), (float("inf"), 1e-3))
 STEPS_WANTED, LARGEST_BATCH = 400, 64
 
 
