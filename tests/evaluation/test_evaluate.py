@@ -1,6 +1,9 @@
 """The whole evaluation on stories260k: suites, gates, going on after an interruption, what was left out."""
 
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,18 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def shape(value: Any, path: str = "") -> Iterator[str]:
+    """Every path in a result with the type of what is there; elements of lists are alike, and so are texts."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from shape(inner, f"{path}/{'TEXT' if path.endswith('/texts') else key}")
+    elif isinstance(value, list) and value:
+        for inner in value:
+            yield from shape(inner, f"{path}[]")
+    else:
+        yield f"{path} {type(value).__name__}"
+
+
 def test_all_parts_and_their_comparison(converted: Path, suite: str) -> None:
     report = transmla.evaluate(converted, "stories260k", suite=suite, **SETTINGS)
     plain = json.loads(json.dumps(report.plain(), allow_nan=False))
@@ -41,6 +56,11 @@ def test_all_parts_and_their_comparison(converted: Path, suite: str) -> None:
     jsonschema.validate(plain, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(plain | {"model": plain["model"] | {"nats": []}}, schema)
+    golden = Path(__file__).parent / "golden" / "result.txt"
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", plain["made"].pop("commit") or "0" * 12)  # none where git is not
+    if os.environ.get("TRANSMLA_GOLDEN"):
+        golden.write_text("\n".join(sorted(set(shape(plain)))) + "\n", encoding="utf-8")
+    assert sorted(set(shape(plain))) == golden.read_text("utf-8").splitlines()
     assert list(plain["model"]["texts"]) == SETTINGS["text"]
     assert plain["model"]["cache_bytes_per_token"] * 2 == plain["source"]["cache_bytes_per_token"]
     # 8 + 1 and 2 + 1 bits of 32

@@ -1,6 +1,7 @@
 """The page: holds every number, needs no network, and is the same for the same results."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -136,6 +137,16 @@ def test_the_page_stands_alone_and_is_reproducible(result: Path, timing: Path, t
     assert "<script" not in first and "@import" not in first and "url(http" not in first
     assert "prefers-color-scheme: dark" in first and 'lang="en"' in first and "@media print" in first
     assert len(re.findall("aria-label=", first)) == 6 and str(tmp_path) not in first
+
+
+def test_the_page_is_the_golden_one(result: Path, timing: Path, tmp_path: Path) -> None:
+    """Apart from the drawings, which change with every matplotlib. `TRANSMLA_GOLDEN=1 pytest` writes it anew."""
+    page = transmla.report([result, timing], tmp_path / "page.html").read_text("utf-8")
+    found = re.sub(r"<svg.*?</svg>", "<svg></svg>", page, flags=re.DOTALL)
+    golden = Path(__file__).parent / "golden" / "report.html"
+    if os.environ.get("TRANSMLA_GOLDEN"):
+        golden.write_text(found, encoding="utf-8")
+    assert found == golden.read_text("utf-8")
 
 
 def test_frontier_rows(result: Path) -> None:

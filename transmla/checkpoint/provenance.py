@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import subprocess
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,19 @@ def versions() -> dict[str, str]:
         **{name: _version(name, missing="missing") for name in ("torch", "transformers", "safetensors")},
         "python": platform.python_version(),
     }
+
+
+def commit() -> str | None:
+    """Of the work tree that this program runs from, with "+" if files were changed; None for an installed package."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found or None
 
 
 def write_provenance(writer: "CheckpointWriter", **sections: Any) -> None:

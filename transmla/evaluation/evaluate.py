@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transmla.checkpoint.provenance import FILE_NAME, read_provenance, versions
+from transmla.checkpoint.provenance import FILE_NAME, commit, read_provenance, versions
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.measure import Kept, Progress, Skipped, Subject, measure, window_length, windows_of
@@ -169,6 +169,7 @@ def evaluate(
         "device": device,
         "length": length_used,
         "versions": versions(),
+        "commit": commit(),
     }
     report = EvaluationReport(
         made,

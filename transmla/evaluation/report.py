@@ -321,6 +321,8 @@ def _provenance(results: list[Result]) -> Section:
     for result in results:
         made = result.content["made"]
         versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        if made.get("commit"):
+            versions += f", commit {made['commit']}"
         rows.append([result.name, made["date"], made["device"], made["dtype"], Cell(versions, "text")])
     return Section("Made with", [], [Table("", ("result", "date", "device", "dtype", "versions"), rows)])
 

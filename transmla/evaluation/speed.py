@@ -21,7 +21,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import DynamicCache
 
-from transmla.checkpoint.provenance import versions
+from transmla.checkpoint.provenance import commit, versions
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import cache_bytes
 from transmla.loading import is_converted, load, load_any
@@ -129,7 +129,7 @@ def bench(
     tell("bench", len(batches) * len(sizes), len(batches) * len(sizes), "")
     setting = {
         "dtype": dtype, "device": device, "device_name": _device_name(where), "threads": torch.get_num_threads(),
-        "steps": steps, "repeats": repeats, "versions": versions(),
+        "steps": steps, "repeats": repeats, "versions": versions(), "commit": commit(),
     }  # fmt: skip
     return BenchReport(tuple(rows), rates, tuple(notes), setting)
 
