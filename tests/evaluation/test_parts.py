@@ -166,6 +166,10 @@ def test_recovery_and_its_paired_error() -> None:
     (found,) = recoveries([worse], [TaskResult("lambada", "perplexity", 10.0, 1.0, False, ())])
     assert found.recovery == pytest.approx(0.5) and math.isnan(found.standard_error)
     assert recoveries([own], []) == []
+    # values in nats, aggregated to a perplexity: their differences are no error of it
+    nats = TaskResult("lambada", "perplexity", 20.0, 1.0, False, (-2.0, -4.0))
+    (found,) = recoveries([nats], [TaskResult("lambada", "perplexity", 10.0, 1.0, False, (-2.0, -2.0))])
+    assert found.difference == 10 and math.isnan(found.standard_error)
 
 
 def test_repetition_and_emptiness(model: Any) -> None:

@@ -32,7 +32,7 @@ class TaskResult:
 @dataclass(frozen=True)
 class Recovery:
     """A task of a model beside its source: value over value (below 1 is worse for every metric), and the difference
-    with the standard error of the paired difference over documents (NaN without values per document)."""
+    with the standard error of the paired difference over documents (NaN for what is no mean over documents)."""
 
     task: str
     metric: str
@@ -129,10 +129,16 @@ def recoveries(model: list[TaskResult], source: list[TaskResult]) -> list[Recove
             continue
         share = _share(own, base)
         error = math.nan
-        if own.values and len(own.values) == len(base.values):
+        if _is_mean(own) and _is_mean(base) and len(own.values) == len(base.values):
             error = standard_error(tuple(a - b for a, b in zip(own.values, base.values, strict=True)))
         found.append(Recovery(own.task, own.metric, share, own.value - base.value, error))
     return found
+
+
+def _is_mean(result: TaskResult) -> bool:
+    """Whether the value is the mean of those of the documents; a perplexity, for one, is not."""
+    mean = sum(result.values) / max(1, len(result.values))
+    return bool(result.values) and math.isclose(mean, result.value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _share(own: TaskResult, base: TaskResult) -> float:
