@@ -101,6 +101,8 @@ def show_healing(report: HealReport, console: Console) -> None:
     best = "" if report.best_step == report.steps else f" of {report.steps:,}; the later ones were worse"
     facts = _table("", " ")
     facts.add_row("trained on", f"{report.tokens:,} tokens, {report.best_step:,} steps{best}")
+    if report.distinct < report.tokens:
+        facts.add_row("of these distinct", f"{report.distinct:,}")
     repeated = [f"{text} {count} times" for text, count in report.passes.items() if count > 1]
     if repeated:
         facts.add_row("texts that began anew", ", ".join(repeated))

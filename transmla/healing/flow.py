@@ -55,7 +55,8 @@ TEXTS = "texts.json"
 class HealReport:
     """before, after: of the held-out windows of each text (`texts`; the first is of what was trained on), their
     `divergence` from the source and `nats` per token, `source_nats`, `recovery` (perplexity of the source over that of
-    the model) and `recovery_error`, one standard error over windows;  passes: begun over each text that was trained on
+    the model) and `recovery_error`, one standard error over windows;  distinct: tokens that
+    were packed;  passes: begun over each text for that
     """
 
     parent: Path
@@ -69,6 +70,7 @@ class HealReport:
     best_step: int
     num_trained: int
     rate: float
+    distinct: int
     passes: dict[str, int]
     seconds: float
 
@@ -221,7 +223,8 @@ class _Run:
         return HealReport(
             self.parent, target, name, tuple(part.name for part in self.texts), before, after,
             self.best_step * self.made.batch * self.length, self.made.steps, self.best_step, self.num_trained,
-            self.rate, self.passes, time.monotonic() - started,
+            self.rate, min(self.made.num_windows, self.made.windows_seen) * self.length, self.passes,
+            time.monotonic() - started,
         )  # fmt: skip
 
     def unfolded_and_trained(self, work: Path) -> UnfoldedForCausalLM:
@@ -255,7 +258,9 @@ class _Run:
         def sampled() -> Tensor:
             path = work / "sampled.npy"
             if not path.is_file():
-                wanted = min(MOST_SAMPLED // self.length, math.ceil(own_share * num_windows)) + settings.heldout + 1
+                # a little more than is drawn, since what an end token cuts off is another document
+                wanted = math.ceil(1.02 * own_share * num_windows) + 2 * settings.heldout + 2
+                wanted = min(wanted, MOST_SAMPLED // self.length)
                 model = load_source(self.of_source, dtype=torch.bfloat16, device=str(self.where))
                 tokens_NT = sample_from(
                     model, wanted, self.length, seed=settings.seed,
