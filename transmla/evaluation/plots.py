@@ -170,7 +170,10 @@ def recovery(results: list[Result]) -> Figure | None:
         places = [place + (number - (len(series) - 1) / 2) * bar for place in range(len(names))]
         axes.bar(places, [rows.get(name, 0.0) for name in names], bar, color=COLOURS[number % 6], label=label)
     axes.axhline(1, color=GREY, linewidth=0.8)
-    axes.set_xticks(range(len(names)), names, fontsize=8)
+    crowded = len(names) > 6
+    axes.set_xticks(
+        range(len(names)), names, fontsize=8, rotation=30 if crowded else 0, ha="right" if crowded else "center"
+    )
     axes.set_ylabel("recovery, share of the source")
     axes.legend(frameon=False, labelcolor=GREY)
     return figure
