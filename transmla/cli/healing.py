@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from transmla.cli.frame import EPILOG, device, errors, is_first_process, option, quiet_libraries
+from transmla.cli.frame import EPILOG, errors, is_first_process, option, quiet_libraries
 from transmla.recipe import PRECISIONS, TRAINED
 
 _SCALES = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -55,7 +55,7 @@ class Count(click.ParamType[int]):
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
     metavar="X",
-    help="Step size relative to each matrix. [default: 1e-3, small models 4e-3]",
+    help="Largest step, as a share of what it changes. [default: 1e-3, small models 1e-2]",
 )
 @option("--train", type=click.Choice(TRAINED), help="What is trained. [default: attention]")
 @option("--lora", type=click.IntRange(min=1), metavar="R", help="Train adapters of rank R, merged at the end.")
@@ -71,15 +71,15 @@ class Count(click.ParamType[int]):
 @option("--precision", type=click.Choice(PRECISIONS), help="Of the products. [default: bfloat16]")
 @option("--checkpointing", is_flag=True, default=None, help="Less memory, a third more time.")
 @option("--seed", type=int, help="Of the order of the data. [default: 0]")
-@device
+@option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", help="Where to compute.")
 @option("--restart", is_flag=True, help="Delete an unfinished run to DST instead of going on with it.")
 @option("-q", "--quiet", is_flag=True, help="No progress bars.")
 def heal_command(model: str | None, destination: str | None, quiet: bool, **given: Any) -> None:
     """Distil SRC's predictions into the converted folder OUT; writes DST, a folder of the same kind.
 
     DST defaults to OUT-healed and is never overwritten; OUT stays as it is. The best of all measured states is kept. A
-    run that was killed goes on where it was when the same command is given again. On several processes or GPUs (DDP,
-    FSDP2, DeepSpeed): accelerate launch -m transmla.heal OUT ...
+    run that was killed goes on where it was when the same command is given again. On several processes or GPUs (DDP or
+    FSDP2, as accelerate is configured): accelerate launch -m transmla.heal OUT ...
     """
     with errors():
         import transmla
