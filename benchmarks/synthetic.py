@@ -1,5 +1,6 @@
 """Write transmla/data/synthetic.txt: what an instruct model answers to requests of many kinds, and what it writes when
 it starts with a random token. Calibration text for whatever an encyclopedia does not contain.
+It is kept word for word, with the "# TODO" lines that the model writes into its code: what it predicts is the point.
 
     python benchmarks/synthetic.py MODEL [--answers 512] [--random 64] [--out transmla/data/synthetic.txt]
 """

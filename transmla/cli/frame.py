@@ -42,7 +42,7 @@ def errors() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo(
-            "interrupted; nothing is half-written, and the same command continues a conversion",
+            "interrupted; nothing is half-written, and the same command goes on where it was",
             err=True,
         )
         sys.exit(130)
