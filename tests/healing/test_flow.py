@@ -147,6 +147,15 @@ def test_layers_that_are_computed_twice_train_alike(converted: Path, text_file: 
     assert curve(tmp_path / "twice") == pytest.approx(curve(tmp_path / "once"), rel=1e-5)
 
 
+def test_windows_longer_than_the_context_are_shortened_before_they_are_counted(
+    converted: Path, text_file: Path, tmp_path: Path
+) -> None:
+    common = SETTINGS | {"data": str(text_file), "window": 1000, "tokens": 1536, "evaluations": 1}
+    report = transmla.heal(converted, tmp_path / "out", **common)
+    # 256 positions, two windows a step
+    assert (report.tokens, report.steps, report.distinct) == (1536, 3, 1536)
+
+
 def test_kept_predictions_train_like_the_source_itself(converted: Path, text_file: Path, tmp_path: Path) -> None:
     common = SETTINGS | {"data": str(text_file), "top_k": 16, "distinct": 640}
     transmla.heal(converted, tmp_path / "online", **common)

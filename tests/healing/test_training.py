@@ -76,7 +76,7 @@ def test_steps_are_shares_of_rows() -> None:
 
 def test_recovery_of_each_text_and_its_error() -> None:
     nats, source = np.array([2.0, 2.2, 3.0, 3.0]), np.array([1.9, 2.0, 2.5, 2.5])
-    found: Any = SimpleNamespace(predictions=(nats - source, nats, source, np.arange(4)))
+    found: Any = SimpleNamespace(predictions=(nats - source, nats, source))
     metrics = by_text(found, [2, 2], ["a", "b"])
     assert metrics["a/recovery"] == pytest.approx(math.exp(-0.15))
     assert metrics["b/recovery"] == pytest.approx(math.exp(-0.5)) and metrics["b/recovery_error"] == 0

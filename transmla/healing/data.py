@@ -36,8 +36,6 @@ TEXT, MESSAGES = "text", "messages"
 # characters that are tokenised at once, and read of one text at most
 BLOCK, PLAIN_CHARACTERS = 2**20, 2**31
 
-# tokens that a source writes: (N, T) -> int64 [N, T]
-Sampler = Callable[[int, int], Tensor]
 Progress = Callable[[str, int, int, str], None]
 
 

@@ -42,7 +42,7 @@ class Student(UnfoldedForCausalLM):
         index: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """loss; in evaluation also `divergence`, `nats` of the model and `source_nats` [B], and `index`."""
+        """loss; in evaluation also `divergence`, `nats` of the model and `source_nats` [B]."""
         assert position_ids is not None and labels is not None and index is not None
         out = self.model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, output_hidden_states=self.hidden_weight > 0
@@ -76,7 +76,6 @@ class Student(UnfoldedForCausalLM):
             "divergence": torch.stack(divergences),
             "nats": torch.stack(nats),
             "source_nats": torch.stack([lesson.nats(window, labels_T) for window, labels_T in enumerate(labels)]),
-            "index": index,
         }
 
 

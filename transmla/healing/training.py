@@ -1,4 +1,4 @@
-"""Settings -> transformers' Trainer, which accelerate runs on one device, DDP, FSDP2 or DeepSpeed."""
+"""Settings -> transformers' Trainer, which accelerate runs on one device or with DDP or FSDP2."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from transmla.healing.curves import METRICS
 from transmla.healing.data import Progress, Windows
 from transmla.healing.optimizer import LEAST_OF_ADAPTERS, RelativeAdam
+from transmla.processes import Processes
 from transmla.recipe import Healing
 
-# largest step of Adam relative to the size of each row, by trained parameters, up to so many
-# (benchmarks/heal.md); on the matrices of 8B models 1e-3 is about the 2e-5 of the literature (2502.07864, 2502.14837)
+# largest step of Adam relative to the size of each row, by trained parameters, up to so many: of small models from
+# benchmarks/heal.md, of others what the refinement of conversions was tuned to (benchmarks/refine.md)
 RATES = ((5e6, 1e-2), (float("inf"), 1e-3))
 STEPS_WANTED, LARGEST_BATCH = 400, 64
 
@@ -113,7 +115,27 @@ def arguments(settings: Healing, made: Schedule, rate: float, folder: Path, devi
     return found
 
 
-def trainer(
+@dataclass(frozen=True)
+class Trained:
+    """tensors: trained parameters by name, float32 on the CPU;  log: what Trainer has logged;  before, after: `METRICS`
+    of each text, from the first evaluation and from that of `best_step`, whose state this is
+    """
+
+    tensors: dict[str, Tensor]
+    log: list[dict[str, Any]]
+    best_step: int
+    num_trained: int
+    rate: float
+    tokens_per_step: int
+    before: dict[str, dict[str, float]]
+    after: dict[str, dict[str, float]]
+
+    @property
+    def tokens(self) -> int:
+        return self.best_step * self.tokens_per_step
+
+
+def distil(
     student: Any,
     settings: Healing,
     made: Schedule,
@@ -123,13 +145,17 @@ def trainer(
     train: Windows,
     heldout: list[Windows],
     names: list[str],
+    processes: Processes,
     progress: Progress,
-) -> Healer:
-    """heldout: windows of each text that is measured on, `names` by text."""
+) -> Trained:
+    """Take all steps that `folder` has no checkpoint of yet; every process.
+
+    heldout: windows of each text that is measured on, `names` by text
+    """
     callbacks: list[TrainerCallback] = [Told(progress)]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
-    made_trainer = Healer(
+    trainer = Healer(
         model=student,
         args=arguments(settings, made, rate, folder, device),
         train_dataset=train,
@@ -137,8 +163,20 @@ def trainer(
         compute_metrics=lambda found: by_text(found, [len(windows) for windows in heldout], names),
         callbacks=callbacks,
     )
-    made_trainer.remove_callback(PrinterCallback)
-    return made_trainer
+    trainer.remove_callback(PrinterCallback)
+    sizes = {name: parameter.numel() for name, parameter in student.named_parameters() if parameter.requires_grad}
+    begun = last_checkpoint(folder) if processes.first else None
+    trainer.train(resume_from_checkpoint=processes.from_first(begun))
+    log = _once(trainer.state.log_history)
+    best_step = _step_of(trainer.state.best_model_checkpoint)
+    entries = {entry["step"]: entry for entry in log if "eval_loss" in entry}
+    before, after = (
+        {name: {key: entries[step][f"eval_{name}/{key}"] for key in METRICS} for name in names}
+        for step in (0, best_step)
+    )
+    tensors = whole_tensors(trainer, set(sizes))
+    tokens_per_step = made.batch * settings.window
+    return Trained(tensors, log, best_step, sum(sizes.values()), rate, tokens_per_step, before, after)
 
 
 class Healer(Trainer):
@@ -166,9 +204,9 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(found[max(found)]) if found else None
 
 
-def whole_tensors(made: Trainer, names: list[str]) -> dict[str, Tensor]:
+def whole_tensors(made: Trainer, names: set[str]) -> dict[str, Tensor]:
     """Trained parameters on the CPU in float32, gathered where they are sharded, for which all processes call it."""
-    if made.is_deepspeed_enabled:
+    if made.is_deepspeed_enabled:  # as accelerate documents it; not tried
         state = made.accelerator.get_state_dict(made.model_wrapped)
         return {name: state[name].float().cpu() for name in names}
     found = {}
@@ -182,7 +220,7 @@ def whole_tensors(made: Trainer, names: list[str]) -> dict[str, Tensor]:
 
 def by_text(found: EvalPrediction, counts: list[int], names: list[str]) -> dict[str, float]:
     """Of all held-out windows and of those of each text: divergence, nats, and recovery with its standard error."""
-    divergence, nats, source_nats, _ = (np.asarray(part, dtype=np.float64) for part in found.predictions)
+    divergence, nats, source_nats = (np.asarray(part, dtype=np.float64) for part in found.predictions)
     metrics: dict[str, float] = {}
     start = 0
     for name, count in zip(["", *(f"{name}/" for name in names)], [sum(counts), *counts], strict=True):
@@ -228,3 +266,16 @@ def _trackers() -> list[str]:
     if importlib.util.find_spec("wandb") and ("WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ):
         found.append("wandb")
     return found
+
+
+def _step_of(checkpoint: str | None) -> int:
+    """Of a folder checkpoint-STEP."""
+    return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def _once(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A resumed run evaluates again where it starts; the first entry of a kind and step counts."""
+    kept: dict[tuple[int, bool], dict[str, Any]] = {}
+    for entry in log:
+        kept.setdefault((int(entry["step"]), "eval_loss" in entry), entry)
+    return list(kept.values())

@@ -1,0 +1,101 @@
+"""The healed folder: folded, verified, with its provenance, its card and its curves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.checkpoint.provenance import FILE_NAME, file_hashes, read_provenance, versions
+from transmla.checkpoint.read import Source
+from transmla.checkpoint.write import CheckpointWriter
+from transmla.folding import fold_into, open_unfolded
+from transmla.healing.curves import LOG_FILE, PLOT_FILE, healing_curve, write_curve
+from transmla.healing.data import Progress
+from transmla.healing.preparing import TEXTS
+from transmla.healing.student import with_adapters
+from transmla.healing.training import Trained
+from transmla.loading import load
+from transmla.modeling.modeling_transmla import UnfoldedForCausalLM
+from transmla.recipe import Healing
+
+
+def write_healed(
+    writer: CheckpointWriter,
+    work: Path,
+    parent: Source,
+    settings: Healing,
+    trained: Trained,
+    *,
+    source: str,
+    num_processes: int,
+    device: str,
+    progress: Progress,
+) -> None:
+    """The healed folder through the unfolded one, verified and given its name."""
+    folder = work / "trained"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work / "unfolded", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model = _merged(work / "unfolded", trained.tensors, settings.lora)
+    model.save_pretrained(str(folder))
+    # as it was: save_pretrained changes keys
+    shutil.copyfile(work / "unfolded" / "config.json", folder / "config.json")
+    del model
+    entry = {
+        "parent": {"name": parent.path.name, "files": file_hashes(sorted(parent.path.glob("*.safetensors")))},
+        "source": source,
+        "settings": asdict(settings),
+        "texts": json.loads((work / TEXTS).read_text("utf-8")),
+        "rate": trained.rate,
+        "trained_parameters": trained.num_trained,
+        "processes": num_processes,
+        "steps": trained.best_step,
+        "tokens": trained.tokens,
+        "before": trained.before,
+        "after": trained.after,
+        "versions": versions(),
+    }
+    provenance = read_provenance(parent.path)
+    history = [*provenance.get("healed", []), entry]
+    (folder / FILE_NAME).write_text(json.dumps(provenance | {"healed": history}, indent=2) + "\n", encoding="utf-8")
+    dtype = str(parent.config.get("dtype") or parent.config.get("torch_dtype") or "float32")
+    fold_into(writer, open_unfolded(folder), text="wikitext", dtype=dtype, device=device, progress=progress)
+    card = (parent.path / "README.md").read_text("utf-8") if (parent.path / "README.md").is_file() else ""
+    writer.write_text("README.md", card.rstrip() + "\n\n" + _card(entry))
+    curve = healing_curve(trained.log, trained.tokens_per_step, list(trained.after))
+    writer.write_json(LOG_FILE, curve)
+    write_curve(curve, writer.partial / PLOT_FILE)
+    writer.commit()
+
+
+def _merged(unfolded: Path, trained: dict[str, Tensor], lora: int | None) -> UnfoldedForCausalLM:
+    """On the CPU in float32, adapters merged; frozen weights exactly as they were."""
+    model: Any = load(unfolded, dtype=torch.float32)
+    if lora is None:
+        model.load_state_dict(trained, strict=False)
+        return model
+    model = with_adapters(model, lora)
+    model.load_state_dict(trained, strict=False)
+    return model.merge_and_unload()
+
+
+def _card(entry: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {text} | {entry['before'][text]['recovery']:.1%} | {entry['after'][text]['recovery']:.1%} |"
+        for text in entry["after"]
+    )
+    return f"""## Healed
+
+Distilled from the source on {entry["tokens"]:,} tokens ({entry["settings"]["data"]}), {entry["steps"]:,} steps;
+trained: {entry["settings"]["train"]}. Recovery is the perplexity of the source over that of the model, on windows that
+were not trained on. `{LOG_FILE}` and `{PLOT_FILE}` are the curves.
+
+| text | before | after |
+|---|---:|---:|
+{rows}
+"""
