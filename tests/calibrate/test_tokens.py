@@ -10,7 +10,15 @@ import pytest
 import torch
 from families import lively_config, lively_model
 
-from transmla.calibrate.sampling import continue_from, sample, sample_from
+from transmla.calibrate.sampling import (
+    CACHE_BYTES,
+    MOST_AT_ONCE,
+    continue_from,
+    sample,
+    sample_from,
+    sample_texts,
+    texts_at_once,
+)
 from transmla.calibrate.tokens import calibration_tokens, read_text, windows, with_sampled
 from transmla.errors import DataError
 
@@ -76,6 +84,22 @@ def test_sampling_is_repeatable_and_leaves_the_generator_alone() -> None:
     assert first.shape == (3, 16) and torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(state, torch.random.get_rng_state())
     assert (first == 2).any(), "no text ended"
+
+
+def test_texts_end_at_their_end_token_and_nowhere_else() -> None:
+    model = lively_model(lively_config(layers=1, vocab=20))
+    texts = sample_texts(model, 400, 16, seed=0, batch=8)
+    assert sum(map(len, texts)) >= 400 > sum(map(len, texts[:-8]))
+    assert all(2 not in text[1:-1] for text in texts)
+    assert {text[-1] == 2 for text in texts if len(text) < 16} == {True}
+    assert any(len(text) == 16 for text in texts) and all(text[0] == 1 for text in texts[::2])
+
+
+def test_a_large_cache_holds_few_texts() -> None:
+    model = lively_model(lively_config(layers=1))
+    per_text = 4 * 2 * model.config.num_key_value_heads * model.config.head_dim * 2**16
+    assert texts_at_once(model, 2**16) == CACHE_BYTES // per_text < MOST_AT_ONCE == texts_at_once(model, 16)
+    assert texts_at_once(model, CACHE_BYTES) == 1
 
 
 def test_samples_follow_the_models_distribution() -> None:

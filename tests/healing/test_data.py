@@ -32,7 +32,7 @@ class Letters:
         return "".join(f"<{one['role']}>{one['content']}" for one in messages)
 
 
-def nothing() -> torch.Tensor:
+def nothing() -> list[list[int]]:
     raise AssertionError("nothing is sampled here")
 
 
@@ -109,11 +109,10 @@ def test_a_broken_table_is_named(tmp_path: Path) -> None:
         documents(str(tmp_path / "a.jsonl"))
 
 
-def test_sampled_text_is_split_at_its_ends() -> None:
-    ids_NT = torch.tensor([[5, 6, END, 7], [8, END, END, 9]])
-    text = open_text(Part("self"), Letters(), 4, lambda: ids_NT, evaluation=False)
-    # a document of one token predicts nothing
-    assert list(text.documents()) == [[5, 6, END], [7, 8, END]]
+def test_what_the_source_writes_are_documents() -> None:
+    text = open_text(Part("self"), Letters(), 4, lambda: [[5, 6, END], [7], [8, 9, 3]], evaluation=False)
+    # a document of one token predicts nothing; what was cut off gets no end that was not written
+    assert list(text.documents()) == [[5, 6, END], [8, 9, 3]]
 
 
 def numbered(name: str, start: int, count: int, length: int = 7, weight: float = 1.0) -> Text:

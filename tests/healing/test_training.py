@@ -37,7 +37,7 @@ def test_schedule(
 
 
 def test_small_models_take_larger_steps() -> None:
-    assert [learning_rate(Healing(), count) for count in (10**5, 10**8, 10**10)] == [1e-2, 1e-3, 1e-3]
+    assert [learning_rate(Healing(), count) for count in (10**5, 10**8, 10**10)] == [1e-2, 5e-4, 5e-4]
     assert learning_rate(Healing(rate=3e-4), 10**10) == 3e-4
 
 

@@ -9,6 +9,7 @@ Legend: B texts at once, N windows, T tokens per window, P tokens of a prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,27 +20,43 @@ from transformers import StaticCache
 TEXT_LENGTH = 256
 # tokens of given text that a continuation starts with
 PROMPT_LENGTH = 32
-BATCH = 128
+# bytes of the cache of all texts that are written at once, and how many these are at most
+CACHE_BYTES, MOST_AT_ONCE = 2**29, 512
 
 Progress = Callable[[int, int], None]
 
 
-def sample_from(
-    model: Any, num_windows: int, window: int, *, seed: int, batch: int = BATCH, progress: Progress | None = None
-) -> Tensor:
-    """Texts at temperature 1, one after another: int64 [N, T].
+def sample_texts(
+    model: Any,
+    num_tokens: int,
+    length: int,
+    *,
+    seed: int,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Texts at temperature 1, at least `num_tokens` tokens in all.
 
-    model: a transformers causal language model. Every second text starts with a random token instead of the begin
-           token, which leads to all that the model was trained on
+    model:  a transformers causal language model. Every second text starts with a random token instead of the begin
+            token, which leads to all that the model was trained on
+    length: tokens of a text that does not end before
     """
-    begin = _begin(model)
 
     def prompts(count: int, generator: torch.Generator) -> Tensor:
         start_B1 = torch.randint(model.config.vocab_size, (count, 1), generator=generator)
-        start_B1[::2] = begin
+        start_B1[::2] = _begin(model)
         return start_B1
 
-    return _windows(model, prompts, num_windows, window, seed, batch, progress)
+    return _texts(model, prompts, num_tokens, length, seed, batch, progress)
+
+
+def sample_from(
+    model: Any, num_windows: int, window: int, *, seed: int, batch: int | None = None, progress: Progress | None = None
+) -> Tensor:
+    """Windows of such texts, one text after another: int64 [N, T]."""
+    length = min(TEXT_LENGTH, window)
+    texts = sample_texts(model, num_windows * window, length, seed=seed, batch=batch, progress=progress)
+    return _windows(texts, num_windows, window)
 
 
 def continue_from(
@@ -48,44 +65,53 @@ def continue_from(
     num_windows: int,
     *,
     seed: int,
-    batch: int = BATCH,
+    batch: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Continuations of random pieces of the windows `ids_NT`, at temperature 1: as many windows of the same length."""
-    length = min(PROMPT_LENGTH, ids_NT.shape[1] // 2)
+    window = ids_NT.shape[1]
+    given = min(PROMPT_LENGTH, window // 2)
 
     def prompts(count: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(ids_NT), (count,), generator=generator)
-        starts = torch.randint(ids_NT.shape[1] - length, (count,), generator=generator)
-        return torch.stack([ids_NT[row, start : start + length] for row, start in zip(rows, starts, strict=True)])
+        starts = torch.randint(window - given, (count,), generator=generator)
+        return torch.stack([ids_NT[row, start : start + given] for row, start in zip(rows, starts, strict=True)])
 
-    return _windows(model, prompts, num_windows, ids_NT.shape[1], seed, batch, progress)
+    length = min(TEXT_LENGTH, window)
+    return _windows(_texts(model, prompts, num_windows * window, length, seed, batch, progress), num_windows, window)
 
 
-def _windows(
+def _windows(texts: list[list[int]], num_windows: int, window: int) -> Tensor:
+    """All windows are full; a text is followed by the next one."""
+    flat = list(chain.from_iterable(texts))
+    return torch.tensor(flat[: num_windows * window]).view(num_windows, window)
+
+
+def _texts(
     model: Any,
     prompts: Callable[[int, torch.Generator], Tensor],
-    num_windows: int,
-    window: int,
+    num_tokens: int,
+    length: int,
     seed: int,
-    batch: int,
+    batch: int | None,
     progress: Progress | None,
-) -> Tensor:
-    """Texts until all windows are full; what an end token ends is followed by the next text."""
-    length, wanted = min(TEXT_LENGTH, window), num_windows * window
+) -> list[list[int]]:
+    """Prompts and what follows them up to an end token."""
+    batch = batch or texts_at_once(model, length)
     ends = _ends(model)
     generator = torch.Generator().manual_seed(seed)
-    flat: list[int] = []
-    while len(flat) < wanted:
-        count = min(batch, 1 + (wanted - len(flat)) // length)
+    texts: list[list[int]] = []
+    done = 0
+    while done < num_tokens:
+        count = min(batch, 1 + (num_tokens - done) // length)
         prompt_BP = prompts(count, generator)
         given = prompt_BP.shape[1]
         for text in sample(model, prompt_BP, length, generator).tolist():
-            flat += text[:given]
-            flat += _until_end(text[given:], ends)
+            texts.append(text[:given] + list(_until_end(text[given:], ends)))
+            done += len(texts[-1])
         if progress is not None:
-            progress(min(len(flat), wanted), wanted)
-    return torch.tensor(flat[:wanted]).view(num_windows, window)
+            progress(min(done, num_tokens), num_tokens)
+    return texts
 
 
 @torch.no_grad()
@@ -105,6 +131,14 @@ def sample(model: Any, prompt_BP: Tensor, length: int, generator: torch.Generato
         ids = torch.cat([ids, next_B1], dim=1)
         step = next_B1.to(model.device)
     return ids
+
+
+def texts_at_once(model: Any, length: int) -> int:
+    """So many texts that a step of a small model is more than its overhead, and that the cache of all is bounded."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * length
+    return max(1, min(MOST_AT_ONCE, CACHE_BYTES // num_bytes))
 
 
 def _begin(model: Any) -> int:

@@ -55,7 +55,7 @@ class Count(click.ParamType[int]):
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
     metavar="X",
-    help="Largest step, as a share of what it changes. [default: 1e-3, small models 1e-2]",
+    help="Largest step, as a share of what it changes. [default: 5e-4, small models 1e-2]",
 )
 @option("--train", type=click.Choice(TRAINED), help="What is trained. [default: attention]")
 @option("--lora", type=click.IntRange(min=1), metavar="R", help="Train adapters of rank R, merged at the end.")

@@ -128,10 +128,12 @@ def parse_mix(text: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def open_text(part: Part, tokenizer: Any, length: int, sampled: Callable[[], Tensor], *, evaluation: bool) -> Text:
+def open_text(
+    part: Part, tokenizer: Any, length: int, sampled: Callable[[], list[list[int]]], *, evaluation: bool
+) -> Text:
     """The documents of one part; what a name means is checked when the first one is drawn.
 
-    sampled: for "self", what the source has written, int64 [N, T]
+    sampled: for "self", texts that the source has written, as token ids
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
@@ -140,7 +142,7 @@ def open_text(part: Part, tokenizer: Any, length: int, sampled: Callable[[], Ten
 
     def documents() -> Iterator[list[int]]:
         if part.name == SELF:
-            yield from _split(sampled().flatten().tolist(), set(end))
+            yield from sampled()
         elif _is_plain(part.name):
             text = read_text(part.name, PLAIN_CHARACTERS, evaluation=evaluation)
             yield from _pieces(_tokens_of(text, tokenizer), length)
@@ -205,18 +207,6 @@ def _pieces(ids: Iterator[int], length: int) -> Iterator[list[int]]:
     """Pieces of `length` tokens: one text has no documents to respect."""
     while piece := list(islice(ids, length)):
         yield piece
-
-
-def _split(ids: list[int], ends: set[int]) -> Iterator[list[int]]:
-    """What lies between end tokens, each with its own."""
-    document: list[int] = []
-    for token in ids:
-        document.append(token)
-        if token in ends:
-            yield document
-            document = []
-    if document:
-        yield document
 
 
 def _rows(name: str) -> Iterator[dict[str, Any]]:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from transmla.calibrate.sampling import sample_from
+from transmla.calibrate.sampling import TEXT_LENGTH, sample_texts
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.read import Source
 from transmla.healing.data import SELF, Part, Progress, Windows, mixed, open_text, parse_mix, write_windows
@@ -67,20 +66,14 @@ class Preparation:
 
         own_share = sum(part.weight for part in parts if part.name == SELF) / sum(part.weight for part in parts)
 
-        def sampled() -> Tensor:
-            path = work / "sampled.npy"
+        def sampled() -> list[list[int]]:
+            path = work / "sampled.npz"
             if not path.is_file():
-                # a little more than is drawn, since what an end token cuts off is another document
-                wanted = math.ceil(1.02 * own_share * self.num_windows) + 2 * settings.heldout + 2
-                wanted = min(wanted, MOST_SAMPLED // self.settings.window)
-                model = load_source(self.of_source, dtype=torch.bfloat16, device=str(self.where))
-                tokens_NT = sample_from(
-                    model, wanted, self.settings.window, seed=settings.seed,
-                    progress=lambda done, total: self.tell("sample", done, total, "tokens"),
-                )  # fmt: skip
-                np.save(path.with_suffix(".partial.npy"), tokens_NT.numpy())
-                path.with_suffix(".partial.npy").rename(path)
-            return torch.from_numpy(np.load(path))
+                # a little more than is drawn, since the last token of a document predicts nothing
+                windows = math.ceil(1.05 * own_share * self.num_windows) + 2 * settings.heldout + 2
+                self._sample(min(windows * settings.window, MOST_SAMPLED), path)
+            with np.load(path, allow_pickle=False) as found:
+                return [text.tolist() for text in np.split(found["ids"], found["ends"][:-1])]
 
         texts = [open_text(part, words, self.settings.window, sampled, evaluation=False) for part in parts]
         share = -(-settings.heldout // len(texts))
@@ -97,6 +90,18 @@ class Preparation:
         (work / TEXTS).write_text(
             json.dumps({text.part.name: {"tokens": text.drawn, "passes": text.begun} for text in texts})
         )
+
+    def _sample(self, num_tokens: int, path: Path) -> None:
+        """What the source writes: ids of all texts, and where each ends."""
+        settings = self.settings
+        model = load_source(self.of_source, dtype=getattr(torch, settings.precision), device=str(self.where))
+        texts = sample_texts(
+            model, num_tokens, min(settings.window, TEXT_LENGTH), seed=settings.seed,
+            progress=lambda done, total: self.tell("sample", done, total, "tokens"),
+        )  # fmt: skip
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, ids=np.concatenate(texts), ends=np.cumsum([len(text) for text in texts]))
+        partial.rename(path)
 
     def teacher(self, work: Path, train: Windows, heldout: list[Windows], precision: Precision) -> Teacher:
         """The source itself, or its predictions of all windows, computed now if they are not there yet."""

@@ -33,9 +33,8 @@ from transmla.healing.optimizer import LEAST_OF_ADAPTERS, RelativeAdam
 from transmla.processes import Processes
 from transmla.recipe import Healing
 
-# largest step of Adam relative to the size of each row, by trained parameters, up to so many: of small models from
-# benchmarks/heal.md, of others what the refinement of conversions was tuned to (benchmarks/refine.md)
-RATES = ((5e6, 1e-2), (float("inf"), 1e-3))
+# largest step of Adam relative to the size of each row, by trained parameters, up to so many: benchmarks/heal.md
+RATES = ((5e6, 1e-2), (float("inf"), 5e-4))
 STEPS_WANTED, LARGEST_BATCH = 400, 64
 
 
