@@ -65,6 +65,8 @@ def convert(
     budget: float | None = None,
     rope: int | None = None,
     q_latent: int | None = None,
+    nope: int | None = None,
+    value: int | None = None,
     refine: str | None = None,
     calibration: str | None = None,
     tokens: int | None = None,
@@ -89,6 +91,8 @@ def convert(
     destination: new folder; default NAME-mla-LATENT-ROPE in the working directory. Nothing is overwritten
     latent:      kv_lora_rank, cached values per token and layer;  rope: qk_rope_head_dim, cached beside them
     q_latent:    q_lora_rank: queries through a latent of their own, as in DeepSeek-V3; default: none, nothing is lost
+    nope, value: qk_nope_head_dim and v_head_dim; default: head_dim. Up to the latent, wider heads are capacity for the
+                 refinement that the cache does not pay for, but queries and output projection do
     budget:      with latent="auto": the smallest latent is taken whose perplexity on the held-out calibration windows
                  is at most 1 + budget times the source's
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
@@ -112,9 +116,9 @@ def convert(
     """
     started = time.monotonic()
     settings: dict[str, Any] = {
-        "latent": latent, "budget": budget, "rope": rope, "q_latent": q_latent, "refine": refine,
-        "calibration": calibration, "tokens": tokens, "sampled": sampled, "window": window, "theta": theta,
-        "dtype": dtype, "seed": seed, "recipe": recipe,
+        "latent": latent, "budget": budget, "rope": rope, "q_latent": q_latent, "nope": nope, "value": value,
+        "refine": refine, "calibration": calibration, "tokens": tokens, "sampled": sampled, "window": window,
+        "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
     }  # fmt: skip
     planned = plan(source, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)

@@ -29,6 +29,7 @@ from transmla.checkpoint.journal import Journal
 from transmla.families import rope_parameters
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import fit_layer
+from transmla.maths.widen import widen
 from transmla.processes import ALONE
 from transmla.refine.layerwise import refine_layer
 from transmla.run import Run
@@ -141,6 +142,7 @@ def _fit(
         o_DHv = repair_output(o_DHv, heads_NTF, closed, method.output_ridge)
     # float32, as the journal keeps it: a resumed run computes the same
     mla = _agreed(replace(fitted.mla, o_DHv=o_DHv).to(dtype=torch.float32), run)
+    narrow_DHv, mla = mla.o_DHv, widen(mla, sizes.qk_nope_head_dim, sizes.v_head_dim)
     before = after = float("nan")
     if run.refinement.layerwise is not None:
         refined = refine_layer(
@@ -151,8 +153,8 @@ def _fit(
             lambda done, of, remark: run.progress("refine layer", done, of, f"layer {layer.index}: {remark}"),
         )
         mla, before, after = _agreed(refined.mla, run), refined.loss_before, refined.loss_after
-        heads_NTF = converted_heads(layer, mla, closed).out_NTF
-    add_converted_attention(mla.o_DHv, heads_NTF, closed)
+        heads_NTF, narrow_DHv = converted_heads(layer, mla, closed).out_NTF, mla.o_DHv
+    add_converted_attention(narrow_DHv, heads_NTF, closed)
     loss = stream_loss(closed)
     if run.refinement.layerwise is None:
         before = after = loss.heldout
@@ -186,7 +188,9 @@ def unpacked(tensors: dict[str, Tensor], run: Run) -> MlaWeights:
 def _name(run: Run, step: str) -> str:
     mla = run.plan.mla
     queries = f"-q{mla.q_lora_rank}" if mla.q_lora_rank else ""
-    return f"{mla.kv_lora_rank}-{mla.qk_rope_head_dim}{queries}-{step}"
+    heads = (mla.qk_nope_head_dim, mla.v_head_dim)
+    wide = "" if heads == (run.plan.gqa.head_dim,) * 2 else "-n{}-v{}".format(*heads)
+    return f"{mla.kv_lora_rank}-{mla.qk_rope_head_dim}{queries}{wide}-{step}"
 
 
 def _agreed(mla: MlaWeights, run: Run) -> MlaWeights:

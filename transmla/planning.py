@@ -111,7 +111,14 @@ def plan(
     candidates = _candidates(gqa, settings)
     wanted = candidates[-1] if candidates else settings.latent
     assert not isinstance(wanted, str)
-    mla = mla_geometry(gqa, wanted, settings.rope, settings.q_latent)
+    mla = mla_geometry(gqa, wanted, settings.rope, settings.q_latent, settings.nope, settings.value)
+    if settings.refine == "off" and (mla.qk_nope_head_dim, mla.v_head_dim) != (gqa.head_dim, gqa.head_dim):
+        raise RecipeError(
+            "wider heads and no refinement",
+            where="--nope / --value / --refine",
+            why="only the refinement makes use of what a wider head sees",
+            remedy="leave out --nope and --value, or --refine off",
+        )
     _check_tensors(opened, family, gqa)
     dtype = _output_dtype(opened, family, settings.dtype)
     context, notes = _context(opened)
@@ -164,7 +171,8 @@ def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
 
 def with_latent(planned: Plan, latent: int) -> Plan:
     """The same conversion at another kv_lora_rank."""
-    mla = mla_geometry(planned.gqa, latent, planned.recipe.rope, planned.recipe.q_latent)
+    recipe = planned.recipe
+    mla = mla_geometry(planned.gqa, latent, recipe.rope, recipe.q_latent, recipe.nope, recipe.value)
     config = _target_config(planned.source.config, mla, planned.max_position_embeddings, planned.dtype)
     return replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla), engines=engine_verdicts(config))
 

@@ -42,23 +42,23 @@ def pad_attention(tensors: Mapping[str, Tensor], old: Widths, new: Widths) -> di
     query = "q_b_proj.weight" if "q_b_proj.weight" in tensors else "q_proj.weight"
     q_Hxd = tensors[query].unflatten(0, (old.heads, old.nope + old.rope)) * softmax
     q_nope, q_rope = q_Hxd.split([old.nope, old.rope], dim=1)
-    padded_q = torch.cat([_grow(q_nope, 1, new.nope), _spread(q_rope, 1, new.rope)], dim=1)
+    padded_q = torch.cat([grow(q_nope, 1, new.nope), _spread(q_rope, 1, new.rope)], dim=1)
     latent, k_rope = tensors["kv_a_proj_with_mqa.weight"].split([old.rank, old.rope])
     kv_b = tensors["kv_b_proj.weight"].unflatten(0, (old.heads, old.nope + old.value))
-    k_up, v_up = _grow(kv_b, 2, new.rank).split([old.nope, old.value], dim=1)
+    k_up, v_up = grow(kv_b, 2, new.rank).split([old.nope, old.value], dim=1)
     o_DHv = tensors["o_proj.weight"].unflatten(1, (old.heads, old.value))
     norm_r = tensors["kv_a_layernorm.weight"]
     return dict(tensors) | {
         query: padded_q.flatten(0, 1),
-        "kv_a_proj_with_mqa.weight": torch.cat([_grow(latent, 0, new.rank), _spread(k_rope, 0, new.rope)]),
+        "kv_a_proj_with_mqa.weight": torch.cat([grow(latent, 0, new.rank), _spread(k_rope, 0, new.rope)]),
         # the zeros behind it may be multiplied with anything
         "kv_a_layernorm.weight": torch.cat([norm_r, norm_r[-1:].expand(new.rank - old.rank)]),
-        "kv_b_proj.weight": torch.cat([_grow(k_up, 1, new.nope), _grow(v_up, 1, new.value)], dim=1).flatten(0, 1),
-        "o_proj.weight": _grow(o_DHv, 2, new.value).flatten(1),
+        "kv_b_proj.weight": torch.cat([grow(k_up, 1, new.nope), grow(v_up, 1, new.value)], dim=1).flatten(0, 1),
+        "o_proj.weight": grow(o_DHv, 2, new.value).flatten(1),
     }
 
 
-def _grow(tensor: Tensor, dim: int, size: int) -> Tensor:
+def grow(tensor: Tensor, dim: int, size: int) -> Tensor:
     """Zeros behind, up to `size` along `dim`."""
     shape = list(tensor.shape)
     shape[dim] = size - shape[dim]
