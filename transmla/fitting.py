@@ -141,8 +141,9 @@ def _fit(
     if method.refit_output:
         o_DHv = repair_output(o_DHv, heads_NTF, closed, method.output_ridge)
     # float32, as the journal keeps it: a resumed run computes the same
-    mla = _agreed(replace(fitted.mla, o_DHv=o_DHv).to(dtype=torch.float32), run)
-    narrow_DHv, mla = mla.o_DHv, widen(mla, sizes.qk_nope_head_dim, sizes.v_head_dim)
+    narrow = _agreed(replace(fitted.mla, o_DHv=o_DHv).to(dtype=torch.float32), run)
+    mla = _agreed(widen(narrow, sizes.qk_nope_head_dim, sizes.v_head_dim), run)
+    read_DHv = narrow.o_DHv  # what the heads that were computed so far go through
     before = after = float("nan")
     if run.refinement.layerwise is not None:
         refined = refine_layer(
@@ -153,8 +154,8 @@ def _fit(
             lambda done, of, remark: run.progress("refine layer", done, of, f"layer {layer.index}: {remark}"),
         )
         mla, before, after = _agreed(refined.mla, run), refined.loss_before, refined.loss_after
-        heads_NTF, narrow_DHv = converted_heads(layer, mla, closed).out_NTF, mla.o_DHv
-    add_converted_attention(narrow_DHv, heads_NTF, closed)
+        heads_NTF, read_DHv = converted_heads(layer, mla, closed).out_NTF, mla.o_DHv
+    add_converted_attention(read_DHv, heads_NTF, closed)
     loss = stream_loss(closed)
     if run.refinement.layerwise is None:
         before = after = loss.heldout
