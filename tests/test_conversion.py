@@ -20,7 +20,7 @@ from transmla import run as run_module
 from transmla.calibrate.tokens import calibration_tokens, shuffled
 from transmla.checkpoint.read import Source
 from transmla.conversion import ConversionReport, convert, default_destination
-from transmla.errors import DestinationError, RecipeError, VerificationError
+from transmla.errors import DestinationError, GeometryError, RecipeError, VerificationError
 from transmla.loading import load
 from transmla.maths.closed_form import ClosedForm
 from transmla.maths.fold import MAX_NORM_DEVIATION
@@ -202,6 +202,12 @@ def test_wider_heads(lively: MakeSource, run: Convert, monkeypatch: pytest.Monke
 def test_wider_heads_need_refinement(lively: MakeSource, run: Convert) -> None:
     with pytest.raises(RecipeError, match="wider heads and no refinement"):
         run(lively(), "wide", nope=16, refine="off", latent=20, rope=8)
+
+
+def test_wider_heads_fit_every_latent_that_is_tried(lively: MakeSource) -> None:
+    """Refused before anything is loaded, not in the middle of the search."""
+    with pytest.raises(GeometryError, match="v_head_dim 40 is impossible"):
+        plan(str(lively()), latent="auto", budget=0.5, value=40)
 
 
 def test_text_that_the_source_writes_joins_the_calibration(lively: MakeSource, run: Convert) -> None:

@@ -111,7 +111,8 @@ def plan(
     candidates = _candidates(gqa, settings)
     wanted = candidates[-1] if candidates else settings.latent
     assert not isinstance(wanted, str)
-    mla = mla_geometry(gqa, wanted, settings.rope, settings.q_latent, settings.nope, settings.value)
+    for latent_tried in (*candidates[:1], wanted):  # heads that the smallest one allows are possible for all
+        mla = mla_geometry(gqa, latent_tried, settings.rope, settings.q_latent, settings.nope, settings.value)
     if settings.refine == "off" and (mla.qk_nope_head_dim, mla.v_head_dim) != (gqa.head_dim, gqa.head_dim):
         raise RecipeError(
             "wider heads and no refinement",

@@ -11,7 +11,7 @@ import torch
 from families import lively_config, lively_model
 
 from transmla.calibrate.sampling import (
-    CACHE_BYTES,
+    BYTES_AT_ONCE,
     MOST_AT_ONCE,
     continue_from,
     sample,
@@ -97,9 +97,9 @@ def test_texts_end_at_their_end_token_and_nowhere_else() -> None:
 
 def test_a_large_cache_holds_few_texts() -> None:
     model = lively_model(lively_config(layers=1))
-    per_text = 4 * 2 * model.config.num_key_value_heads * model.config.head_dim * 2**16
-    assert texts_at_once(model, 2**16) == CACHE_BYTES // per_text < MOST_AT_ONCE == texts_at_once(model, 16)
-    assert texts_at_once(model, CACHE_BYTES) == 1
+    per_text = 4 * 2 * model.config.num_key_value_heads * model.config.head_dim * 2**16 + 12 * 512
+    assert texts_at_once(model, 2**16) == BYTES_AT_ONCE // per_text < MOST_AT_ONCE == texts_at_once(model, 16)
+    assert texts_at_once(model, BYTES_AT_ONCE) == 1
 
 
 def test_samples_follow_the_models_distribution() -> None:

@@ -20,8 +20,8 @@ from transformers import StaticCache
 TEXT_LENGTH = 256
 # tokens of given text that a continuation starts with
 PROMPT_LENGTH = 32
-# bytes of the cache of all texts that are written at once, and how many these are at most
-CACHE_BYTES, MOST_AT_ONCE = 2**29, 512
+# bytes of the cache and the logits of all texts that are written at once, and how many these are at most
+BYTES_AT_ONCE, MOST_AT_ONCE = 2**29, 512
 
 Progress = Callable[[int, int], None]
 
@@ -134,11 +134,12 @@ def sample(model: Any, prompt_BP: Tensor, length: int, generator: torch.Generato
 
 
 def texts_at_once(model: Any, length: int) -> int:
-    """So many texts that a step of a small model is more than its overhead, and that the cache of all is bounded."""
+    """So many texts that a step of a small model is more than its overhead, and that the memory for all is bounded."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * length
-    return max(1, min(MOST_AT_ONCE, CACHE_BYTES // num_bytes))
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * length
+    logits = 3 * 4 * config.vocab_size  # these, the noise and their difference, in float32
+    return max(1, min(MOST_AT_ONCE, BYTES_AT_ONCE // (cache + logits)))
 
 
 def _begin(model: Any) -> int:

@@ -33,7 +33,12 @@ def _geometry_options(command: Any) -> Any:
             metavar="N",
             help="qk_nope_head_dim: wider heads see more of the latent, up to its rank. [default: head_dim]",
         ),
-        option("--value", type=int, metavar="V", help="v_head_dim, likewise. [default: head_dim]"),
+        option(
+            "--value",
+            type=int,
+            metavar="V",
+            help="v_head_dim: likewise for values, up to the latent's rank. [default: head_dim]",
+        ),
         option(
             "--budget",
             metavar="X%",
