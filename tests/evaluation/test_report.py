@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import transmla
 from transmla.cli import main
 from transmla.errors import DataError
+from transmla.evaluation.plots import frontier
 from transmla.evaluation.results import frontier_rows, frontier_table, read_results
 
 TEXT = "texts/a <b>.txt"
@@ -157,6 +158,28 @@ def test_frontier_rows(result: Path) -> None:
     ]  # fmt: skip
     assert rows[1].ratio == pytest.approx(2.718281828**0.105, rel=1e-6)
     assert "| other | 320 | 24.50 | 3.0000 |" in frontier_table(rows)
+
+
+def test_sources_are_kept_apart(result: Path, tmp_path: Path) -> None:
+    """Models of two sources: each ratio is to its own, no row replaces another, no line joins what is not comparable."""
+    paths = [result]
+    for name, source, size, nats in (("again", "<source>", 320.0, [2.2, 2.4]), ("other", "big", 80.0, [2.5, 2.6])):
+        content = json.loads(result.read_text())
+        content["source"]["name"] = source
+        content["model"] |= model("m", nats, size, quantised=[])
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(content))
+    rows = frontier_rows(read_results(paths))
+    stored = [(row.name, row.source) for row in rows if "stored" in row.name]
+    assert sorted(stored) == [
+        ("<source>, as stored", "<source>"), ("again, as stored", "<source>"), ("big, as stored", "big"),
+        ("mla-24-8, as stored", "<source>"), ("other, as stored", "big"),
+    ]  # fmt: skip
+    (axes,) = frontier(rows).axes
+    joined = [list(zip(*line.get_data(), strict=True)) for line in axes.lines if line.get_linestyle() == "-"]
+    converted = {row.name: (row.bytes_per_token, row.ratio) for row in rows if row.group == "converted"}
+    assert [converted["mla-24-8, as stored"]] in joined and [converted["other, as stored"]] in joined
+    assert not any(converted["again, as stored"] in line for line in joined)  # there is a better one of that size
 
 
 def test_positions_of_another_context_are_not_compared(result: Path, tmp_path: Path) -> None:

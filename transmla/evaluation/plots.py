@@ -24,16 +24,19 @@ def frontier(rows: list[FrontierRow]) -> Figure:
     figure, axes = _axes()
     above = sum(row.ratio > HIGHEST for row in rows)
     rows = [row for row in rows if row.ratio <= HIGHEST]
-    groups = list(dict.fromkeys(row.group for row in rows))
-    for number, group in enumerate(groups):
-        part = sorted((row for row in rows if row.group == group), key=lambda row: row.bytes_per_token)
+    groups = list(dict.fromkeys((row.group, row.source) for row in rows))
+    for number, (group, source) in enumerate(groups):
+        part = [row for row in rows if (row.group, row.source) == (group, source)]
         errors = [0.0 if math.isnan(row.ratio_error) else row.ratio_error for row in part]
-        # converted models are of different sizes, their rounded caches of different models: no line joins them
-        joined = group in ("source, quantised", "converted") and len(part) > 1
         axes.errorbar(
             [row.bytes_per_token for row in part], [row.ratio for row in part], yerr=errors, capsize=3,
-            marker=MARKERS[number % 6], color=COLOURS[number % 6], linestyle="-" if joined else "none", label=group,
+            marker=MARKERS[number % 6], color=COLOURS[number % 6], linestyle="none",
+            label=f"{group} ({source})" if source else group,
         )  # fmt: skip
+        # rounded caches of converted models are of different models: no line joins them
+        if group in ("source, quantised", "converted"):
+            best = _best_by_size(part)
+            axes.plot(list(best), list(best.values()), color=COLOURS[number % 6], linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     highest = max(row.ratio for row in rows)
@@ -48,6 +51,14 @@ def frontier(rows: list[FrontierRow]) -> Figure:
     title = f"{above} more above {HIGHEST} times the source" if above else None
     axes.legend(frameon=False, labelcolor=GREY, title=title).get_title().set_color(GREY)
     return figure
+
+
+def _best_by_size(rows: list[FrontierRow]) -> dict[float, float]:
+    """Bytes per token -> the lowest ratio there, largest first."""
+    best: dict[float, float] = {}
+    for row in sorted(rows, key=lambda row: -row.bytes_per_token):
+        best[row.bytes_per_token] = min(row.ratio, best.get(row.bytes_per_token, math.inf))
+    return best
 
 
 def positions(results: list[Result]) -> Figure | None:

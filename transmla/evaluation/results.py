@@ -32,10 +32,12 @@ class FrontierRow:
     """One cache: bytes per token over all layers, perplexity, and the ratio to the source on the same windows.
 
     group: "source", "source, quantised", "converted", "converted, quantised" or "published"
+    source: name of the model that the ratio is to; nothing where all rows have the same
     """
 
     name: str
     group: str
+    source: str
     bytes_per_token: float
     perplexity: float
     perplexity_error: float
@@ -101,18 +103,20 @@ def read_published(path: str | Path | None) -> list[dict[str, Any]]:
 
 
 def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = ()) -> list[FrontierRow]:
-    """Every cache that was measured on the first text, largest first; each source once.
+    """Every cache that was measured on the first text, largest first; each source once, by its name if there are several.
 
     published: rows of other methods with name, bytes_per_token and ratio
     """
     rows: dict[str, FrontierRow] = {}
+    compared_with = {result.content["source"]["name"] for result in results if result.content["source"]}
     for result in results:
         source = result.content["source"]
         if source is None:
             continue
+        of = source["name"] if len(compared_with) > 1 else ""
         text = next(iter(result.content["model"]["texts"]))
         base = perplexity_of(source, text)
-        for one, name, group in ((source, "source", "source"), (result.content["model"], result.name, "converted")):
+        for one, name, group in ((source, of or "source", "source"), (result.content["model"], result.name, "converted")):
             found = [(f"{name}, as stored", group, one["cache_bytes_per_token"], perplexity_of(one, text))]
             for row in filter(None, one.get("quantised", [])):
                 nats = Perplexity(tuple(row["nats"]), 0)
@@ -120,13 +124,13 @@ def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = (
             for label, kind, size, nats in found:
                 compared = ratio(nats, base)
                 rows[label] = FrontierRow(
-                    label, kind, size, nats.value, nats.standard_error, compared.value, compared.standard_error
+                    label, kind, of, size, nats.value, nats.standard_error, compared.value, compared.standard_error
                 )
     source_value = next((row.perplexity for row in rows.values() if row.group == "source"), math.nan)
     for entry in published:
         value = entry["ratio"] * source_value
         rows[entry["name"]] = FrontierRow(
-            entry["name"], "published", entry["bytes_per_token"], value, math.nan, entry["ratio"], math.nan
+            entry["name"], "published", "", entry["bytes_per_token"], value, math.nan, entry["ratio"], math.nan
         )
     return sorted(rows.values(), key=lambda row: -row.bytes_per_token)
 
