@@ -546,6 +546,8 @@ def test_the_distilled_loss_is_that_of_the_written_model(
     divergence = float((target.exp() * (target - found)).sum(-1).mean())
     assert report.blocks[-1].loss_after == pytest.approx(divergence, rel=0.05)  # the streams may run in bfloat16
     assert report.blocks[-1].loss_after < report.blocks[-1].loss_before
+    written = json.loads((report.destination / "transmla.json").read_text())["distilled_blocks"][-1]
+    assert 0 < written["training"][-1] < written["training"][0]  # QUICK passes over few windows again and again
     assert [(block.first_layer, block.last_layer) for block in report.blocks] == (
         [(0, 2)] if block_layers is None else [(0, 1), (2, 2)]
     )

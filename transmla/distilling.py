@@ -5,7 +5,9 @@ Legend: see transmla/calibrate/streams.py.
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +22,24 @@ from transmla.refine.distil import SAVE_EVERY, BlockDistiller, DistilledBlock, t
 from transmla.refine.settings import Descent
 from transmla.run import Run, free_bytes
 
+# points of the curve of training losses that is kept
+MOST_STRETCHES = 32
+
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block of layers: mean held-out loss before and after, in nats (KL) for the last block, else stream error."""
+    """One block of layers: mean held-out loss before and after, in nats (KL) for the last block, else stream error.
+
+    training: mean loss on the windows of equal stretches of the steps, each window before the step that it is used for:
+              in the first pass, of windows that no step has seen
+    """
 
     first_layer: int
     last_layer: int
     loss_before: float
     loss_after: float
     steps: int
+    training: Sequence[float] = ()
 
 
 def distil_layers(run: Run, streams: Streams, text: CalibrationTokens, journal: Journal) -> tuple[BlockReport, ...]:
@@ -76,8 +86,10 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
         distiller = BlockDistiller(block, given, streams, run.head() if final else None, descent)
         found = _train(run, distiller, indices, journal)
         weights = found.weights
-        steps = distiller.descender.num_steps
-        report = BlockReport(indices[0], indices[-1], found.loss_before, found.loss_after, steps)
+        descender = distiller.descender
+        ends = (indices[0], indices[-1])
+        losses = (found.loss_before, found.loss_after)
+        report = BlockReport(*ends, *losses, descender.num_steps, stretches(descender.losses))
         if run.processes.first:
             for index, mla in zip(indices, weights, strict=True):
                 journal.save(layer_name(run, index, "distilled"), packed(mla), {"block": vars(report)})
@@ -111,6 +123,13 @@ def _train(run: Run, distiller: BlockDistiller, indices: range, journal: Journal
             saved = time.monotonic()
 
     return distiller.run(before, after_step)
+
+
+def stretches(losses: Sequence[float], most: int = MOST_STRETCHES) -> list[float]:
+    """Means of at most `most` stretches of nearly equal length, in order."""
+    count = min(most, len(losses))
+    edges = [place * len(losses) // count for place in range(count + 1)] if count else [0]
+    return [sum(losses[start:end]) / (end - start) for start, end in itertools.pairwise(edges)]
 
 
 def _state_name(run: Run, indices: range) -> str:

@@ -64,6 +64,15 @@ def test_attended_is_the_double_loop(layer: SourceLayer) -> None:
         assert relative(getattr(seen, name), value) < 1e-5, name
 
 
+def test_narrow_products_round_only_the_attended_moment(layer: SourceLayer) -> None:
+    streams = random_streams(tokens=TOKENS)
+    x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
+    exact, narrow = (attended(x_TD, x_hat_TD, layer.gqa, dtype) for dtype in (None, torch.bfloat16))
+    for field in fields(exact):
+        rounded = relative(getattr(narrow, field.name), getattr(exact, field.name))
+        assert 0 < rounded < 2**-8 if field.name == "attended_DD" else rounded == 0, field.name
+
+
 def test_observe_is_the_mean_over_fitted_windows(layer: SourceLayer) -> None:
     streams = random_streams(tokens=TOKENS)
     moments = observe(layer, streams, num_attended=16)

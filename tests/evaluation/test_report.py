@@ -161,7 +161,7 @@ def test_frontier_rows(result: Path) -> None:
 
 
 def test_sources_are_kept_apart(result: Path, tmp_path: Path) -> None:
-    """Models of two sources: each ratio is to its own, no row replaces another, no line joins what is not comparable."""
+    """Each ratio is to its own source, no row replaces another, no line joins what is not comparable."""
     paths = [result]
     for name, source, size, nats in (("again", "<source>", 320.0, [2.2, 2.4]), ("other", "big", 80.0, [2.5, 2.6])):
         content = json.loads(result.read_text())

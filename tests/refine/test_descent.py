@@ -68,6 +68,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_been() -> None:
     tensors, values = first[0].state()
     second[0].restore({name: tensor.detach().clone() for name, tensor in tensors.items()}, values)
     assert run(second) == losses[3:]
+    assert second[0].losses == whole[0].losses == losses
     assert all(torch.equal(a, b) for a, b in zip(leaves(whole[1]), leaves(second[1]), strict=True))
 
 

@@ -56,7 +56,7 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
         if streams.indices[place] not in looked_at:
             continue
         num_seen += 1
-        seen = attended(x_TD, x_hat_TD, layer.gqa)
+        seen = attended(x_TD, x_hat_TD, layer.gqa, streams.autocast)
         attended_DD += seen.attended_DD
         query_Hdd += seen.query_Hdd
         importance_H += seen.importance_H
@@ -96,8 +96,11 @@ def _spread(wanted: int, available: int) -> set[int]:
     return {place * available // wanted for place in range(wanted)}
 
 
-def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> _Attended:
-    """What the heads of the source attend to in one window; one key/value group in memory at a time."""
+def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, narrow: torch.dtype | None = None) -> _Attended:
+    """What the heads of the source attend to in one window; one key/value group in memory at a time.
+
+    narrow: dtype of the products of attention and input, the largest ones; their moments are float32 sums in any case
+    """
     tokens, groups, heads = len(x_TD), len(gqa.k_GdD), len(gqa.q_HdD)
     positions = torch.arange(tokens, device=x_TD.device)
     q_HTd, k_GTd, v_GTd = gqa_projections(x_TD, gqa)
@@ -105,6 +108,8 @@ def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> _Attended:
     k_GTd = rotate(k_GTd, gqa.inv_freq_P, positions)
     o_GRDd = gqa.o_DHd.unflatten(1, (groups, -1, gqa.k_GdD.shape[1])).permute(1, 2, 0, 3)
     future = torch.ones(tokens, tokens, dtype=torch.bool, device=x_TD.device).triu(1)
+    narrow = narrow or x_hat_TD.dtype
+    x_narrow_TD = x_hat_TD.to(narrow)
     importance, distance = [], []
     received_T = torch.zeros(tokens, dtype=torch.float64, device=x_TD.device)
     attended_DD = torch.zeros(x_hat_TD.shape[1], x_hat_TD.shape[1], dtype=torch.float64, device=x_TD.device)
@@ -112,7 +117,7 @@ def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> _Attended:
         scores_RTT = (q_GRTd[group] @ k_GTd[group].T) * gqa.scaling
         p_RTT = scores_RTT.masked_fill_(future, float("-inf")).softmax(-1)
         for p_TT in p_RTT:
-            y_TD = p_TT @ x_hat_TD
+            y_TD = (p_TT.to(narrow) @ x_narrow_TD).to(x_hat_TD.dtype)
             attended_DD += (y_TD.T @ y_TD).double() / heads
         weight_RTT = _output_sensitivity(p_RTT, v_GTd[group], o_GRDd[group])
         importance.append(weight_RTT.sum(2).double().sum(1))

@@ -103,7 +103,7 @@ def read_published(path: str | Path | None) -> list[dict[str, Any]]:
 
 
 def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = ()) -> list[FrontierRow]:
-    """Every cache that was measured on the first text, largest first; each source once, by its name if there are several.
+    """Every cache that was measured on the first text, largest first; each source once, by name if several.
 
     published: rows of other methods with name, bytes_per_token and ratio
     """
@@ -116,7 +116,10 @@ def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = (
         of = source["name"] if len(compared_with) > 1 else ""
         text = next(iter(result.content["model"]["texts"]))
         base = perplexity_of(source, text)
-        for one, name, group in ((source, of or "source", "source"), (result.content["model"], result.name, "converted")):
+        for one, name, group in (
+            (source, of or "source", "source"),
+            (result.content["model"], result.name, "converted"),
+        ):
             found = [(f"{name}, as stored", group, one["cache_bytes_per_token"], perplexity_of(one, text))]
             for row in filter(None, one.get("quantised", [])):
                 nats = Perplexity(tuple(row["nats"]), 0)

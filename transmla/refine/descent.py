@@ -58,6 +58,8 @@ class Descender:
         self.num_windows, self.batch = num_windows, min(descent.batch, num_windows)
         self.num_steps = max(1, round(descent.passes * num_windows / self.batch))
         self.done = 0
+        # mean loss of every step so far, before the step
+        self.losses: list[float] = []
         self._leaves = leaves(weights)
         sizes = [float(leaf.detach().square().mean().sqrt()) for leaf in self._leaves]
         groups = [{"params": [leaf], "lr": size} for leaf, size in zip(self._leaves, sizes, strict=True)]
@@ -80,7 +82,8 @@ class Descender:
                 total += loss.detach()
             self._step()
             self.processes.sum_((total,))
-            yield float(total)
+            self.losses.append(float(total))
+            yield self.losses[-1]
 
     def _step(self) -> None:
         for leaf in self._leaves:
@@ -100,11 +103,11 @@ class Descender:
         for place, leaf in enumerate(self._leaves):
             held = self._adam.state[leaf]
             tensors |= {f"{place}.weight": leaf, f"{place}.m": held["exp_avg"], f"{place}.v": held["exp_avg_sq"]}
-        return tensors, {"done": self.done, "sizes": self._sizes}
+        return tensors, {"done": self.done, "sizes": self._sizes, "losses": self.losses}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Continue from a `state`."""
-        self.done, self._sizes = int(values["done"]), list(values["sizes"])
+        self.done, self._sizes, self.losses = int(values["done"]), list(values["sizes"]), list(values["losses"])
         with torch.no_grad():
             for place, leaf in enumerate(self._leaves):
                 leaf.copy_(tensors[f"{place}.weight"])
