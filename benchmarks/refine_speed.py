@@ -88,7 +88,7 @@ def main() -> None:
         int(planned.source.config["vocab_size"]), (windows * (arguments.repeats + 1) + 1, arguments.window)
     )
     with torch.no_grad():
-        streams = run.streams(ids_NT, num_heldout=1)
+        streams = run.streams(ids_NT, run.positions(ids_NT), num_heldout=1)
         block = [run.frozen_layer(index) for index in range(layers)]
         distiller = BlockDistiller(
             block, [random_weights(run) for _ in range(layers)], streams, run.head(), Descent(1.0, windows, 1e-3)

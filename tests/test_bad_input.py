@@ -217,6 +217,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         ({"dtype": "int8"}, RecipeError, ("'int8'", "bfloat16")),
         ({"theta": -1.0}, RecipeError, ("theta", "positive")),
         ({"window": 0}, RecipeError, ("window", "positive")),
+        ({"context": 257}, RecipeError, ("257 positions", "--context 256")),
         ({"recipe": "no-such-recipe"}, RecipeError, ("no-such-recipe",)),
     ],
     ids=str,

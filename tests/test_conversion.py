@@ -5,6 +5,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def test_wider_heads(lively: MakeSource, run: Convert, monkeypatch: pytest.Monke
     descent = Descent(passes=2.0, batch=2, rate=1e-2)
     refinement = Refinement(Descent(passes=1.0, batch=2, rate=1e-3) if layerwise else None, descent)
     given: dict[str, Any] = {"refine": "fast", "theta": 100.0, "latent": 20, "rope": 8, "refinement": refinement}
+    given["context"] = 1  # so few windows do not teach distances
     narrow = run(lively(), "narrow", **given)
     wide = run(lively(), "wide", nope=16, value=20, **given)
     config = json.loads((wide.destination / "config.json").read_text())
@@ -498,6 +500,26 @@ def test_two_windows_are_enough(lively: MakeSource, run: Convert) -> None:
     assert losses and all(0 < loss < 10 for loss in losses)
 
 
+def test_gaps_teach_distances_beyond_the_window(lively: MakeSource, run: Convert) -> None:
+    """Windows of 32 tokens, texts of 256: with gaps, less is lost behind the window, and no more inside."""
+    text = (resources.files("transmla.data") / "wikitext2-train-excerpt.txt").read_text("utf-8")[20000:25000]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(lively())(text).input_ids[:2048]).view(8, 256)
+    with torch.no_grad():
+        target = (
+            AutoModelForCausalLM.from_pretrained(lively(), dtype=torch.float32)(ids).logits.double().log_softmax(-1)
+        )
+    lost = {}
+    for context in (1, 256):
+        given: dict[str, Any] = {"context": context, "tokens": 2048, "window": 32, "theta": 100.0}
+        done = run(lively(), f"context-{context}", latent=24, rope=8, **given)
+        model = AutoModelForCausalLM.from_pretrained(done.destination, dtype=torch.float32)
+        with torch.no_grad():
+            found = model(ids).logits.double().log_softmax(-1)
+        lost[context] = (target.exp() * (target - found)).sum(-1).mean(0)
+    assert lost[256][32:].mean() < 0.95 * lost[1][32:].mean()
+    assert lost[256][:32].mean() < 1.03 * lost[1][:32].mean()
+
+
 def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
     def interrupt(at: str, done: int, *_: Any) -> None:
         if at == "convert layers":
@@ -507,6 +529,8 @@ def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run:
         run(lively(), progress=interrupt, theta=THETA)
     with pytest.raises(DestinationError, match="differs in theta") as caught:
         run(lively(), theta=500.0)
+    with pytest.raises(DestinationError, match="differs in context"):
+        run(lively(), theta=THETA, context=1)
     assert "--restart" in str(caught.value) and (tmp_path / "out.partial" / "journal" / "settings.json").is_file()
     assert run(lively(), theta=500.0, restart=True).theta == 500.0
 

@@ -72,6 +72,7 @@ def convert(
     tokens: int | None = None,
     sampled: int | None = None,
     window: int | None = None,
+    context: int | None = None,
     theta: float | str | None = None,
     dtype: str | None = None,
     seed: int | None = None,
@@ -101,6 +102,8 @@ def convert(
     tokens:      calibration tokens in all, default 131,072, for "full" 245,760;  window: tokens per window
     sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; in
                  whole windows; needs the whole source in memory
+    context:     positions that half of the windows are spread over, by one gap each: distances beyond the window count,
+                 too. At most, and by default, the source's context, but no more than 8,192
     theta:       rope_theta of the target, or "auto": chosen by the measured error of a few layers
     dtype:       of the written weights: auto (as the source), float32, bfloat16, float16
     device:      where the arithmetic runs;  seed: of everything random (only "self" calibration is)
@@ -118,7 +121,7 @@ def convert(
     settings: dict[str, Any] = {
         "latent": latent, "budget": budget, "rope": rope, "q_latent": q_latent, "nope": nope, "value": value,
         "refine": refine, "calibration": calibration, "tokens": tokens, "sampled": sampled, "window": window,
-        "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
+        "context": context, "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
     }  # fmt: skip
     planned = plan(source, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)
@@ -165,7 +168,7 @@ class _Fitted:
 def _fit(run: Run, text: CalibrationTokens, journal: Journal) -> _Fitted:
     """All that comes before writing; steps that the journal holds are not taken again."""
     theta, theta_losses = choose_theta(run, text, journal)
-    streams = run.streams(text.ids_NT)
+    streams = run.streams(text.ids_NT, run.positions(text.ids_NT))
     layers = fit_layers(run, streams, theta, journal)
     blocks = distil_layers(run, streams, text, journal)
     return _Fitted(theta, theta_losses, layers, blocks, measure(run, streams, text, journal))
@@ -268,6 +271,7 @@ def _fingerprint(run: Run, text: CalibrationTokens) -> dict[str, Any]:
         "source": planned.resolved.name,
         "files": files,
         "calibration": [text.name, text.digest, list(text.ids_NT.shape)],
+        "context": planned.calibration_context,
         "theta": planned.recipe.theta,
         "method": asdict(run.method),
         "refinement": asdict(run.refinement),

@@ -97,7 +97,8 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
     if not final:
         for place, _, converted_TD in streams.windows():
             with streams.computing():
-                streams.converted_NTD[place] = through(block, weights, converted_TD[None])[0].cpu()
+                passed_BTD = through(block, weights, converted_TD[None], streams.positions([place]))
+            streams.converted_NTD[place] = passed_BTD[0].cpu()
     return report
 
 

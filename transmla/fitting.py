@@ -67,8 +67,10 @@ def choose_theta(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[f
     every = max(1, len(text.ids_NT) // NUM_SURVEYED)
     # so few windows are not worth dealing out
     alone = replace(run, processes=ALONE, folder=None)
-    surveyed_NT = text.ids_NT[::every][:NUM_SURVEYED]
-    streams = alone.streams(surveyed_NT, num_heldout=max(1, len(surveyed_NT) // 3))
+    surveyed_NT, positions_NT = (
+        of_all_NT[::every][:NUM_SURVEYED] for of_all_NT in (text.ids_NT, run.positions(text.ids_NT))
+    )
+    streams = alone.streams(surveyed_NT, positions_NT, num_heldout=max(1, len(surveyed_NT) // 3))
     streams.converted_NTD = streams.source_NTD
     method = replace(run.method, two_streams=False)
     losses: dict[float, list[float]] = {theta: [] for theta in tried}

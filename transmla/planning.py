@@ -27,6 +27,9 @@ _RUNTIME_BYTES = 400 * 2**20
 # tokenizer, configs, provenance and modeling file, generously
 _COMPANION_BYTES = 32 * 2**20
 
+# positions that calibration windows are spread over, if nothing is said
+MOST_CALIBRATION_CONTEXT = 8192
+
 
 @dataclass(frozen=True)
 class CacheRow:
@@ -57,6 +60,11 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...]
+
+    @property
+    def calibration_context(self) -> int:
+        """Positions that calibration windows are spread over."""
+        return min(self.recipe.context or MOST_CALIBRATION_CONTEXT, self.max_position_embeddings)
 
     @property
     def cache_ratio(self) -> float:
@@ -123,6 +131,13 @@ def plan(
     _check_tensors(opened, family, gqa)
     dtype = _output_dtype(opened, family, settings.dtype)
     context, notes = _context(opened)
+    if settings.context and settings.context > context:
+        raise RecipeError(
+            "the calibration would leave the source's context",
+            where="--context",
+            why=f"{settings.context:,} positions, and the source knows {context:,}",
+            remedy=f"give at most --context {context}",
+        )
     if candidates:
         notes.append(
             f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "

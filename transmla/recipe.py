@@ -23,8 +23,8 @@ _WORDS_ALLOWED = {
     "precision": PRECISIONS,
 }  # fmt: skip
 _POSITIVE = (
-    "theta", "tokens", "window", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature", "top_k",
-    "heldout", "evaluations", "patience",
+    "theta", "tokens", "window", "context", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature",
+    "top_k", "heldout", "evaluations", "patience",
 )  # fmt: skip
 _NOT_NEGATIVE = ("sampled", "hidden")
 _SHARES = ("warmup", "cross_entropy")
@@ -83,6 +83,7 @@ class Recipe:
     tokens: int | None = None  # calibration tokens in all; None: TOKENS
     sampled: int = 0  # tokens more, written by the source itself as continuations of that text
     window: int = 1024  # tokens per calibration window
+    context: int | None = None  # positions that half of the windows are spread over; None: the source's, at most 8,192
     dtype: str = "auto"  # of the written weights
     seed: int = 0
     heal: Healing = field(default_factory=Healing)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transmla.calibrate.layers import SourceLayer, build_layer, layer_tensor_names, source_config, source_frequencies
 from transmla.calibrate.streams import Streams, allocate
+from transmla.calibrate.tokens import spread_positions
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan
 from transmla.processes import ALONE, Processes
@@ -93,10 +94,11 @@ class Run:
         own = family.lm_head in source.tensors and not source.config.get("tie_word_embeddings")
         return family.lm_head if own else family.embed_tokens
 
-    def streams(self, ids_NT: Tensor, num_heldout: int | None = None) -> Streams:
+    def streams(self, ids_NT: Tensor, positions_NT: Tensor, num_heldout: int | None = None) -> Streams:
         """Both streams of this process's windows at the input of layer 0.
 
-        ids_NT: all windows;  num_heldout: the last ones that only measure; default: a sixteenth, at most 8
+        ids_NT, positions_NT: of all windows;  num_heldout: the last ones that only measure; default: a sixteenth, at
+                              most 8
         """
         if num_heldout is None:
             num_heldout = self.num_heldout or heldout_of(len(ids_NT))
@@ -107,8 +109,16 @@ class Run:
         for place in range(len(mine)):
             converted_NTD[place] = source_NTD[place]
         return Streams(
-            source_NTD, converted_NTD, num_heldout, self.device, self.autocast, self.processes, len(ids_NT), self.folder
-        )
+            source_NTD, converted_NTD, num_heldout, self.device, self.autocast, self.processes, len(ids_NT),
+            self.folder, positions_NT=positions_NT[mine],
+        )  # fmt: skip
+
+    def positions(self, ids_NT: Tensor) -> Tensor:
+        """Of the tokens of all windows, int64 [N, T]."""
+        recipe = self.plan.recipe
+        num_heldout = self.num_heldout or heldout_of(len(ids_NT))
+        windows, tokens = ids_NT.shape
+        return spread_positions(windows, tokens, self.plan.calibration_context, num_heldout, recipe.seed)
 
     def embed(self, ids_NT: Tensor, stream_NTD: Tensor) -> None:
         """Fill a stream with the embeddings; only those of tokens that occur are read."""

@@ -22,14 +22,15 @@ def layer() -> SourceLayer:
     return model_and_layer(heads=4, head_dim=16)[1]
 
 
-def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> dict[str, Tensor]:
+def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, positions_T: Tensor | None = None) -> dict[str, Tensor]:
     """One head, one query, one key at a time; float64."""
+    at = torch.arange(len(x_TD)) if positions_T is None else positions_T
     heads, head_dim, size = gqa.q_HdD.shape
     tokens, heads_per_group = len(x_TD), heads // len(gqa.k_GdD)
     found = {
         "query_Hdd": torch.zeros(heads, head_dim, head_dim),
         "importance_H": torch.zeros(heads),
-        "distance_HS": torch.zeros(heads, tokens),
+        "distance_HS": torch.zeros(heads, int(at[-1]) + 1),
         "received_T": torch.zeros(tokens),
         "attended_DD": torch.zeros(size, size),
     }
@@ -40,7 +41,7 @@ def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> dict[str, Tensor]:
         k_Td = x_TD @ gqa.k_GdD[head // heads_per_group].double().T
         v_Td = x_TD @ gqa.v_GdD[head // heads_per_group].double().T
         o_Dd = gqa.o_DHd[:, head * head_dim : (head + 1) * head_dim].double()
-        q_turned_Td, k_turned_Td = (rotate(part, gqa.inv_freq_P, torch.arange(tokens)) for part in (q_Td, k_Td))
+        q_turned_Td, k_turned_Td = (rotate(part, gqa.inv_freq_P, at) for part in (q_Td, k_Td))
         for t in range(tokens):
             found["query_Hdd"][head] += torch.outer(q_Td[t], q_Td[t])
             p_S = torch.stack([gqa.scaling * q_turned_Td[t] @ k_turned_Td[s] for s in range(t + 1)]).softmax(0)
@@ -52,7 +53,7 @@ def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights) -> dict[str, Tensor]:
                 found["importance_H"][head] += weight
                 found["received_T"][s] += weight
                 if s > 0:
-                    found["distance_HS"][head, t - s] += weight
+                    found["distance_HS"][head, at[t] - at[s]] += weight
     return found
 
 
@@ -64,10 +65,32 @@ def test_attended_is_the_double_loop(layer: SourceLayer) -> None:
         assert relative(getattr(seen, name), value) < 1e-5, name
 
 
+@pytest.mark.parametrize("gaps", [(30,), (1,), (5, 200)])
+def test_attended_across_gaps(layer: SourceLayer, gaps: tuple[int, ...]) -> None:
+    streams = random_streams(tokens=TOKENS)
+    positions_T = torch.arange(TOKENS)
+    for number, gap in enumerate(gaps, 1):
+        positions_T[number * TOKENS // 3 :] += gap
+    given = (streams.source_NTD[0], streams.converted_NTD[0], layer.gqa, positions_T)
+    seen, expected = attended(*given), naive(*given)
+    for name, value in expected.items():
+        assert relative(getattr(seen, name), value) < 1e-5, name
+    assert float(seen.distance_HS[:, TOKENS:].sum()) > 0 or gaps == (1,)
+
+
+def test_distances_of_windows_that_reach_differently(layer: SourceLayer) -> None:
+    streams = random_streams(tokens=TOKENS)
+    streams.positions_NT = streams.positions_NT.clone()
+    streams.positions_NT[1, TOKENS // 2 :] += 100
+    distance_HS = observe(layer, streams, num_attended=16).distance_HS
+    assert distance_HS.shape[1] == TOKENS + 100 and torch.allclose(distance_HS.sum(1), torch.ones(()).double())
+    assert distance_HS[:, 100 + TOKENS // 2].min() > 0 and distance_HS[:, TOKENS:100].abs().max() == 0
+
+
 def test_narrow_products_round_only_the_attended_moment(layer: SourceLayer) -> None:
     streams = random_streams(tokens=TOKENS)
     x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
-    exact, narrow = (attended(x_TD, x_hat_TD, layer.gqa, dtype) for dtype in (None, torch.bfloat16))
+    exact, narrow = (attended(x_TD, x_hat_TD, layer.gqa, narrow=dtype) for dtype in (None, torch.bfloat16))
     for field in fields(exact):
         rounded = relative(getattr(narrow, field.name), getattr(exact, field.name))
         assert 0 < rounded < 2**-8 if field.name == "attended_DD" else rounded == 0, field.name

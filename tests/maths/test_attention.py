@@ -28,6 +28,26 @@ def test_mla_is_the_naive_one(rope: int, value: int) -> None:
     assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, mla_naive(X_TD, mla)) < 1e-12
 
 
+def test_positions_with_a_gap() -> None:
+    positions_T = torch.arange(len(X_TD))
+    positions_T[3:] += 50
+    gqa, mla = gqa_weights(), mla_weights()
+    found = gqa_attention(X_TD, gqa, positions_T) @ gqa.o_DHd.T, mla_attention(X_TD, mla, positions_T) @ mla.o_DHv.T
+    expected = gqa_naive(X_TD, gqa, positions_T.tolist()), mla_naive(X_TD, mla, positions_T.tolist())
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other) < 1e-12
+    assert relative(found[0], gqa_naive(X_TD, gqa)) > 0.01 and relative(found[1], mla_naive(X_TD, mla)) > 0.01
+
+
+def test_texts_at_positions_of_their_own() -> None:
+    positions_BT = torch.arange(len(X_TD)).repeat(2, 1)
+    positions_BT[1, 4:] += 9
+    mla = mla_weights()
+    together_BTk = mla_attention(torch.stack([X_TD, X_TD]), mla, positions_BT)
+    for found_Tk, positions_T in zip(together_BTk, positions_BT, strict=True):
+        assert relative(found_Tk, mla_attention(X_TD, mla, positions_T)) < 1e-12
+
+
 def test_without_rotation_the_output_is_another() -> None:
     gqa, mla = gqa_weights(), mla_weights()
     still = gqa_attention(X_TD, replace(gqa, inv_freq_P=torch.zeros(4))) @ gqa.o_DHd.T

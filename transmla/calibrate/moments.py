@@ -44,7 +44,7 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
     converted_DD, cross_DD, received_DD, attended_DD = (zeros(size, size) for _ in range(4))
     received_D, query_Hdd, importance_H = zeros(size), zeros(heads, head_dim, head_dim), zeros(heads)
     tokens, num_seen = streams.source_NTD.shape[1], zeros(1)
-    distance_HS = zeros(heads, tokens)
+    distance_HS = zeros(heads, streams.last_position() + 1)
     looked_at = _spread(num_attended, streams.num_fitted_of_all)
     for place, source_TD, converted_TD in streams.windows():
         if place >= streams.num_fitted:
@@ -56,11 +56,11 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
         if streams.indices[place] not in looked_at:
             continue
         num_seen += 1
-        seen = attended(x_TD, x_hat_TD, layer.gqa, streams.autocast)
+        seen = attended(x_TD, x_hat_TD, layer.gqa, streams.positions(place), streams.autocast)
         attended_DD += seen.attended_DD
         query_Hdd += seen.query_Hdd
         importance_H += seen.importance_H
-        distance_HS += seen.distance_HS
+        distance_HS[:, : seen.distance_HS.shape[1]] += seen.distance_HS
         received_T = (seen.received_T / seen.received_T.mean()).float()
         received_D += (received_T @ x_hat_TD).double()
         received_DD += ((x_hat_TD * received_T[:, None]).T @ x_hat_TD).double()
@@ -96,13 +96,20 @@ def _spread(wanted: int, available: int) -> set[int]:
     return {place * available // wanted for place in range(wanted)}
 
 
-def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, narrow: torch.dtype | None = None) -> _Attended:
+def attended(
+    x_TD: Tensor,
+    x_hat_TD: Tensor,
+    gqa: GqaWeights,
+    positions_T: Tensor | None = None,
+    narrow: torch.dtype | None = None,
+) -> _Attended:
     """What the heads of the source attend to in one window; one key/value group in memory at a time.
 
-    narrow: dtype of the products of attention and input, the largest ones; their moments are float32 sums in any case
+    positions_T: int64, ascending; None: 0..T-1
+    narrow:      dtype of the products of attention and input, the largest ones; their moments are float32 sums anyway
     """
     tokens, groups, heads = len(x_TD), len(gqa.k_GdD), len(gqa.q_HdD)
-    positions = torch.arange(tokens, device=x_TD.device)
+    positions = torch.arange(tokens, device=x_TD.device) if positions_T is None else positions_T
     q_HTd, k_GTd, v_GTd = gqa_projections(x_TD, gqa)
     q_GRTd = rotate(q_HTd, gqa.inv_freq_P, positions).unflatten(0, (groups, -1))
     k_GTd = rotate(k_GTd, gqa.inv_freq_P, positions)
@@ -123,7 +130,7 @@ def attended(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, narrow: torch.dtyp
         importance.append(weight_RTT.sum(2).double().sum(1))
         received_T += weight_RTT.sum((0, 1)).double()
         weight_RTT[:, :, 0] = 0
-        distance.append(_by_distance(weight_RTT))
+        distance.append(_by_distance(weight_RTT, positions))
     query_Hdd = (q_HTd.transpose(1, 2) @ q_HTd).double()
     return _Attended(query_Hdd, torch.cat(importance), torch.cat(distance), received_T, attended_DD)
 
@@ -139,7 +146,18 @@ def _output_sensitivity(p_RTT: Tensor, v_Td: Tensor, o_RDd: Tensor) -> Tensor:
     return p_RTT.square_().mul_(spread_RTT.clamp_min_(0))
 
 
-def _by_distance(weight_RTT: Tensor) -> Tensor:
+def _by_distance(weight_RTT: Tensor, positions_T: Tensor) -> Tensor:
+    """Sums of lower-triangular matrices by distance 0, 1, .. of the positions, float64 [R, last position + 1]."""
+    tokens = len(positions_T)
+    skipped_T = positions_T - torch.arange(tokens, device=positions_T.device)
+    gap_TT = skipped_T[:, None] - skipped_T  # between query and key, beyond their places in the window
+    found = torch.zeros(len(weight_RTT), int(positions_T[-1]) + 1, dtype=torch.float64, device=weight_RTT.device)
+    for gap in gap_TT.tril().unique().tolist():
+        found[:, gap : gap + tokens] += _by_diagonal(weight_RTT.where(gap_TT == gap, 0))
+    return found
+
+
+def _by_diagonal(weight_RTT: Tensor) -> Tensor:
     """Sums along the diagonals t - s = 0, 1, .. of lower-triangular matrices, float64 [R, T]."""
     tokens = weight_RTT.shape[1]
     # written with rows of 2 T and read with rows of 2 T - 1, row t moves right by t: column T - 1 + (t - s)

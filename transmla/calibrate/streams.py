@@ -34,6 +34,7 @@ class Streams:
     num_windows:   of all processes together; default: those given here
     folder:        activations go into a file there instead of memory (see `allocate`)
     indices:       of the windows here among all
+    positions_NT:  int64, of the tokens in the windows here; default: 0..T-1
     """
 
     source_NTD: Tensor
@@ -45,8 +46,11 @@ class Streams:
     num_windows: int = 0
     folder: Path | None = None
     indices: list[int] = field(default_factory=list)
+    positions_NT: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def __post_init__(self) -> None:
+        if self.positions_NT.shape != self.source_NTD.shape[:2]:
+            self.positions_NT = torch.arange(self.source_NTD.shape[1]).expand(self.source_NTD.shape[:2])
         self.num_windows = self.num_windows or len(self.source_NTD)
         if len(self.indices) != len(self.source_NTD):  # not given; of the last windows a process may hold none
             self.indices = self.processes.mine(self.num_windows)
@@ -71,6 +75,7 @@ class Streams:
             converted_NTD=self.converted_NTD[place:],
             num_windows=count,
             indices=[index - start for index in self.indices[place:]],
+            positions_NT=self.positions_NT[place:],
         )
 
     def mean_heldout(self, loss_of: Callable[[int], Tensor]) -> float:
@@ -85,6 +90,15 @@ class Streams:
         """(place here, source [T, D], converted [T, D]) on the device, float32."""
         for place in range(len(self.source_NTD)):
             yield place, self.source_NTD[place].to(self.device), self.converted_NTD[place].to(self.device)
+
+    def positions(self, place: int | list[int]) -> Tensor:
+        """Of one window [T] or of several [B, T], on the device."""
+        return self.positions_NT[place].to(self.device)
+
+    def last_position(self) -> int:
+        """Of all windows of all processes."""
+        here = {index: int(positions_T[-1]) for index, positions_T in zip(self.indices, self.positions_NT, strict=True)}
+        return max(self.processes.gather(here).values())
 
     def computing(self) -> torch.autocast:
         """Context of forward passes: matmuls in the autocast dtype, streams and moments in float32."""
@@ -124,7 +138,8 @@ def add_source_attention(layer: SourceLayer, streams: Streams) -> None:
     """Source stream past the layer's attention: the target that the converted layer has to meet."""
     for place, source_TD, _ in streams.windows():
         with streams.computing():
-            out_TD = gqa_attention(layer.input_layernorm(source_TD), layer.gqa) @ layer.gqa.o_DHd.T
+            heads_TF = gqa_attention(layer.input_layernorm(source_TD), layer.gqa, streams.positions(place))
+            out_TD = heads_TF @ layer.gqa.o_DHd.T
         streams.source_NTD[place] += out_TD.float().cpu()
 
 
@@ -137,7 +152,7 @@ def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> Co
     for place, _, converted_TD in streams.windows():
         x_hat_TD = layer.input_layernorm(converted_TD)
         with streams.computing():
-            heads_NTF[place] = mla_attention(x_hat_TD, mla).float().cpu()
+            heads_NTF[place] = mla_attention(x_hat_TD, mla, streams.positions(place)).float().cpu()
             for number, down_kD in enumerate(latents):
                 found = float((x_hat_TD @ down_kD.T).float().square().mean(-1).max())
                 peaks[number] = max(peaks[number], found)

@@ -49,10 +49,10 @@ def output_error(
     for index, source_TD, _ in streams.windows():
         if index < streams.num_fitted:
             continue
-        x_TD = layer.input_layernorm(source_TD)
+        x_TD, positions_T = layer.input_layernorm(source_TD), streams.positions(index)
         with streams.computing():
-            exact_TD: Tensor = gqa_attention(x_TD, layer.gqa) @ layer.gqa.o_DHd.T
-            found_TD: Tensor = mla_attention(x_TD, mla) @ mla.o_DHv.T
+            exact_TD: Tensor = gqa_attention(x_TD, layer.gqa, positions_T) @ layer.gqa.o_DHd.T
+            found_TD: Tensor = mla_attention(x_TD, mla, positions_T) @ mla.o_DHv.T
         lost += float((exact_TD.float() - found_TD.float()).square().sum())
         size += float(exact_TD.float().square().sum())
     return lost / size

@@ -137,6 +137,27 @@ def shuffled(text: CalibrationTokens, seed: int) -> CalibrationTokens:
     return _named(text.ids_NT[order], text.name)
 
 
+def spread_positions(num_windows: int, window: int, context: int, num_heldout: int, seed: int) -> Tensor:
+    """Positions of the tokens of all windows, int64 [N, T]: half of the windows skip some, the held-out ones none.
+
+    A window that skips from somewhere in its middle to somewhere in the context shows distances that no window of
+    its length has, at no cost (PoSE, 2309.10400, section 3). Lengths of gaps are uniform in their logarithm, from a
+    quarter of the window to what is left of the context. Which windows skip is random: every second one would be
+    every one of those that a step picks out in turn.
+    """
+    positions_NT = torch.arange(window).repeat(num_windows, 1)
+    if context <= window:
+        return positions_NT
+    generator = torch.Generator().manual_seed(seed)
+    skipping, where, length = torch.rand(3, num_windows, generator=generator, dtype=torch.float64)
+    shortest, longest = max(1, min(window // 4, context - window)), context - window
+    gap_N = (shortest * (longest / shortest) ** length).round().long()
+    start_N = (window * (0.25 + 0.5 * where)).long().clamp_min(1)
+    skipping_N = (skipping < 0.5) & (torch.arange(num_windows) < num_windows - num_heldout)
+    behind_NT = positions_NT >= start_N[:, None]
+    return positions_NT + torch.where(skipping_N[:, None] & behind_NT, gap_N[:, None], 0)
+
+
 def with_sampled(text: CalibrationTokens, sampled_NT: Tensor, num_heldout: int) -> CalibrationTokens:
     """Sampled windows among those of the text, spread evenly; the held-out ones stay the last, and real text."""
     fitted, heldout = text.ids_NT[:-num_heldout], text.ids_NT[-num_heldout:]

@@ -107,6 +107,13 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
 )
 @option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
 @option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Positions that half of the windows are spread over, by one gap each, so that distances beyond the window "
+    "count, too; 1: none. [default: those of SRC, at most 8192]",
+)
+@option(
     "--theta",
     metavar="X",
     help="rope_theta of the result; auto tries a few on a few layers and measures. [default: auto]",

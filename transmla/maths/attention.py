@@ -61,8 +61,8 @@ def inverse_frequencies(theta: float, dim: int) -> Tensor:
 
 
 def rotate(x_T2M: Tensor, inv_freq_M: Tensor, positions_T: Tensor) -> Tensor:
-    """Turn the half-split pairs of `x` [..., T, 2M] by inv_freq * position radians."""
-    angle_TM = positions_T[:, None].to(inv_freq_M.dtype) * inv_freq_M
+    """Turn the half-split pairs of `x` [..., T, 2M] by inv_freq * position radians; positions [T] or [..., T]."""
+    angle_TM = positions_T[..., None].to(inv_freq_M.dtype) * inv_freq_M
     cos_TM, sin_TM = angle_TM.cos().to(x_T2M.dtype), angle_TM.sin().to(x_T2M.dtype)
     real, imag = x_T2M.chunk(2, dim=-1)
     return torch.cat([real * cos_TM - imag * sin_TM, imag * cos_TM + real * sin_TM], dim=-1)
@@ -76,24 +76,30 @@ def gqa_projections(x_TD: Tensor, gqa: GqaWeights) -> tuple[Tensor, Tensor, Tens
     return q_HTd, k_GTd, v_GTd
 
 
-def gqa_attention(x_TD: Tensor, gqa: GqaWeights) -> Tensor:
-    """Causal grouped-query attention of one text at positions 0..T-1, heads side by side [T, H d]; no o_proj."""
+def gqa_attention(x_TD: Tensor, gqa: GqaWeights, positions_T: Tensor | None = None) -> Tensor:
+    """Causal grouped-query attention of one text, heads side by side [T, H d]; no o_proj.
+
+    positions_T: int64, ascending; None: 0..T-1
+    """
     q_HTd, k_GTd, v_GTd = gqa_projections(x_TD, gqa)
-    positions = torch.arange(len(x_TD), device=x_TD.device)
+    positions = torch.arange(len(x_TD), device=x_TD.device) if positions_T is None else positions_T
     out_HTd = _causal(
         rotate(q_HTd, gqa.inv_freq_P, positions), rotate(k_GTd, gqa.inv_freq_P, positions), v_GTd, gqa.scaling
     )
     return out_HTd.transpose(0, 1).flatten(1)
 
 
-def mla_attention(x_BTD: Tensor, mla: MlaWeights) -> Tensor:
-    """Causal latent attention at positions 0..T-1, heads side by side [..., T, H v]; no o_proj.
+def mla_attention(x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None) -> Tensor:
+    """Causal latent attention, heads side by side [..., T, H v]; no o_proj.
 
-    x_BTD: one text [T, D] or several [B, T, D]
+    x_BTD:        one text [T, D] or several [B, T, D]
+    positions_BT: of all texts [T] or of each [B, T], int64, ascending; None: 0..T-1
     """
     heads, nope, _ = mla.q_nope_HnD.shape
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
-    positions = torch.arange(x_BTD.shape[-2], device=x_BTD.device)
+    positions = (
+        torch.arange(x_BTD.shape[-2], device=x_BTD.device) if positions_BT is None else positions_BT[..., None, :]
+    )
     # few wide products instead of many narrow ones: this is the inner loop of the refinement
     queries_kD = torch.cat([mla.q_nope_HnD.flatten(0, 1), mla.q_rope_HeD.flatten(0, 1)])
     down_kD = torch.cat([queries_kD if mla.q_down_qD is None else mla.q_down_qD, mla.kv_down_rD, mla.k_rope_eD])

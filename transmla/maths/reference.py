@@ -11,8 +11,9 @@ from torch import Tensor
 from transmla.maths.attention import GqaWeights, MlaWeights
 
 
-def gqa_naive(x_TD: Tensor, gqa: GqaWeights) -> Tensor:
-    """Output of the attention block [T, D], o_proj included."""
+def gqa_naive(x_TD: Tensor, gqa: GqaWeights, positions: list[int] | None = None) -> Tensor:
+    """Output of the attention block [T, D], o_proj included. positions: of the tokens; None: 0..T-1"""
+    at = positions or list(range(len(x_TD)))
     heads_per_group = len(gqa.q_HdD) // len(gqa.k_GdD)
     frequencies = gqa.inv_freq_P.tolist()
     columns = []
@@ -21,15 +22,20 @@ def gqa_naive(x_TD: Tensor, gqa: GqaWeights) -> Tensor:
         rows = []
         for t in range(len(x_TD)):
             scores = [
-                gqa.scaling * _rotary_score(q_dD @ x_TD[t], k_dD @ x_TD[s], frequencies, t - s) for s in range(t + 1)
+                gqa.scaling * _rotary_score(q_dD @ x_TD[t], k_dD @ x_TD[s], frequencies, at[t] - at[s])
+                for s in range(t + 1)
             ]
             rows.append(_mean(scores, [v_dD @ x_TD[s] for s in range(t + 1)]))
         columns.append(torch.stack(rows))
     return torch.cat(columns, dim=1) @ gqa.o_DHd.T
 
 
-def mla_naive(x_TD: Tensor, mla: MlaWeights) -> Tensor:
-    """Output of the attention block [T, D], o_proj included; keys and values rebuilt from cached values only."""
+def mla_naive(x_TD: Tensor, mla: MlaWeights, positions: list[int] | None = None) -> Tensor:
+    """Output of the attention block [T, D], o_proj included; keys and values rebuilt from cached values only.
+
+    positions: of the tokens; None: 0..T-1
+    """
+    at = positions or list(range(len(x_TD)))
     frequencies = mla.inv_freq_M.tolist()
     latents = [mla.kv_down_rD @ x_D for x_D in x_TD]
     rotary_keys = [mla.k_rope_eD @ x_D for x_D in x_TD]
@@ -43,7 +49,7 @@ def mla_naive(x_TD: Tensor, mla: MlaWeights) -> Tensor:
                 mla.scaling
                 * (
                     float(q_nope @ (mla.k_up_Hnr[head] @ latents[s]))
-                    + _rotary_score(q_rope, rotary_keys[s], frequencies, t - s)
+                    + _rotary_score(q_rope, rotary_keys[s], frequencies, at[t] - at[s])
                 )
                 for s in range(t + 1)
             ]

@@ -53,10 +53,15 @@ class DistilledBlock:
     loss_after: float
 
 
-def through(block: Sequence[FrozenLayer], weights: Sequence[MlaWeights], stream_BTD: Tensor) -> Tensor:
-    """Converted stream past a block of layers, float32; differentiable in `weights`."""
+def through(
+    block: Sequence[FrozenLayer],
+    weights: Sequence[MlaWeights],
+    stream_BTD: Tensor,
+    positions_BT: Tensor | None = None,
+) -> Tensor:
+    """Converted stream past a block of layers, float32; differentiable in `weights`. Positions: see `mla_attention`."""
     for layer, mla in zip(block, weights, strict=True):
-        out_BTD = mla_attention(layer.input_layernorm(stream_BTD), mla) @ mla.o_DHv.T
+        out_BTD = mla_attention(layer.input_layernorm(stream_BTD), mla, positions_BT) @ mla.o_DHv.T
         stream_BTD = stream_BTD + out_BTD.float()
         stream_BTD = stream_BTD + layer.mlp(layer.post_attention_layernorm(stream_BTD)).float()
     return stream_BTD
@@ -83,7 +88,8 @@ class BlockDistiller:
         streams = self._streams
         target_BTD = streams.source_NTD[places].to(streams.device)
         with streams.computing():
-            found_BTD = through(self._block, weights, streams.converted_NTD[places].to(streams.device))
+            stream_BTD = streams.converted_NTD[places].to(streams.device)
+            found_BTD = through(self._block, weights, stream_BTD, streams.positions(places))
         if self._head is None:
             return [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
         head = self._head

@@ -42,7 +42,8 @@ def refine_layer(
         target_BTD = streams.source_NTD[places].to(streams.device)
         converted_BTD = streams.converted_NTD[places].to(streams.device)
         with streams.computing():
-            out_BTD = mla_attention(layer.input_layernorm(converted_BTD), trained) @ trained.o_DHv.T
+            x_hat_BTD = layer.input_layernorm(converted_BTD)
+            out_BTD = mla_attention(x_hat_BTD, trained, streams.positions(places)) @ trained.o_DHv.T
         found_BTD = converted_BTD + out_BTD.float()
         return [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
 
