@@ -1,8 +1,13 @@
-"""What is kept of a block's losses."""
+"""Which windows a block is trained on, and what is kept of its losses."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from transmla.distilling import stretches
+from transmla.distilling import num_trained_on, stretches
+from transmla.refine.settings import Descent, Refinement
 
 
 @pytest.mark.parametrize(
@@ -24,3 +29,20 @@ def test_every_step_counts_once() -> None:
     means = stretches([float(step) for step in range(100)], 32)
     assert len(means) == 32 and means == sorted(means)
     assert stretches([1.0] * 100, 32) == [1.0] * 32
+
+
+@pytest.mark.parametrize(
+    ("closed_form_tokens", "distil_unseen", "found"),
+    # twenty windows of ten tokens, two of them held out
+    [(80, True, 10), (80, False, 18), (90, True, 9), (100, True, 18), (None, True, 18), (1000, True, 18)],
+)
+def test_windows_that_the_closed_form_has_not_seen(
+    closed_form_tokens: int | None, distil_unseen: bool, found: int
+) -> None:
+    """They come first, and they are enough if they are half of the fitted ones."""
+    refinement = Refinement(None, Descent(1.0, 1, 1e-3), closed_form_tokens, distil_unseen)
+    streams: Any = SimpleNamespace(
+        num_windows=20, num_heldout=2, num_fitted_of_all=18, source_NTD=torch.empty(20, 10, 1)
+    )
+    run: Any = SimpleNamespace(refinement=refinement)
+    assert num_trained_on(run, streams) == found

@@ -67,9 +67,10 @@ def test_the_table_heal(toml):
 
 def test_defaults(toml):
     assert load_recipe(toml("")) == Recipe()
-    assert (Recipe().num_tokens, Recipe().window, Recipe().theta) == (131072, 1024, "auto")
+    assert (Recipe().num_tokens, Recipe().window, Recipe().theta) == (180224, 1024, "auto")
+    assert Recipe(refine="off").num_tokens == 131072
     assert Recipe(refine="full").num_tokens == 245760 and Recipe(tokens=5, refine="full").num_tokens == 5
-    assert Recipe().resolved["tokens"] == 131072
+    assert Recipe().resolved["tokens"] == 180224
 
 
 def test_an_integer_is_a_number(toml):

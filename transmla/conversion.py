@@ -99,7 +99,8 @@ def convert(
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
     calibration: text file, table with a `text` column, dataset id, "wikitext" or "synthetic" (both ship with the
                  package) or "self"; several, separated by "+", share the tokens
-    tokens:      calibration tokens in all, default 131,072, for "full" 245,760;  window: tokens per window
+    tokens:      calibration tokens in all, default 180,224, for "full" 245,760, for "off" 131,072;  window: tokens per
+                 window
     sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; in
                  whole windows; needs the whole source in memory
     context:     positions that half of the windows are spread over, by one gap each: distances beyond the window count,

@@ -15,7 +15,7 @@ import torch
 from transmla.calibrate.streams import Streams, add_mlp, add_source_attention
 from transmla.calibrate.tokens import CalibrationTokens
 from transmla.checkpoint.journal import Journal
-from transmla.fitting import layer_name, packed, unpacked
+from transmla.fitting import layer_name, num_closed, packed, unpacked
 from transmla.maths.attention import MlaWeights
 from transmla.refine.descent import tokens_per_pass
 from transmla.refine.distil import SAVE_EVERY, BlockDistiller, DistilledBlock, through
@@ -83,7 +83,8 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
         weights = load_layers(run, indices, journal, "distilled")
     else:
         given = load_layers(run, indices, journal, "fitted")
-        distiller = BlockDistiller(block, given, streams, run.head() if final else None, descent)
+        head = run.head() if final else None
+        distiller = BlockDistiller(block, given, streams, head, descent, num_trained_on(run, streams))
         found = _train(run, distiller, indices, journal)
         weights = found.weights
         descender = distiller.descender
@@ -100,6 +101,12 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
                 passed_BTD = through(block, weights, converted_TD[None], streams.positions([place]))
             streams.converted_NTD[place] = passed_BTD[0].cpu()
     return report
+
+
+def num_trained_on(run: Run, streams: Streams) -> int:
+    """Windows of all processes that are distilled on, the first ones: those that the closed form has not seen are."""
+    fitted, unseen = streams.num_fitted_of_all, streams.num_windows - num_closed(run, streams)
+    return unseen if run.refinement.distil_unseen and 2 * unseen >= fitted else fitted
 
 
 def _train(run: Run, distiller: BlockDistiller, indices: range, journal: Journal) -> DistilledBlock:

@@ -100,7 +100,7 @@ def fit_layers(run: Run, streams: Streams, theta: float, journal: Journal) -> tu
     """
     reports = []
     total = run.plan.mla.num_hidden_layers
-    closed = streams.last(_num_closed(run, streams))
+    closed = streams.last(num_closed(run, streams))
     for index in range(total):
         layer = run.layer(index)
         kept = run.processes.from_first(journal.load(layer_name(run, index)))
@@ -120,7 +120,7 @@ def fit_layers(run: Run, streams: Streams, theta: float, journal: Journal) -> tu
     return tuple(reports)
 
 
-def _num_closed(run: Run, streams: Streams) -> int:
+def num_closed(run: Run, streams: Streams) -> int:
     """Windows of all processes that the closed form sees, held-out ones included."""
     tokens = run.refinement.closed_form_tokens
     if tokens is None or run.refinement.distil is None:

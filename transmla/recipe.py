@@ -11,7 +11,7 @@ from transmla.errors import RecipeError
 
 REFINE_LEVELS = ("off", "fast", "full")
 # calibration tokens of each level, where the recipe does not say
-TOKENS = {"off": 131072, "fast": 131072, "full": 245760}
+TOKENS = {"off": 131072, "fast": 180224, "full": 245760}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRAINED = ("attention", "all")
 PRECISIONS = ("bfloat16", "float32")

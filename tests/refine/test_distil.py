@@ -67,6 +67,21 @@ def test_it_lowers_the_loss_that_it_reports(fitted: Any, head: Head | None) -> N
     assert found.loss_after == pytest.approx(_naive(streams.source_NTD[100:], again_NTD[100:], head), rel=1e-4)
 
 
+def test_only_the_first_windows_are_trained_on(fitted: Any) -> None:
+    streams, weights, _ = fitted
+    seen: list[int] = []
+
+    class Watched(BlockDistiller):
+        def losses(self, places: list[int], weights: Any) -> list[torch.Tensor]:
+            seen.extend(places)
+            return super().losses(places, weights)
+
+    distiller = Watched(BLOCK, weights, streams, HEAD, Descent(1.0, 1, 1e-3), 3)
+    distiller.run(1e9, lambda loss: None)
+    assert sorted(seen[:3]) == [0, 1, 2] and distiller.descender.num_steps == 3
+    assert set(seen[3:]) == set(range(streams.num_fitted, len(streams.source_NTD)))  # what is held out measures
+
+
 def test_what_does_not_help_is_not_taken(fitted: Any) -> None:
     streams, weights, _ = fitted
     distiller = BlockDistiller(BLOCK, weights, streams, HEAD, Descent(1.0, 2, 10.0))

@@ -97,7 +97,7 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     "--tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Calibration tokens in all. [default: 131072, with --refine full 245760]",
+    help="Calibration tokens in all. [default: with --refine off 131072, fast 180224, full 245760]",
 )
 @option(
     "--sampled",

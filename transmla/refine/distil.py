@@ -68,7 +68,10 @@ def through(
 
 
 class BlockDistiller:
-    """Trains one block; the streams hold its input (converted) and what the source has behind it (source)."""
+    """Trains one block; the streams hold its input (converted) and what the source has behind it (source).
+
+    num_windows: of all processes, the first ones, that are trained on; None: all that are fitted to
+    """
 
     def __init__(
         self,
@@ -77,11 +80,13 @@ class BlockDistiller:
         streams: Streams,
         head: Head | None,
         descent: Descent,
+        num_windows: int | None = None,
     ) -> None:
         self._block, self._streams, self._head = block, streams, head
         self._given = [mla.to(dtype=torch.float32) for mla in weights]
         self.trained = [trainable(mla, streams.device) for mla in weights]
-        self.descender = Descender(self.trained, descent, streams.num_fitted_of_all, streams.processes)
+        num_windows = num_windows or streams.num_fitted_of_all
+        self.descender = Descender(self.trained, descent, num_windows, streams.processes)
 
     def losses(self, places: list[int], weights: Sequence[MlaWeights]) -> list[Tensor]:
         """Of windows of this process, each the mean over its tokens."""

@@ -22,15 +22,18 @@ class Refinement:
     distil:     blocks of layers against the source's predictions (a last block) or its stream (others)
     closed_form_tokens: calibration tokens that the closed form sees if distillation follows, which mends what more of
                 them would have brought; None: all
+    distil_unseen: distil only on windows that the closed form has not seen, where these are half of them at least: it
+                knows the others by heart, and there is less to learn from them
     """
 
     layerwise: Descent | None
     distil: Descent | None
     closed_form_tokens: int | None = 65536
+    distil_unseen: bool = False
 
 
 LEVELS: dict[str, Refinement] = {
     "off": Refinement(None, None),
-    "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=1e-3), closed_form_tokens=49152),
+    "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=1e-3), closed_form_tokens=49152, distil_unseen=True),
     "full": Refinement(None, Descent(passes=4.0, batch=1, rate=1e-3), closed_form_tokens=65536),
 }
