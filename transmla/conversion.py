@@ -97,8 +97,8 @@ def convert(
     budget:      with latent="auto": the smallest latent is taken whose perplexity on the held-out calibration windows
                  is at most 1 + budget times the source's
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
-    calibration: text file, table with a `text` column, dataset id, "wikitext" or "synthetic" (both ship with the
-                 package) or "self"; several, separated by "+", share the tokens
+    calibration: text file, table with a `text` column, dataset id, "wikitext", "synthetic" or "code" (they ship with
+                 the package) or "self"; several share the tokens, "A:3+B" three to one
     tokens:      calibration tokens in all, default 180,224, for "full" 245,760, for "off" 131,072;  window: tokens per
                  window
     sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; in

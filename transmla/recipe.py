@@ -36,7 +36,7 @@ Settings = TypeVar("Settings", "Recipe", "Healing")
 class Healing:
     """The table [heal] of a recipe: distillation from the source after the conversion. Windows are rows of tokens."""
 
-    data: str = "wikitext+synthetic"  # mix of texts, A:3+B: healing/data.py
+    data: str = "wikitext:2+synthetic+code"  # mix of texts, A:3+B: healing/data.py
     tokens: int = 1_000_000  # trained on in all
     distinct: int | None = None  # of these different, the others repeat them; None: all
     window: int = 1024  # tokens per window
@@ -78,7 +78,7 @@ class Recipe:
     value: int | None = None  # v_head_dim; None: the source's head_dim
     refine: str = "fast"  # how much gradient refinement: off, fast, full
     theta: float | str = "auto"  # rope_theta of the target
-    calibration: str = "wikitext+synthetic"  # names of embedded texts, or files, shares of each
+    calibration: str = "wikitext:2+synthetic+code"  # names of embedded texts, or files, shares of each
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on
     tokens: int | None = None  # calibration tokens in all; None: TOKENS
     sampled: int = 0  # tokens more, written by the source itself as continuations of that text

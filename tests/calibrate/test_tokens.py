@@ -23,6 +23,19 @@ from transmla.calibrate.tokens import calibration_tokens, read_text, spread_posi
 from transmla.errors import DataError
 
 
+def test_shares_of_a_mix(tmp_path: Path) -> None:
+    for letter, name in (("a", "one.txt"), ("b", "two.txt")):
+        (tmp_path / name).write_text(letter * 1000, encoding="utf-8")
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    for mix, share in ((f"{one}+{two}", 10), (f"{one}:3+{two}", 15), (f"{one}:3+{two}:1", 15)):
+        found = calibration_tokens(mix, Letters(), 200, 10)
+        windows_of_one = int((found.ids_NT[:, 1] == ord("a")).sum())
+        assert (len(found.ids_NT), windows_of_one, found.name) == (20, share, mix)
+    assert calibration_tokens(f"{one}:7", Letters(), 200, 10).ids_NT.shape == (20, 10)
+    with pytest.raises(DataError, match="no mix"):
+        calibration_tokens(f"{one}:0+{two}", Letters(), 200, 10)
+
+
 def test_without_room_there_are_no_gaps() -> None:
     for context in (1, 64):
         assert torch.equal(spread_positions(5, 64, context, 1, 0), torch.arange(64).expand(5, 64))

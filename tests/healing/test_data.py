@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from transmla.calibrate.tokens import Part, parse_mix
 from transmla.errors import DataError
-from transmla.healing.data import Part, Text, Windows, mixed, open_text, parse_mix, write_windows
+from transmla.healing.data import Text, Windows, mixed, open_text, write_windows
 from transmla.healing.packing import IGNORED, pack
 
 END = 2
@@ -55,13 +56,13 @@ def as_text(ids: list[int]) -> str:
     ],
 )
 def test_mixes(mix: str, parts: list[tuple[str, float]]) -> None:
-    assert [(part.name, part.weight) for part in parse_mix(mix)] == parts
+    assert [(part.name, part.weight) for part in parse_mix(mix, "--data")] == parts
 
 
 @pytest.mark.parametrize("mix", ["", "a+", "a:0", "a:-1+b", "a:inf"])
 def test_what_is_no_mix(mix: str) -> None:
     with pytest.raises(DataError, match="no mix of texts") as caught:
-        parse_mix(mix)
+        parse_mix(mix, "--data")
     assert caught.value.where == "--data"
 
 

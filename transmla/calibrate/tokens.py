@@ -1,13 +1,14 @@
-"""Calibration text -> windows of token ids. Six kinds of text, one result.
+"""Calibration text -> windows of token ids. Seven kinds of text, one result.
 
     self             sampled from the source model itself (needs the whole source in memory)
     wikitext         an excerpt of WikiText-2 train that ships with the package
     synthetic        what a small model answers to requests of many kinds, ships too: stories, code, letters, lists.
                      Beside wikitext it keeps a conversion from forgetting all that is not an encyclopedia
+    code             modules of Python's standard library, ships too
     wikitext-valid, tinystories-valid   ship, too, but only to be evaluated on
     FILE             .txt as it is; .jsonl, .json, .parquet, .csv by their `text` column
     DATASET          hub id, optionally OWNER/NAME:CONFIG, its train split, streamed
-    A+B              several of these, each with the same share of the tokens
+    A:3+B            several of these, three tokens of A for one of B
 
 Legend: N windows, T tokens per window.
 """
@@ -28,7 +29,7 @@ from transmla.errors import DataError
 TEXT_COLUMN = "text"
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # name -> file in transmla/data; validation texts are kept out of calibration
-SHIPPED = {"wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt"}
+SHIPPED = {"wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt", "code": "code.txt"}
 SHIPPED_VALIDATION = {"wikitext-valid": "wikitext2-valid-excerpt.txt", "tinystories-valid": "tinystories-valid.txt"}
 # characters read per token asked for: enough for any language and tokenizer worth calibrating with
 CHARACTERS_PER_TOKEN = 12
@@ -41,6 +42,33 @@ class CalibrationTokens:
     ids_NT: Tensor
     name: str
     digest: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One text of a mix and how often it is drawn from."""
+
+    name: str
+    weight: float = 1.0
+
+
+def parse_mix(text: str, where: str) -> tuple[Part, ...]:
+    """ "A:3+B" -> parts; a weight is what stands behind the last colon, if that is a number.
+
+    where: the option that it was given to, for the `DataError` about what is no mix
+    """
+    parts = []
+    for word in text.split("+"):
+        name, colon, weight = word.rpartition(":")
+        parts.append(Part(name, float(weight)) if colon and _is_number(weight) else Part(word))
+    if any(not 0 < part.weight < float("inf") or not part.name for part in parts):
+        raise DataError(
+            f"{text!r} is no mix of texts",
+            where=where,
+            why="every part has a name and a positive weight",
+            remedy="write A+B or A:3+B:1",
+        )
+    return tuple(parts)
 
 
 def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> str:
@@ -99,15 +127,23 @@ def windows(
 def calibration_tokens(
     name: str, tokenizer: Any, num_tokens: int, window: int, *, sampler: Any = None
 ) -> CalibrationTokens:
-    """Windows of token ids of the text called `name`; of several, "A+B", in turns, each with its share of the tokens.
+    """Windows of token ids of the text called `name`; of several, "A:3+B", in turns, each with its share of the tokens.
 
     tokenizer: a transformers tokenizer; no special tokens are added
     sampler:   for "self", a call (num_windows, window) -> int64 [N, T]
     """
-    parts = name.split("+")
+    parts = parse_mix(name, "--calibration")
     if len(parts) > 1:
-        share = num_tokens // len(parts)
-        return _mixed([calibration_tokens(part, tokenizer, share, window, sampler=sampler) for part in parts])
+        whole = sum(part.weight for part in parts)
+        shares = [int(num_tokens * part.weight / whole) for part in parts]
+        return _mixed(
+            [
+                calibration_tokens(part.name, tokenizer, share, window, sampler=sampler)
+                for part, share in zip(parts, shares, strict=True)
+            ],
+            name,
+        )
+    name = parts[0].name
     if name == "self":
         ids_NT = sampler(max(2, num_tokens // window), window)
         return _named(ids_NT, name)
@@ -117,14 +153,14 @@ def calibration_tokens(
     return windows(ids, num_tokens, window, name=name, prefix=prefix)
 
 
-def _mixed(texts: list[CalibrationTokens]) -> CalibrationTokens:
+def _mixed(texts: list[CalibrationTokens], name: str | None = None) -> CalibrationTokens:
     """Windows of all texts, spread so that every stretch holds some of each; texts too short for their share give
-    what they have."""
+    what they have. name: of them all; None: their own, A+B"""
     places = [
         ((number + 0.5) / len(text.ids_NT), text.ids_NT[number]) for text in texts for number in range(len(text.ids_NT))
     ]
     ids_NT = torch.stack([ids_T for _, ids_T in sorted(places, key=lambda pair: pair[0])])
-    return _named(ids_NT, "+".join(text.name for text in texts))
+    return _named(ids_NT, name or "+".join(text.name for text in texts))
 
 
 def _named(ids_NT: Tensor, name: str) -> CalibrationTokens:
@@ -163,6 +199,14 @@ def with_sampled(text: CalibrationTokens, sampled_NT: Tensor, num_heldout: int) 
     fitted, heldout = text.ids_NT[:-num_heldout], text.ids_NT[-num_heldout:]
     mixed = _mixed([_named(fitted, text.name), _named(sampled_NT, f"{sampled_NT.numel():,} sampled tokens")])
     return _named(torch.cat([mixed.ids_NT, heldout]), mixed.name)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_plain(path: Path, max_characters: int) -> str:

@@ -84,8 +84,8 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     "--calibration",
     metavar="TEXT",
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
-    "wikitext or synthetic (both ship with the program) or self (sampled from SRC); A+B: shares of both. "
-    "[default: wikitext+synthetic]",
+    "wikitext, synthetic, code (they ship with the program) or self (sampled from SRC); A:3+B: shares of both. "
+    "[default: wikitext:2+synthetic+code]",
 )
 @option(
     "--refine",

@@ -39,7 +39,7 @@ class Count(click.ParamType[int]):
     "--data",
     metavar="MIX",
     help="Texts, A:3+B mixes three to one: FILE (.txt; .jsonl, .parquet, .csv with `text` or chat `messages`), dataset "
-    "id OWNER/NAME[:CONFIG], wikitext, synthetic, self (SRC writes it). [default: wikitext+synthetic]",
+    "id OWNER/NAME[:CONFIG], wikitext, synthetic, code, self (SRC writes it). [default: wikitext:2+synthetic+code]",
 )
 @option("--tokens", type=Count(), metavar="N", help="To train on in all: 300K, 100M. [default: 1M]")
 @option("--distinct", type=Count(), metavar="N", help="Of these different; then they repeat. [default: all]")

@@ -2,7 +2,7 @@
 
 FILE.txt               one text, in pieces of a window
 FILE.jsonl .parquet .csv, OWNER/NAME[:CONFIG]    one document a row: `text`, or `messages` through the chat template
-wikitext, synthetic    what ships with the package
+wikitext, synthetic, code    what ships with the package
 self                   what the source model writes itself
 A:3+B                  several, three windows' worth of A for one of B; a text that ends begins anew
 
@@ -26,7 +26,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from transmla.calibrate.tokens import TABLES, read_text
+from transmla.calibrate.tokens import TABLES, Part, read_text
 from transmla.checkpoint.destination import disk_errors
 from transmla.errors import DataError
 from transmla.healing.packing import pack
@@ -37,14 +37,6 @@ TEXT, MESSAGES = "text", "messages"
 BLOCK, PLAIN_CHARACTERS = 2**20, 2**31
 
 Progress = Callable[[str, int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One text of a mix and how often it is drawn from."""
-
-    name: str
-    weight: float = 1.0
 
 
 @dataclass
@@ -110,22 +102,6 @@ class Windows(Dataset[dict[str, Tensor]]):
             "labels": labels,
             "index": torch.tensor(self._first + index),
         }
-
-
-def parse_mix(text: str) -> tuple[Part, ...]:
-    """ "A:3+B" -> parts; a weight is what stands behind the last colon, if that is a number."""
-    parts = []
-    for word in text.split("+"):
-        name, colon, weight = word.rpartition(":")
-        parts.append(Part(name, float(weight)) if colon and _is_number(weight) else Part(word))
-    if any(not 0 < part.weight < float("inf") or not part.name for part in parts):
-        raise DataError(
-            f"{text!r} is no mix of texts",
-            where="--data",
-            why="every part has a name and a positive weight",
-            remedy="write A+B or A:3+B:1",
-        )
-    return tuple(parts)
 
 
 def open_text(
@@ -254,11 +230,3 @@ def _renderer(tokenizer: Any) -> Callable[[dict[str, Any], str], tuple[str, bool
         )
 
     return render
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

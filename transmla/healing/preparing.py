@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from transmla.calibrate.sampling import TEXT_LENGTH, sample_texts
+from transmla.calibrate.tokens import Part, parse_mix
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.read import Source
-from transmla.healing.data import SELF, Part, Progress, Windows, mixed, open_text, parse_mix, write_windows
+from transmla.healing.data import SELF, Progress, Windows, mixed, open_text, write_windows
 from transmla.healing.packing import pack
 from transmla.healing.student import Teacher, halve_frozen
 from transmla.healing.teacher import CachedTeacher, OnlineTeacher, Precision, record
@@ -62,7 +63,7 @@ class Preparation:
 
     def _pack(self, work: Path, paths: list[Path]) -> None:
         settings, words = self.settings, tokenizer(self.opened)
-        parts = parse_mix(settings.data)
+        parts = parse_mix(settings.data, "--data")
 
         own_share = sum(part.weight for part in parts if part.name == SELF) / sum(part.weight for part in parts)
 
