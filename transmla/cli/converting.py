@@ -156,7 +156,7 @@ def convert_command(
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(bars=not quiet)
         from rich.console import Console
 
         from transmla.display import progress, show_conversion, show_plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,9 +66,13 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(bars: bool = True) -> None:
+    """Only what this program says itself; bars: progress bars of libraries may show (those of lm-eval)."""
     import logging
     import warnings
+
+    if not bars:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
     from transformers.utils import logging as transformers_logging
 

@@ -84,7 +84,7 @@ def heal_command(model: str | None, destination: str | None, quiet: bool, **give
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(bars=not quiet)
         from rich.console import Console
 
         from transmla.display import progress, show_healing

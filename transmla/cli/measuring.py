@@ -60,7 +60,7 @@ def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(bars=not quiet)
         from rich.console import Console
 
         from transmla.display import progress, show_evaluation
@@ -123,7 +123,7 @@ def bench_command(model: str, json_file: str | None, quiet: bool, **given: Any) 
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(bars=not quiet)
         from rich.console import Console
 
         from transmla.display import progress, show_bench
