@@ -3,8 +3,8 @@
     python benchmarks/refine_curve.py MODEL-A MODEL-B --out benchmarks/results/refine.png
 
 Reads transmla.json of converted folders (or such files themselves) that were refined as one block. A window is measured
-before the step that uses it; rings are held-out windows, before and after. Where a curve still falls at the end, more
-steps would help; where it is flat, they would not.
+before the step that uses it; rings are held-out windows, before and after, none of which skips positions. Where a
+curve still falls at the end, more steps would help; where it is flat, they would not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def _draw(axes: Any, path: Path, colour: str, marker: str) -> None:
     provenance = json.loads((path / "transmla.json" if path.is_dir() else path).read_text("utf-8"))
     (block,) = provenance["distilled_blocks"]
     training, mla = block["training"], provenance["geometry"]["mla"]
-    tokens = block["steps"] * provenance["refinement"]["distil"]["batch"] * provenance["recipe"]["window"]
+    batch = min(provenance["refinement"]["distil"]["batch"], block["windows"])
+    tokens = block["steps"] * batch * provenance["calibration"]["window"]
     name = f"{mla['kv_lora_rank']}+{mla['qk_rope_head_dim']}, {provenance['recipe']['refine']}"
     middles = [(place + 0.5) / len(training) * tokens for place in range(len(training))]
     axes.plot(middles, training, color=colour, marker=marker, markersize=3, linewidth=1, label=name)

@@ -64,6 +64,7 @@ def run_one(source: str, calibration: str, text: str, tokens: int, name: str) ->
             Path(folder) / "out",
             calibration=calibration,
             tokens=tokens,
+            context=1,  # windows as they are
             method=ClosedForm(split=SplitOptions(**split), **method),
             **given,
         )

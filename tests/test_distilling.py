@@ -34,15 +34,34 @@ def test_every_step_counts_once() -> None:
 @pytest.mark.parametrize(
     ("closed_form_tokens", "distil_unseen", "found"),
     # twenty windows of ten tokens, two of them held out
-    [(80, True, 10), (80, False, 18), (90, True, 9), (100, True, 18), (None, True, 18), (1000, True, 18)],
+    [
+        (40, True, 14),
+        (60, True, 12),
+        (70, True, 14),
+        (90, True, 18),
+        (60, False, 18),
+        (None, True, 18),
+        (1000, True, 18),
+    ],
 )
 def test_windows_that_the_closed_form_has_not_seen(
     closed_form_tokens: int | None, distil_unseen: bool, found: int
 ) -> None:
-    """They come first, and they are enough if they are half of the fitted ones."""
+    """They come first, and they are enough if they are twice those that it has seen, or else as many as that."""
     refinement = Refinement(None, Descent(1.0, 1, 1e-3), closed_form_tokens, distil_unseen)
     streams: Any = SimpleNamespace(
         num_windows=20, num_heldout=2, num_fitted_of_all=18, source_NTD=torch.empty(20, 10, 1)
     )
     run: Any = SimpleNamespace(refinement=refinement)
     assert num_trained_on(run, streams) == found
+
+
+def test_more_text_is_never_less_training() -> None:
+    run: Any = SimpleNamespace(refinement=Refinement(None, Descent(1.0, 1, 1e-3), 80, True))
+    counts = []
+    for windows in range(3, 60):
+        streams = SimpleNamespace(
+            num_windows=windows, num_heldout=2, num_fitted_of_all=windows - 2, source_NTD=torch.empty(windows, 10, 1)
+        )
+        counts.append(num_trained_on(run, streams))  # type: ignore[arg-type]
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 49

@@ -7,6 +7,7 @@ journal beside the destination, so a conversion that was killed goes on where it
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -107,7 +108,7 @@ def convert(
                  too. At most, and by default, the source's context, but no more than 8,192
     theta:       rope_theta of the target, or "auto": chosen by the measured error of a few layers
     dtype:       of the written weights: auto (as the source), float32, bfloat16, float16
-    device:      where the arithmetic runs;  seed: of everything random (only "self" calibration is)
+    device:      where the arithmetic runs;  seed: of the order of the windows, of gaps and of sampled text
     offload:     GiB of calibration activations to hold in memory; more goes into a file beside the destination
     block_layers: layers that are distilled at once; default: all that fit into half of the free memory
     restart:     delete an unfinished conversion to the same destination instead of going on with it
@@ -194,7 +195,13 @@ def _write(
     losses = {f"{theta:g}": found for theta, found in fitted.theta_losses.items()}
     sections = {
         "rope_theta": {"chosen": fitted.theta, "losses": losses},
-        "calibration": {"text": text.name, "tokens": text.ids_NT.numel(), "sha256": text.digest},
+        "calibration": {
+            "text": text.name,
+            "tokens": text.ids_NT.numel(),
+            "window": text.ids_NT.shape[1],
+            "context": planned.calibration_context,
+            "sha256": text.digest,
+        },
         "computed": {
             "device": run.device.type,
             "forward_dtype": str(run.compute),
@@ -273,6 +280,7 @@ def _fingerprint(run: Run, text: CalibrationTokens) -> dict[str, Any]:
         "files": files,
         "calibration": [text.name, text.digest, list(text.ids_NT.shape)],
         "context": planned.calibration_context,
+        "positions": hashlib.sha256(run.positions(text.ids_NT).numpy().tobytes()).hexdigest(),
         "theta": planned.recipe.theta,
         "method": asdict(run.method),
         "refinement": asdict(run.refinement),

@@ -30,6 +30,7 @@ MOST_STRETCHES = 32
 class BlockReport:
     """One block of layers: mean held-out loss before and after, in nats (KL) for the last block, else stream error.
 
+    windows:  that were trained on
     training: mean loss on the windows of equal stretches of the steps, each window before the step that it is used for:
               in the first pass, of windows that no step has seen
     """
@@ -39,6 +40,7 @@ class BlockReport:
     loss_before: float
     loss_after: float
     steps: int
+    windows: int = 0
     training: Sequence[float] = ()
 
 
@@ -90,7 +92,8 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
         descender = distiller.descender
         ends = (indices[0], indices[-1])
         losses = (found.loss_before, found.loss_after)
-        report = BlockReport(*ends, *losses, descender.num_steps, stretches(descender.losses))
+        counts = (descender.num_steps, descender.num_windows)
+        report = BlockReport(*ends, *losses, *counts, stretches(descender.losses))
         if run.processes.first:
             for index, mla in zip(indices, weights, strict=True):
                 journal.save(layer_name(run, index, "distilled"), packed(mla), {"block": vars(report)})
@@ -106,7 +109,7 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
 def num_trained_on(run: Run, streams: Streams) -> int:
     """Windows of all processes that are distilled on, the first ones: those that the closed form has not seen are."""
     fitted, unseen = streams.num_fitted_of_all, streams.num_windows - num_closed(run, streams)
-    return unseen if run.refinement.distil_unseen and 2 * unseen >= fitted else fitted
+    return max(unseen, min(fitted, 2 * (fitted - unseen))) if run.refinement.distil_unseen else fitted
 
 
 def _train(run: Run, distiller: BlockDistiller, indices: range, journal: Journal) -> DistilledBlock:

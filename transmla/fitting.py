@@ -24,7 +24,7 @@ from transmla.calibrate.streams import (
     stream_loss,
 )
 from transmla.calibrate.survey import candidates, choose, output_error, surveyed_layers
-from transmla.calibrate.tokens import CalibrationTokens
+from transmla.calibrate.tokens import CalibrationTokens, spread_positions
 from transmla.checkpoint.journal import Journal
 from transmla.families import rope_parameters
 from transmla.maths.attention import MlaWeights
@@ -67,9 +67,11 @@ def choose_theta(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[f
     every = max(1, len(text.ids_NT) // NUM_SURVEYED)
     # so few windows are not worth dealing out
     alone = replace(run, processes=ALONE, folder=None)
-    surveyed_NT, positions_NT = (
-        of_all_NT[::every][:NUM_SURVEYED] for of_all_NT in (text.ids_NT, run.positions(text.ids_NT))
-    )
+    surveyed_NT = text.ids_NT[::every][:NUM_SURVEYED]
+    # both kinds among the fitted ones, and among the last two, which measure
+    skipping_N = torch.arange(len(surveyed_NT)) % 2 == 1
+    window, context = surveyed_NT.shape[1], run.plan.calibration_context
+    positions_NT = spread_positions(skipping_N, window, context, run.plan.recipe.seed)
     streams = alone.streams(surveyed_NT, positions_NT, num_heldout=max(1, len(surveyed_NT) // 3))
     streams.converted_NTD = streams.source_NTD
     method = replace(run.method, two_streams=False)

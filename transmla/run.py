@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transmla.calibrate.layers import SourceLayer, build_layer, layer_tensor_names, source_config, source_frequencies
 from transmla.calibrate.streams import Streams, allocate
-from transmla.calibrate.tokens import spread_positions
+from transmla.calibrate.tokens import skipping_windows, spread_positions
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan
 from transmla.processes import ALONE, Processes
@@ -115,10 +115,9 @@ class Run:
 
     def positions(self, ids_NT: Tensor) -> Tensor:
         """Of the tokens of all windows, int64 [N, T]."""
-        recipe = self.plan.recipe
-        num_heldout = self.num_heldout or heldout_of(len(ids_NT))
-        windows, tokens = ids_NT.shape
-        return spread_positions(windows, tokens, self.plan.calibration_context, num_heldout, recipe.seed)
+        seed = self.plan.recipe.seed
+        skipping_N = skipping_windows(len(ids_NT), self.num_heldout or heldout_of(len(ids_NT)), seed)
+        return spread_positions(skipping_N, ids_NT.shape[1], self.plan.calibration_context, seed)
 
     def embed(self, ids_NT: Tensor, stream_NTD: Tensor) -> None:
         """Fill a stream with the embeddings; only those of tokens that occur are read."""

@@ -22,10 +22,13 @@ def model_and_layer(index: int = 1, **settings: Any) -> tuple[Any, SourceLayer]:
 
 
 def random_streams(
-    windows: int = 4, tokens: int = 10, hidden: int = 48, heldout: int = 1, noise: float = 0.3
+    windows: int = 4, tokens: int = 10, hidden: int = 48, heldout: int = 1, noise: float = 0.3, gap: int = 0
 ) -> Streams:
-    """A source stream and a converted one that differs from it by noise."""
+    """A source stream and a converted one that differs from it by noise. gap: positions that every second window, from
+    the first one on, skips in its middle"""
     generator = torch.Generator().manual_seed(5)
     source_NTD = torch.randn(windows, tokens, hidden, generator=generator)
     converted_NTD: Tensor = source_NTD + noise * torch.randn(source_NTD.shape, generator=generator)
-    return Streams(source_NTD, converted_NTD, heldout, torch.device("cpu"), None)
+    positions_NT = torch.arange(tokens).repeat(windows, 1)
+    positions_NT[::2, tokens // 2 :] += gap
+    return Streams(source_NTD, converted_NTD, heldout, torch.device("cpu"), None, positions_NT=positions_NT)

@@ -33,7 +33,7 @@ def layer() -> SourceLayer:
 
 @pytest.fixture
 def streams() -> Streams:
-    return random_streams(windows=30, tokens=16, heldout=10)
+    return random_streams(windows=30, tokens=16, heldout=10, gap=40)
 
 
 def fitted(layer: SourceLayer, streams: Streams, rank: int) -> MlaWeights:
@@ -45,12 +45,14 @@ def test_a_layer_is_added_step_by_step(layer: SourceLayer, streams: Streams) -> 
     source_TD, converted_TD = streams.source_NTD[2].clone(), streams.converted_NTD[2].clone()
     mla = fitted(layer, streams, 12)
     add_source_attention(layer, streams)
-    past_TD = source_TD + gqa_naive(layer.input_layernorm(source_TD).double(), layer.gqa.to(dtype=torch.float64))
+    gqa, positions = layer.gqa.to(dtype=torch.float64), streams.positions_NT[2].tolist()
+    past_TD = source_TD + gqa_naive(layer.input_layernorm(source_TD).double(), gqa, positions)
     assert relative(streams.source_NTD[2], past_TD) < 1e-5
     heads = converted_heads(layer, mla, streams)
     add_converted_attention(mla.o_DHv, heads.out_NTF, streams)
     x_hat_TD = layer.input_layernorm(converted_TD).double()
-    assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla)) < 1e-5
+    assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla, positions)) < 1e-5
+    assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla)) > 1e-3
     before_ND = streams.source_NTD.clone(), streams.converted_NTD.clone()
     add_mlp(layer, streams)
     for past_NTD, stream_NTD in zip(before_ND, (streams.source_NTD, streams.converted_NTD), strict=True):
@@ -111,6 +113,14 @@ def test_next_token_losses_of_held_out_windows() -> None:
     nats = [-float(log_p_TV[t, tokens_NT[4, t + 1]]) for t in range(5)]
     assert len(source_N) == 2 and float(source_N[1]) == pytest.approx(sum(nats) / 5, rel=1e-5)
     assert not torch.allclose(source_N, converted_N)
+
+
+def test_positions_are_those_of_the_windows(streams: Streams) -> None:
+    last = streams.last(5)
+    assert torch.equal(last.positions_NT, streams.positions_NT[-5:])
+    assert torch.equal(last.positions([0, 3]), streams.positions_NT[[25, 28]])
+    with pytest.raises(ValueError, match="positions"):
+        replace(streams, positions_NT=streams.positions_NT[1:])
 
 
 def test_the_last_windows_are_the_same_memory(streams: Streams) -> None:

@@ -19,7 +19,14 @@ from transmla.calibrate.sampling import (
     sample_texts,
     texts_at_once,
 )
-from transmla.calibrate.tokens import calibration_tokens, read_text, spread_positions, windows, with_sampled
+from transmla.calibrate.tokens import (
+    calibration_tokens,
+    read_text,
+    skipping_windows,
+    spread_positions,
+    windows,
+    with_sampled,
+)
 from transmla.errors import DataError
 
 
@@ -38,27 +45,29 @@ def test_shares_of_a_mix(tmp_path: Path) -> None:
 
 def test_without_room_there_are_no_gaps() -> None:
     for context in (1, 64):
-        assert torch.equal(spread_positions(5, 64, context, 1, 0), torch.arange(64).expand(5, 64))
+        assert torch.equal(spread_positions(torch.ones(5).bool(), 64, context, 0), torch.arange(64).expand(5, 64))
 
 
 def test_half_of_the_windows_have_one_gap() -> None:
-    positions_NT = spread_positions(400, 64, 1000, 8, 0)
+    skipping_N = skipping_windows(400, 8, 0)
+    positions_NT = spread_positions(skipping_N, 64, 1000, 0)
     steps_NT = positions_NT.diff()
     gaps_N = (steps_NT - 1).sum(1)
     assert torch.equal(positions_NT[:, 0], torch.zeros(400).long()) and positions_NT.max() <= 999
     assert ((steps_NT > 1).sum(1) <= 1).all() and (steps_NT >= 1).all()
-    assert 150 < int((gaps_N > 0).sum()) < 250 and int(gaps_N[-8:].sum()) == 0
+    assert torch.equal(gaps_N > 0, skipping_N) and 150 < int(skipping_N.sum()) < 250 and not skipping_N[-8:].any()
     assert int(gaps_N[gaps_N > 0].min()) >= 16 and gaps_N.max() <= 936
     assert 60 < float(gaps_N[gaps_N > 0].double().median()) < 250  # the logarithm is uniform: 122
     starts = steps_NT.argmax(1)[gaps_N > 0] + 1
     assert starts.min() >= 16 and starts.max() < 48
-    assert torch.equal(spread_positions(400, 64, 1000, 8, 0), positions_NT)
-    assert not torch.equal(spread_positions(400, 64, 1000, 8, 1), positions_NT)
+    assert torch.equal(spread_positions(skipping_N, 64, 1000, 0), positions_NT)
+    assert not torch.equal(spread_positions(skipping_N, 64, 1000, 1), positions_NT)
+    assert not torch.equal(skipping_windows(400, 8, 1), skipping_N)
 
 
 def test_a_context_hardly_larger_than_the_window() -> None:
-    assert spread_positions(50, 64, 65, 1, 0).max() == 64
-    assert spread_positions(50, 1, 9, 1, 0).shape == (50, 1)
+    assert spread_positions(torch.ones(50).bool(), 64, 65, 0).max() == 64
+    assert torch.equal(spread_positions(torch.ones(50).bool(), 1, 9, 0), torch.zeros(50, 1).long())
 
 
 class Letters:

@@ -163,7 +163,12 @@ def test_frontier_rows(result: Path) -> None:
 def test_sources_are_kept_apart(result: Path, tmp_path: Path) -> None:
     """Each ratio is to its own source, no row replaces another, no line joins what is not comparable."""
     paths = [result]
-    for name, source, size, nats in (("again", "<source>", 320.0, [2.2, 2.4]), ("other", "big", 80.0, [2.5, 2.6])):
+    (tmp_path / "b").mkdir()
+    given = (
+        ("again", "<source>", 320.0, [2.2, 2.4]), ("other", "big", 80.0, [2.5, 2.6]),
+        ("b/other", "<source>", 200.0, [2.7, 2.8]),
+    )  # fmt: skip
+    for name, source, size, nats in given:
         content = json.loads(result.read_text())
         content["source"]["name"] = source
         content["model"] |= model("m", nats, size, quantised=[])
@@ -172,14 +177,21 @@ def test_sources_are_kept_apart(result: Path, tmp_path: Path) -> None:
     rows = frontier_rows(read_results(paths))
     stored = [(row.name, row.source) for row in rows if "stored" in row.name]
     assert sorted(stored) == [
-        ("<source>, as stored", "<source>"), ("again, as stored", "<source>"), ("big, as stored", "big"),
-        ("mla-24-8, as stored", "<source>"), ("other, as stored", "big"),
+        ("<source>, as stored", "<source>"), ("again, as stored (<source>)", "<source>"), ("big, as stored", "big"),
+        ("mla-24-8, as stored (<source>)", "<source>"), ("other, as stored (<source>)", "<source>"),
+        ("other, as stored (big)", "big"),
     ]  # fmt: skip
     (axes,) = frontier(rows).axes
     joined = [list(zip(*line.get_data(), strict=True)) for line in axes.lines if line.get_linestyle() == "-"]
     converted = {row.name: (row.bytes_per_token, row.ratio) for row in rows if row.group == "converted"}
-    assert [converted["mla-24-8, as stored"]] in joined and [converted["other, as stored"]] in joined
-    assert not any(converted["again, as stored"] in line for line in joined)  # there is a better one of that size
+    assert [converted[f"{name}, as stored (<source>)"] for name in ("mla-24-8", "other")] in joined
+    assert [converted["other, as stored (big)"]] in joined
+    # there is a better one of that size
+    assert not any(converted["again, as stored (<source>)"] in line for line in joined)
+    drawn = [(bars[0].get_color(), bars[0].get_marker()) for bars in axes.containers]
+    assert len(set(drawn)) == len(drawn) == 7
+    published = [{"name": "elsewhere", "bytes_per_token": 100.0, "ratio": 3.0}]
+    assert "| elsewhere | 100 | - | 3.0000 |" in frontier_table(frontier_rows(read_results(paths), published))
 
 
 def test_positions_of_another_context_are_not_compared(result: Path, tmp_path: Path) -> None:

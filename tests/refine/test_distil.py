@@ -40,7 +40,7 @@ def converted(layer: SourceLayer, streams: Streams) -> MlaWeights:
 @pytest.fixture
 def fitted() -> tuple[Streams, list[MlaWeights], torch.Tensor]:
     """Streams with the block's input and the source behind it, weights, and the converted stream behind it."""
-    streams = random_streams(windows=108, tokens=16, heldout=8, noise=0.0)
+    streams = random_streams(windows=108, tokens=16, heldout=8, noise=0.0, gap=40)
     start_NTD = streams.converted_NTD.clone()
     weights = [converted(layer, streams) for layer in LAYERS]
     behind_NTD, streams.converted_NTD = streams.converted_NTD, start_NTD
@@ -49,8 +49,10 @@ def fitted() -> tuple[Streams, list[MlaWeights], torch.Tensor]:
 
 def test_a_block_is_its_layers_one_by_one(fitted: Any) -> None:
     streams, weights, behind_NTD = fitted
-    assert relative(through(BLOCK, weights, streams.converted_NTD), behind_NTD) < 1e-5
-    assert relative(through(BLOCK[:1], weights[:1], streams.converted_NTD), behind_NTD) > 0.1
+    start_NTD, positions_NT = streams.converted_NTD, streams.positions_NT
+    assert relative(through(BLOCK, weights, start_NTD, positions_NT), behind_NTD) < 1e-5
+    assert relative(through(BLOCK[:1], weights[:1], start_NTD, positions_NT), behind_NTD) > 0.1
+    assert relative(through(BLOCK, weights, start_NTD), behind_NTD) > 0.01
 
 
 @pytest.mark.parametrize("head", [None, HEAD], ids=["stream", "predictions"])
@@ -63,7 +65,7 @@ def test_it_lowers_the_loss_that_it_reports(fitted: Any, head: Head | None) -> N
     found = distiller.run(before, losses.append)
     assert len(losses) == 100 and sum(losses[-10:]) < 0.95 * sum(losses[:10])
     assert found.loss_after < before
-    again_NTD = through(BLOCK, found.weights, streams.converted_NTD)
+    again_NTD = through(BLOCK, found.weights, streams.converted_NTD, streams.positions_NT)
     assert found.loss_after == pytest.approx(_naive(streams.source_NTD[100:], again_NTD[100:], head), rel=1e-4)
 
 

@@ -24,7 +24,7 @@ def layer() -> SourceLayer:
 
 @pytest.fixture
 def streams() -> Streams:
-    return random_streams(windows=68, tokens=16, heldout=8, noise=0.1)
+    return random_streams(windows=68, tokens=16, heldout=8, noise=0.1, gap=40)
 
 
 def closed_form(layer: SourceLayer, streams: Streams) -> MlaWeights:
@@ -40,7 +40,8 @@ def naive_loss(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> float:
     for place in range(streams.num_fitted, len(streams.source_NTD)):
         target_TD, converted_TD = (stream[place].double() for stream in (streams.source_NTD, streams.converted_NTD))
         x_hat_TD = layer.input_layernorm(converted_TD.float()).double()
-        error_TD = converted_TD + mla_naive(x_hat_TD, mla.to(dtype=torch.float64)) - target_TD
+        out_TD = mla_naive(x_hat_TD, mla.to(dtype=torch.float64), streams.positions_NT[place].tolist())
+        error_TD = converted_TD + out_TD - target_TD
         found += [float(e @ e / (t @ t)) for e, t in zip(error_TD, target_TD, strict=True)]
     return sum(found) / len(found)
 

@@ -7,6 +7,7 @@ Legend: T tokens of a window, D hidden_size, H heads, G key/value heads, R = H /
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -150,9 +151,12 @@ def _by_distance(weight_RTT: Tensor, positions_T: Tensor) -> Tensor:
     """Sums of lower-triangular matrices by distance 0, 1, .. of the positions, float64 [R, last position + 1]."""
     tokens = len(positions_T)
     skipped_T = positions_T - torch.arange(tokens, device=positions_T.device)
+    pieces = skipped_T.unique_consecutive()
+    if len(pieces) == 1:
+        return _by_diagonal(weight_RTT)
     gap_TT = skipped_T[:, None] - skipped_T  # between query and key, beyond their places in the window
     found = torch.zeros(len(weight_RTT), int(positions_T[-1]) + 1, dtype=torch.float64, device=weight_RTT.device)
-    for gap in gap_TT.tril().unique().tolist():
+    for gap in {int(later - earlier) for earlier, later in combinations_with_replacement(pieces.tolist(), 2)}:
         found[:, gap : gap + tokens] += _by_diagonal(weight_RTT.where(gap_TT == gap, 0))
     return found
 

@@ -49,7 +49,9 @@ class Streams:
     positions_NT: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def __post_init__(self) -> None:
-        if self.positions_NT.shape != self.source_NTD.shape[:2]:
+        if self.positions_NT.numel() and self.positions_NT.shape != self.source_NTD.shape[:2]:
+            raise ValueError(f"positions {list(self.positions_NT.shape)} of streams {list(self.source_NTD.shape)}")
+        if not self.positions_NT.numel():
             self.positions_NT = torch.arange(self.source_NTD.shape[1]).expand(self.source_NTD.shape[:2])
         self.num_windows = self.num_windows or len(self.source_NTD)
         if len(self.indices) != len(self.source_NTD):  # not given; of the last windows a process may hold none

@@ -15,8 +15,8 @@ from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
 
 # Exponents k of the candidates theta ** k; e / d as an exponent keeps exactly the fastest pairs of the source.
 EXPONENTS = (1.0, 0.85, 0.7)
-# A candidate has to beat the source's own theta by this factor: calibration windows are shorter than contexts,
-# and a smaller theta has fewer slow pairs for what lies beyond the window.
+# A candidate has to beat the source's own theta by this factor: the survey is small, texts can be longer than what it
+# sees, and a smaller theta has fewer slow pairs for what lies beyond.
 MARGIN = 0.95
 
 

@@ -53,7 +53,8 @@ class Part:
 
 
 def parse_mix(text: str, where: str) -> tuple[Part, ...]:
-    """ "A:3+B" -> parts; a weight is what stands behind the last colon, if that is a number.
+    """ "A:3+B" -> parts; a weight is what stands behind the last colon, if that is a number; a dataset whose
+    configuration is a number needs one: OWNER/NAME:2023:1.
 
     where: the option that it was given to, for the `DataError` about what is no mix
     """
@@ -173,23 +174,32 @@ def shuffled(text: CalibrationTokens, seed: int) -> CalibrationTokens:
     return _named(text.ids_NT[order], text.name)
 
 
-def spread_positions(num_windows: int, window: int, context: int, num_heldout: int, seed: int) -> Tensor:
-    """Positions of the tokens of all windows, int64 [N, T]: half of the windows skip some, the held-out ones none.
+def skipping_windows(num_windows: int, num_heldout: int, seed: int) -> Tensor:
+    """Which windows skip positions, bool [N]: half of those that are fitted to, none that is held out.
+
+    Random, because every second one would be every one of those that a step picks out in turn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    skipping_N = torch.rand(num_windows, generator=generator) < 0.5
+    skipping_N[num_windows - num_heldout :] = False
+    return skipping_N
+
+
+def spread_positions(skipping_N: Tensor, window: int, context: int, seed: int) -> Tensor:
+    """Positions of the tokens of all windows, int64 [N, T]: 0..T-1 but for the windows that skip some.
 
     A window that skips from somewhere in its middle to somewhere in the context shows distances that no window of
     its length has, at no cost (PoSE, 2309.10400, section 3). Lengths of gaps are uniform in their logarithm, from a
-    quarter of the window to what is left of the context. Which windows skip is random: every second one would be
-    every one of those that a step picks out in turn.
+    quarter of the window to what is left of the context.
     """
-    positions_NT = torch.arange(window).repeat(num_windows, 1)
+    positions_NT = torch.arange(window).repeat(len(skipping_N), 1)
     if context <= window:
         return positions_NT
     generator = torch.Generator().manual_seed(seed)
-    skipping, where, length = torch.rand(3, num_windows, generator=generator, dtype=torch.float64)
+    where, length = torch.rand(2, len(skipping_N), generator=generator, dtype=torch.float64)
     shortest, longest = max(1, min(window // 4, context - window)), context - window
     gap_N = (shortest * (longest / shortest) ** length).round().long()
     start_N = (window * (0.25 + 0.5 * where)).long().clamp_min(1)
-    skipping_N = (skipping < 0.5) & (torch.arange(num_windows) < num_windows - num_heldout)
     behind_NT = positions_NT >= start_N[:, None]
     return positions_NT + torch.where(skipping_N[:, None] & behind_NT, gap_N[:, None], 0)
 

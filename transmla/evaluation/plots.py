@@ -25,18 +25,23 @@ def frontier(rows: list[FrontierRow]) -> Figure:
     above = sum(row.ratio > HIGHEST for row in rows)
     rows = [row for row in rows if row.ratio <= HIGHEST]
     groups = list(dict.fromkeys((row.group, row.source) for row in rows))
-    for number, (group, source) in enumerate(groups):
+    sources = list(dict.fromkeys(source for _, source in groups))
+    kinds = list(dict.fromkeys(group for group, _ in groups))
+    for group, source in groups:
+        marker = MARKERS[kinds.index(group) % 6]
+        # of one source, every kind has a colour; of several, every source
+        colour = COLOURS[(kinds.index(group) if len(sources) == 1 else sources.index(source)) % 6]
         part = [row for row in rows if (row.group, row.source) == (group, source)]
         errors = [0.0 if math.isnan(row.ratio_error) else row.ratio_error for row in part]
         axes.errorbar(
             [row.bytes_per_token for row in part], [row.ratio for row in part], yerr=errors, capsize=3,
-            marker=MARKERS[number % 6], color=COLOURS[number % 6], linestyle="none",
+            marker=marker, color=colour, linestyle="none",
             label=f"{group} ({source})" if source else group,
         )  # fmt: skip
         # rounded caches of converted models are of different models: no line joins them
         if group in ("source, quantised", "converted"):
             best = _best_by_size(part)
-            axes.plot(list(best), list(best.values()), color=COLOURS[number % 6], linewidth=1)
+            axes.plot(list(best), list(best.values()), color=colour, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     highest = max(row.ratio for row in rows)

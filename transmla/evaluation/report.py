@@ -107,7 +107,7 @@ def _page(results: list[Result], timings: list[Result], drawn: dict[str, tuple[s
     shown = {name: Picture(label, _svg(figure)) for name, (label, figure) in drawn.items()}
     first = results[0].content
     names = ", ".join(result.name for result in results)
-    source = first["source"]["name"] if first["source"] else "no source"
+    source = ", ".join(_sources(results)) or "no source"
     made = first["made"]
     sections = [
         _texts(results),
@@ -180,6 +180,11 @@ def _texts(results: list[Result]) -> Section:
     return Section("Perplexity", agreed, [Table("On the same windows as the source", head, rows)])
 
 
+def _sources(results: list[Result]) -> list[str]:
+    """Names, each once."""
+    return list(dict.fromkeys(result.content["source"]["name"] for result in results if result.content["source"]))
+
+
 def _caches(results: list[Result], shown: dict[str, Picture]) -> Section | None:
     rows = frontier_rows(results)
     if not rows:
@@ -190,11 +195,13 @@ def _caches(results: list[Result], shown: dict[str, Picture]) -> Section | None:
         for row in rows
     ]  # fmt: skip
     sizes: dict[str, list[str]] = {}
+    several = len(_sources(results)) > 1
     for result in results:
         source = result.content["source"]
         if source and not source.get("quantised"):
             for name, size in quantised_sizes(source, result.content["made"]["dtype"]).items():
-                sizes[name] = [f"source, {name} (size only)", f"{size:,.0f}", "", ""]
+                label = f"{source['name'] if several else 'source'}, {name} (size only)"
+                sizes[label] = [label, f"{size:,.0f}", "", ""]
     head = ("cache", "bytes per token", "perplexity", "ratio")
     note = "Rounded caches beside it are what a user gets without converting anything."
     return Section(

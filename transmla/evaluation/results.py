@@ -107,7 +107,7 @@ def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = (
 
     published: rows of other methods with name, bytes_per_token and ratio
     """
-    rows: dict[str, FrontierRow] = {}
+    rows: dict[tuple[str, str, str], FrontierRow] = {}
     compared_with = {result.content["source"]["name"] for result in results if result.content["source"]}
     for result in results:
         source = result.content["source"]
@@ -126,13 +126,16 @@ def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = (
                 found.append((f"{name}, {row['bits']} bits", f"{group}, quantised", row["bytes_per_token"], nats))
             for label, kind, size, nats in found:
                 compared = ratio(nats, base)
-                rows[label] = FrontierRow(
-                    label, kind, of, size, nats.value, nats.standard_error, compared.value, compared.standard_error
+                shown = f"{label} ({of})" if of and group == "converted" else label
+                rows[of, group, label] = FrontierRow(
+                    shown, kind, of, size, nats.value, nats.standard_error, compared.value, compared.standard_error
                 )
-    source_value = next((row.perplexity for row in rows.values() if row.group == "source"), math.nan)
+    source_value = math.nan  # of several there is none that a published ratio could be of
+    if len(compared_with) == 1:
+        source_value = next(row.perplexity for row in rows.values() if row.group == "source")
     for entry in published:
         value = entry["ratio"] * source_value
-        rows[entry["name"]] = FrontierRow(
+        rows["", "published", entry["name"]] = FrontierRow(
             entry["name"], "published", "", entry["bytes_per_token"], value, math.nan, entry["ratio"], math.nan
         )
     return sorted(rows.values(), key=lambda row: -row.bytes_per_token)
@@ -146,9 +149,8 @@ def frontier_table(rows: list[FrontierRow]) -> str:
             f" ± {value:.{digits}f}" if value > 0 else ""
             for value, digits in ((row.perplexity_error, 2), (row.ratio_error, 4))
         )
-        lines.append(
-            f"| {row.name} | {row.bytes_per_token:,.0f} | {row.perplexity:.2f}{error} | {row.ratio:.4f}{spread} |"
-        )
+        value = "-" if math.isnan(row.perplexity) else f"{row.perplexity:.2f}"
+        lines.append(f"| {row.name} | {row.bytes_per_token:,.0f} | {value}{error} | {row.ratio:.4f}{spread} |")
     return "\n".join(lines) + "\n"
 
 

@@ -45,7 +45,8 @@ def _refined(sections: dict[str, Any]) -> str:
     blocks = sections["distilled_blocks"]
     if not blocks:
         return "Closed form, no gradient steps."
-    tokens, steps = sections["calibration"]["tokens"], sum(block["steps"] for block in blocks)
+    tokens = blocks[-1]["windows"] * sections["calibration"]["window"]
+    steps = sum(block["steps"] for block in blocks)
     return f"Attention weights refined against the source on {tokens:,} tokens of calibration text ({steps:,} steps)."
 
 

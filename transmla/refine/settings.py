@@ -22,8 +22,8 @@ class Refinement:
     distil:     blocks of layers against the source's predictions (a last block) or its stream (others)
     closed_form_tokens: calibration tokens that the closed form sees if distillation follows, which mends what more of
                 them would have brought; None: all
-    distil_unseen: distil only on windows that the closed form has not seen, where these are half of them at least: it
-                knows the others by heart, and there is less to learn from them
+    distil_unseen: distil on windows that the closed form has not seen, if they are as many as twice those that it has:
+                it knows these by heart, and there is less to learn from them. Else as many more of these as that takes
     """
 
     layerwise: Descent | None
