@@ -501,7 +501,7 @@ def test_two_windows_are_enough(lively: MakeSource, run: Convert) -> None:
 
 
 def test_gaps_teach_distances_beyond_the_window(lively: MakeSource, run: Convert) -> None:
-    """Windows of 32 tokens, texts of 256: with gaps, a tenth less is lost behind the window, and about as much inside."""
+    """Windows of 32 tokens, texts of 256: with gaps, a tenth less is lost behind the window, as much inside."""
     text = (resources.files("transmla.data") / "wikitext2-train-excerpt.txt").read_text("utf-8")[20000:25000]
     ids = torch.tensor(AutoTokenizer.from_pretrained(lively())(text).input_ids[:2048]).view(8, 256)
     with torch.no_grad():
