@@ -120,7 +120,7 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
 )
 @option("--dtype", type=click.Choice(DTYPES), help="Of the written weights; auto: as in SRC. [default: auto]")
 @device
-@option("--seed", type=int, help="Of sampled calibration text. [default: 0]")
+@option("--seed", type=int, help="Of the order of windows, their gaps and sampled text. [default: 0]")
 @option(
     "--offload",
     type=click.FloatRange(min=0),
