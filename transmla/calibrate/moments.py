@@ -7,7 +7,7 @@ Legend: T tokens of a window, D hidden_size, H heads, G key/value heads, R = H /
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -149,21 +149,22 @@ def _output_sensitivity(p_RTT: Tensor, v_Td: Tensor, o_RDd: Tensor) -> Tensor:
 
 def _by_distance(weight_RTT: Tensor, positions_T: Tensor) -> Tensor:
     """Sums of lower-triangular matrices by distance 0, 1, .. of the positions, float64 [R, last position + 1]."""
-    tokens = len(positions_T)
-    skipped_T = positions_T - torch.arange(tokens, device=positions_T.device)
-    pieces = skipped_T.unique_consecutive()
-    if len(pieces) == 1:
-        return _by_diagonal(weight_RTT)
-    gap_TT = skipped_T[:, None] - skipped_T  # between query and key, beyond their places in the window
-    found = torch.zeros(len(weight_RTT), int(positions_T[-1]) + 1, dtype=torch.float64, device=weight_RTT.device)
-    for gap in {int(later - earlier) for earlier, later in combinations_with_replacement(pieces.tolist(), 2)}:
-        found[:, gap : gap + tokens] += _by_diagonal(weight_RTT.where(gap_TT == gap, 0))
+    at = positions_T.tolist()
+    starts = [0, *(place for place in range(1, len(at)) if at[place] - at[place - 1] > 1), len(at)]
+    pieces = list(pairwise(starts))  # without a gap in them
+    found = torch.zeros(len(weight_RTT), at[-1] + 1, dtype=torch.float64, device=weight_RTT.device)
+    for number, (start, end) in enumerate(pieces):
+        found[:, : end - start] += _by_offset(weight_RTT[:, start:end, start:end])[:, end - start - 1 :]
+        for later, latest in pieces[number + 1 :]:
+            sums = _by_offset(weight_RTT[:, later:latest, start:end])
+            nearest = at[later] - at[end - 1]
+            found[:, nearest : nearest + sums.shape[1]] += sums
     return found
 
 
-def _by_diagonal(weight_RTT: Tensor) -> Tensor:
-    """Sums along the diagonals t - s = 0, 1, .. of lower-triangular matrices, float64 [R, T]."""
-    tokens = weight_RTT.shape[1]
-    # written with rows of 2 T and read with rows of 2 T - 1, row t moves right by t: column T - 1 + (t - s)
-    skewed = torch.nn.functional.pad(weight_RTT.flip(2), (0, tokens)).flatten(1)[:, : tokens * (2 * tokens - 1)]
-    return skewed.unflatten(1, (tokens, -1)).sum(1)[:, tokens - 1 :].double()
+def _by_offset(weight_RAB: Tensor) -> Tensor:
+    """Sums along the diagonals a - b = 1 - B .. A - 1, float64 [R, A + B - 1]."""
+    _, rows, columns = weight_RAB.shape
+    # written with rows of A + B and read with rows of A + B - 1, row a moves right by a: column B - 1 + (a - b)
+    skewed = torch.nn.functional.pad(weight_RAB.flip(2), (0, rows)).flatten(1)[:, : rows * (rows + columns - 1)]
+    return skewed.unflatten(1, (rows, -1)).sum(1).double()
