@@ -46,7 +46,7 @@ SMOLLM2 = {
 SHOWN = {
     "smollm2": "smollm2-135m",
     "text": "wikitext2-valid.raw",
-    "calibration": "wikitext2-train-part.txt+synthetic",
+    "calibration": "wikitext2-train-part.txt:2+synthetic+code",
 }
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     names = {}
     if args.smollm2:
         names = {"smollm2": str(args.smollm2.resolve()), "text": str(args.text.resolve())}
-        names["calibration"] = f"{args.calibration.resolve()}+synthetic"
+        names["calibration"] = f"{args.calibration.resolve()}:2+synthetic+code"
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
