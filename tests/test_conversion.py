@@ -1,7 +1,9 @@
 """The whole conversion on lively models: plan, calibrate, fit, write, verify, load in two classes."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -158,7 +160,7 @@ def test_queries_through_a_latent(
 
     In float32, since a lively model makes much of the noise of bfloat16.
     """
-    monkeypatch.setattr(run_module, "_autocast", lambda device: None)
+    monkeypatch.setattr(run_module, "narrow_dtype", lambda device: None)
     source = lively()
     wide = run(source, "wide", refine=refine, theta=100.0)
     full = run(source, "full", refine=refine, theta=100.0, q_latent=48)
@@ -182,7 +184,7 @@ def test_queries_through_a_latent(
 def test_wider_heads(lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch, layerwise: bool) -> None:
     """The same start, and weights that only the wider model has come out of the refinement in use; what is written is
     what was converted (verified)."""
-    monkeypatch.setattr(run_module, "_autocast", lambda device: None)
+    monkeypatch.setattr(run_module, "narrow_dtype", lambda device: None)
     descent = Descent(passes=2.0, batch=2, rate=1e-2)
     refinement = Refinement(Descent(passes=1.0, batch=2, rate=1e-3) if layerwise else None, descent)
     given: dict[str, Any] = {"refine": "fast", "theta": 100.0, "latent": 20, "rope": 8, "refinement": refinement}
@@ -220,6 +222,36 @@ def test_text_that_the_source_writes_joins_the_calibration(lively: MakeSource, r
     provenance = json.loads((report.destination / "transmla.json").read_text())
     assert provenance["calibration"]["text"].endswith("+320 sampled tokens")
     assert provenance["recipe"]["sampled"] == 300
+
+
+def test_an_interrupted_run_keeps_what_the_source_wrote(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not written again, since it need not be the same twice."""
+    settings: dict[str, Any] = {"calibration": "self", "sampled": 64, "theta": THETA}
+    expected = digest(run(lively(), "whole", **settings).destination)
+
+    def interrupt(at: str, *_: Any) -> None:
+        if at == "convert layers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lively(), progress=interrupt, **settings)
+    for name in ("sample_from", "continue_from"):
+        monkeypatch.delattr(conversion, name)
+    report = run(lively(), **settings)
+    assert digest(report.destination) == expected
+    assert json.loads((report.destination / "transmla.json").read_text())["calibration"]["text"].startswith("self+")
+    with pytest.raises(NameError):
+        run(lively(), "another", **settings)
+
+
+def test_windows_of_a_step(lively: MakeSource, run: Convert) -> None:
+    """Two of the seven fitted ones, three steps and a half a pass."""
+    done = run(lively(), refine="fast", batch=2, theta=THETA)
+    assert (done.blocks[0].windows, done.blocks[0].steps) == (7, 4)
+    assert json.loads((done.destination / "transmla.json").read_text())["recipe"]["batch"] == 2
+    assert run(lively(), "one", refine="fast", theta=THETA).blocks[0].steps == 7
 
 
 def test_repair_helps(lively: MakeSource, run: Convert) -> None:
@@ -275,12 +307,11 @@ def test_sources_in_shards_and_as_bin_convert_to_the_same_bytes(
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("stage", ["tokens", "choose theta"])
-def test_a_run_that_was_interrupted_before_the_first_layer_leaves_nothing(
-    lively: MakeSource, run: Convert, tmp_path: Path, stage: str
+def test_a_run_that_was_interrupted_before_the_first_step_leaves_nothing(
+    lively: MakeSource, run: Convert, tmp_path: Path
 ) -> None:
-    def interrupt(at: str, done: int, total: int, remark: str) -> None:
-        if at == stage and done == total - 1:
+    def interrupt(at: str, *_: Any) -> None:
+        if at == "tokens":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -471,6 +502,28 @@ def test_blocks_of_another_size_are_not_mixed(
     assert digest(run(lively(), block_layers=after, **settings).destination) == expected
 
 
+def test_blocks_of_three_divisions_are_not_mixed(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of two layers, then one of three, then of two again: layer 3 is of a block whose layer 2 is gone."""
+    monkeypatch.setattr(distilling, "SAVE_EVERY", 0.0)
+    source = lively(layers=4)
+    settings: dict[str, Any] = {"refine": "fast", "refinement": QUICK, "theta": THETA}
+    expected = digest(run(source, "whole", block_layers=2, **settings).destination)
+
+    def interrupted_at(stage: str) -> Callable[..., None]:
+        def interrupt(at: str, done: int, *_: Any) -> None:
+            if at == stage:
+                raise KeyboardInterrupt
+
+        return interrupt
+
+    for stage, block_layers in (("measure", 2), ("distil layers 3-3", 3)):
+        with pytest.raises(KeyboardInterrupt):
+            run(source, progress=interrupted_at(stage), block_layers=block_layers, **settings)
+    assert digest(run(source, block_layers=2, **settings).destination) == expected
+
+
 def test_distillation_goes_on_with_the_step_it_was_at(
     lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,6 +584,8 @@ def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run:
         run(lively(), theta=500.0)
     with pytest.raises(DestinationError, match="differs in context"):
         run(lively(), theta=THETA, context=1)
+    with pytest.raises(DestinationError, match="differs in seed, tokens"):
+        run(lively(), theta=THETA, seed=1, tokens=256)
     assert "--restart" in str(caught.value) and (tmp_path / "out.partial" / "journal" / "settings.json").is_file()
     assert run(lively(), theta=500.0, restart=True).theta == 500.0
 
@@ -550,6 +605,19 @@ def test_activations_in_a_file_or_in_memory_give_the_same_bytes(
     outside = run(lively(), "outside", offload=0, **settings).destination
     assert digest(inside) == digest(outside)
     assert folders and all(folder is not None and folder.name == "outside.partial" for folder in folders)
+
+
+def test_a_disk_too_small_for_the_activations(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DestinationError, match="the disk is full"):
+        run(lively(), offload=0, theta=THETA)
+    assert not list(tmp_path.rglob("activations-*")) and not (tmp_path / "out").exists()
+    assert run(lively(), theta=THETA).destination.is_dir(), "memory is enough"
 
 
 @pytest.mark.parametrize("block_layers", [None, 2])

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from transmla.distilling import num_trained_on, stretches
+from transmla import distilling
+from transmla.distilling import layers_that_fit, num_trained_on, stretches
+from transmla.planning import plan
 from transmla.refine.settings import Descent, Refinement
 
 
@@ -65,3 +67,19 @@ def test_more_text_is_never_less_training() -> None:
         )
         counts.append(num_trained_on(run, streams))  # type: ignore[arg-type]
     assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 49
+
+
+def test_layers_that_fit_count_the_windows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not more than go forward at once, and not those that a step does not have."""
+    monkeypatch.setattr(distilling, "free_bytes", lambda device: 2**27)
+    streams: Any = SimpleNamespace(source_NTD=torch.empty(2, 64, 1))
+
+    def found(batch: int) -> int:
+        refinement = Refinement(None, Descent(1.0, batch, 1e-3))
+        run: Any = SimpleNamespace(
+            plan=plan("stories260k"), refinement=refinement, device=torch.device("cpu"), compute=torch.float32
+        )
+        return layers_that_fit(run, streams)
+
+    assert found(1) > 2 * found(8) > 2 * found(32) > 0
+    assert found(32) == found(64), "2,048 tokens are the most at once"

@@ -13,6 +13,7 @@ from families import MakeSource
 from maths.weights import relative
 from transformers import AutoModelForCausalLM
 
+from transmla.conversion import convert as convert_here
 from transmla.processes import ALONE, Processes
 
 # in nats: gradients are summed in another order, and Adam divides small numbers by small numbers
@@ -25,11 +26,11 @@ from transmla import run
 from transmla.conversion import convert
 from transmla.refine.settings import Descent, Refinement
 torch.set_num_threads(1)
-run._autocast = lambda device: None  # rounding to bfloat16 would hide what is tested
+run.narrow_dtype = lambda device: None  # rounding to bfloat16 would hide what is tested
 refinement = Refinement(Descent(2.0, 2, 3e-3), Descent(4.0, 2, 3e-3), closed_form_tokens=640)
 report = convert(
     sys.argv[1], sys.argv[2], latent=12, rope=8, theta=10000.0, calibration=sys.argv[3], tokens=1024, window=64,
-    refinement=refinement, block_layers=int(sys.argv[4]),
+    refinement=refinement, block_layers=int(sys.argv[4]), restart=sys.argv[5] == "restart",
 )
 print(json.dumps(vars(report.heldout)))
 """
@@ -52,7 +53,7 @@ def convert(folder: Path, *arguments: str, size: int, port: int) -> list[dict[st
 def test_two_processes_convert_like_one(
     lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int, block_layers: int
 ) -> None:
-    arguments = (str(lively()), str(text_file), str(block_layers))
+    arguments = (str(lively()), str(text_file), str(block_layers), "")
     (one,) = convert(tmp_path / "one", *arguments, size=1, port=0)
     both = convert(tmp_path / "two", *arguments, size=2, port=free_port)
     assert both[0] == both[1]
@@ -62,6 +63,21 @@ def test_two_processes_convert_like_one(
     assert relative(second, first) < 10 * TOLERANCE
     computed = json.loads((tmp_path / "two" / "transmla.json").read_text("utf-8"))["computed"]
     assert computed["processes"] == 2
+
+
+def test_two_processes_start_again(lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int) -> None:
+    """--restart: what process 0 deletes, no other process has read before."""
+    source = str(lively(layers=1))
+
+    def stop(at: str, *_: Any) -> None:
+        if at == "convert layers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_here(source, tmp_path / "two", latent=8, refine="off", calibration=str(text_file), progress=stop)
+    arguments = (source, str(text_file), "1", "restart")
+    both = convert(tmp_path / "two", *arguments, size=2, port=free_port)
+    assert both[0] == both[1] and (tmp_path / "two").is_dir()
 
 
 def logits(folder: Path) -> torch.Tensor:

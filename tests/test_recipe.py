@@ -69,7 +69,7 @@ def test_defaults(toml):
     assert load_recipe(toml("")) == Recipe()
     assert (Recipe().num_tokens, Recipe().window, Recipe().theta) == (180224, 1024, "auto")
     assert Recipe(refine="off").num_tokens == 131072
-    assert Recipe(refine="full").num_tokens == 245760 and Recipe(tokens=5, refine="full").num_tokens == 5
+    assert Recipe(refine="full").num_tokens == 327680 and Recipe(tokens=5, refine="full").num_tokens == 5
     assert Recipe().resolved["tokens"] == 180224
 
 

@@ -7,9 +7,8 @@ journal beside the destination, so a conversion that was killed goes on where it
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,20 @@ import torch
 from torch import Tensor
 
 from transmla.calibrate.sampling import continue_from, sample_from
-from transmla.calibrate.tokens import CalibrationTokens, calibration_tokens, shuffled, with_sampled
+from transmla.calibrate.tokens import CalibrationTokens, calibration_tokens, parse_mix, shuffled, with_sampled
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.destination import partial_of
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.write import CheckpointWriter
+from transmla.devices import free_bytes
 from transmla.distilling import BlockReport, distil_layers
 from transmla.fitting import LayerReport, choose_theta, fit_layers
 from transmla.formats.deepseek_v3 import deepseek_v3_config
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan, plan
 from transmla.processes import ALONE, Processes
-from transmla.refine.settings import LEVELS, Refinement
-from transmla.run import Progress, Run, free_bytes, heldout_of
+from transmla.refine.settings import LEVELS, Refinement, with_batch
+from transmla.run import Progress, Run, heldout_of
 from transmla.searching import Trial, find_latent
 from transmla.verification import Verification, Witness, verify
 from transmla.writing import HeldoutNats, Measured, measure, write_companions, write_weights
@@ -69,6 +69,7 @@ def convert(
     nope: int | None = None,
     value: int | None = None,
     refine: str | None = None,
+    batch: int | None = None,
     calibration: str | None = None,
     tokens: int | None = None,
     sampled: int | None = None,
@@ -98,9 +99,10 @@ def convert(
     budget:      with latent="auto": the smallest latent is taken whose perplexity on the held-out calibration windows
                  is at most 1 + budget times the source's
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
+    batch:       windows per refinement step, default 1; processes share a step, so only as many of them are busy
     calibration: text file, table with a `text` column, dataset id, "wikitext", "synthetic" or "code" (they ship with
                  the package) or "self"; several share the tokens, "A:3+B" three to one
-    tokens:      calibration tokens in all, default 180,224, for "full" 245,760, for "off" 131,072;  window: tokens per
+    tokens:      calibration tokens in all, default 180,224, for "full" 327,680, for "off" 131,072;  window: tokens per
                  window
     sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; in
                  whole windows; needs the whole source in memory
@@ -109,7 +111,8 @@ def convert(
     theta:       rope_theta of the target, or "auto": chosen by the measured error of a few layers
     dtype:       of the written weights: auto (as the source), float32, bfloat16, float16
     device:      where the arithmetic runs;  seed: of the order of the windows, of gaps and of sampled text
-    offload:     GiB of calibration activations to hold in memory; more goes into a file beside the destination
+    offload:     GiB that calibration activations may take in the memory of a process; if they need more, they go
+                 into a file beside the destination. Default: half of the free memory
     block_layers: layers that are distilled at once; default: all that fit into half of the free memory
     restart:     delete an unfinished conversion to the same destination instead of going on with it
     method, refinement: variants of the closed form and of the refinement, see `ClosedForm` and `Refinement`
@@ -122,8 +125,8 @@ def convert(
     started = time.monotonic()
     settings: dict[str, Any] = {
         "latent": latent, "budget": budget, "rope": rope, "q_latent": q_latent, "nope": nope, "value": value,
-        "refine": refine, "calibration": calibration, "tokens": tokens, "sampled": sampled, "window": window,
-        "context": context, "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
+        "refine": refine, "batch": batch, "calibration": calibration, "tokens": tokens, "sampled": sampled,
+        "window": window, "context": context, "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
     }  # fmt: skip
     planned = plan(source, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)
@@ -131,14 +134,13 @@ def convert(
     where = processes.device(device)
     # all that can be refused has been refused before gigabytes are downloaded
     planned = plan(source, target, download=True, **settings)
-    level = refinement or LEVELS[planned.recipe.refine]
+    level = with_batch(refinement or LEVELS[planned.recipe.refine], planned.recipe.batch)
     run = Run(planned, method or ClosedForm(), level, where, progress or (lambda *_: None), processes)
     run.block_layers = block_layers
     with torch.no_grad(), _writer(processes, target, shard_bytes) as writer:
-        text = _tokens(run)
-        journal = Journal(target, _fingerprint(run, text), restart=restart and processes.first)
-        processes.wait()
+        journal = _journal(target, _fingerprint(run), processes, restart)
         run.check_outer_weights()
+        text = _tokens(run, journal)
         run.folder = _offload_folder(run, text, target, offload)
         tried: tuple[Trial, ...] = ()
         if planned.recipe.latent == "auto":
@@ -239,10 +241,38 @@ def _writer(processes: Processes, target: Path, shard_bytes: int) -> Iterator[Ch
         yield writer
 
 
-def _tokens(run: Run) -> CalibrationTokens:
-    """Calibration windows, made by process 0."""
-    recipe, source, found = run.plan.recipe, run.plan.source, None
-    run.progress("tokens", 0, 1, recipe.calibration)
+def _journal(target: Path, settings: dict[str, Any], processes: Processes, restart: bool) -> Journal:
+    """The one journal of all processes: process 0 deletes what it has to before the others look, and writes after."""
+    opened = Journal(target, settings, restart=restart) if processes.first else None
+    processes.wait()
+    opened = opened or Journal(target, settings)
+    processes.wait()
+    return opened
+
+
+def _tokens(run: Run, journal: Journal) -> CalibrationTokens:
+    """Calibration windows, made by process 0 once: an interrupted conversion goes on with those that it had, since
+    what a model or a hub writes need not be the same twice."""
+    run.progress("tokens", 0, 1, run.plan.recipe.calibration)
+    text = None
+    if run.processes.first:
+        if kept := journal.load("text"):
+            values = kept[1]
+            text = CalibrationTokens(kept[0]["ids_NT"], values["name"], values["digest"])
+            run.num_heldout = values["num_heldout"]
+        else:
+            text = _made(run)
+            values = {"name": text.name, "digest": text.digest, "num_heldout": run.num_heldout}
+            journal.save("text", {"ids_NT": text.ids_NT}, values)
+    run.num_heldout = run.processes.from_first(run.num_heldout)
+    found: CalibrationTokens = run.processes.from_first(text)
+    run.progress("tokens", 1, 1, f"{found.ids_NT.numel():,} tokens")
+    return found
+
+
+def _made(run: Run) -> CalibrationTokens:
+    """Calibration windows from the texts of the recipe, and sampled ones among them."""
+    recipe, source = run.plan.recipe, run.plan.source
     window = min(recipe.window, run.plan.max_position_embeddings)
 
     def model() -> Any:
@@ -256,35 +286,39 @@ def _tokens(run: Run) -> CalibrationTokens:
     def sampler(num_windows: int, length: int) -> Tensor:
         return sample_from(model(), num_windows, length, seed=recipe.seed, progress=tell)
 
-    if run.processes.first:
-        made = calibration_tokens(recipe.calibration, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
-        found = shuffled(made, recipe.seed)
-        if num_sampled := -(-recipe.sampled // window):
-            heldout = heldout_of(len(found.ids_NT))
-            prompts_NT = found.ids_NT[:-heldout]
-            sampled_NT = continue_from(model(), prompts_NT, num_sampled, seed=recipe.seed, progress=tell)
-            found = with_sampled(found, sampled_NT, heldout)
-            run.num_heldout = heldout
-    run.num_heldout = run.processes.from_first(run.num_heldout)
-    text: CalibrationTokens = run.processes.from_first(found)
-    run.progress("tokens", 1, 1, f"{text.ids_NT.numel():,} tokens")
-    return text
+    made = calibration_tokens(recipe.calibration, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
+    found = shuffled(made, recipe.seed)
+    if num_sampled := -(-recipe.sampled // window):
+        run.num_heldout = heldout_of(len(found.ids_NT))
+        prompts_NT = found.ids_NT[: -run.num_heldout]
+        sampled_NT = continue_from(model(), prompts_NT, num_sampled, seed=recipe.seed, progress=tell)
+        found = with_sampled(found, sampled_NT, run.num_heldout)
+    return found
 
 
-def _fingerprint(run: Run, text: CalibrationTokens) -> dict[str, Any]:
-    """All that the steps in the journal depend on, but for the sizes, which are in their names."""
-    planned = run.plan
-    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in planned.source.files()}
+def _fingerprint(run: Run) -> dict[str, Any]:
+    """All that the steps in the journal depend on, but for the sizes, which are in their names; the windows of the
+    calibration text are a step themselves."""
+    planned, recipe = run.plan, run.plan.recipe
+    texts = [Path(part.name).expanduser() for part in parse_mix(recipe.calibration, "--calibration")]
     return {
         "source": planned.resolved.name,
-        "files": files,
-        "calibration": [text.name, text.digest, list(text.ids_NT.shape)],
+        "files": _stamps(planned.source.files()),
+        "calibration": recipe.calibration,
+        "texts": _stamps(path for path in texts if path.is_file()),
+        "tokens": [recipe.num_tokens, recipe.sampled],
+        "window": recipe.window,
         "context": planned.calibration_context,
-        "positions": hashlib.sha256(run.positions(text.ids_NT).numpy().tobytes()).hexdigest(),
-        "theta": planned.recipe.theta,
+        "seed": recipe.seed,
+        "theta": recipe.theta,
         "method": asdict(run.method),
         "refinement": asdict(run.refinement),
     }
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of the last change by name."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def _offload_folder(run: Run, text: CalibrationTokens, target: Path, offload: float | None) -> Path | None:

@@ -15,12 +15,13 @@ import torch
 from transmla.calibrate.streams import Streams, add_mlp, add_source_attention
 from transmla.calibrate.tokens import CalibrationTokens
 from transmla.checkpoint.journal import Journal
+from transmla.devices import free_bytes
 from transmla.fitting import layer_name, num_closed, packed, unpacked
 from transmla.maths.attention import MlaWeights
 from transmla.refine.descent import tokens_per_pass
 from transmla.refine.distil import SAVE_EVERY, BlockDistiller, DistilledBlock, through
 from transmla.refine.settings import Descent
-from transmla.run import Run, free_bytes
+from transmla.run import Run
 
 # points of the curve of training losses that is kept
 MOST_STRETCHES = 32
@@ -74,14 +75,9 @@ def distil_layers(run: Run, streams: Streams, text: CalibrationTokens, journal: 
 def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, journal: Journal) -> BlockReport:
     """One block, and the converted stream past it if another one follows."""
     final = indices.stop == run.plan.mla.num_hidden_layers
-    kept = run.processes.from_first(journal.load(layer_name(run, indices[-1], "distilled")))
-    if kept is not None:
-        block_ends = (kept[1]["block"]["first_layer"], kept[1]["block"]["last_layer"])
-        if block_ends != (indices[0], indices[-1]):
-            kept = None  # of another division into blocks, which depends on the memory that is free
-    block = [run.frozen_layer(index) for index in indices] if kept is None or not final else []
-    if kept is not None:
-        report = BlockReport(**kept[1]["block"])
+    report = run.processes.from_first(_finished(run, indices, journal))
+    block = [run.frozen_layer(index) for index in indices] if report is None or not final else []
+    if report is not None:
         weights = load_layers(run, indices, journal, "distilled")
     else:
         given = load_layers(run, indices, journal, "fitted")
@@ -92,7 +88,7 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
         descender = distiller.descender
         ends = (indices[0], indices[-1])
         losses = (found.loss_before, found.loss_after)
-        counts = (descender.num_steps, descender.num_windows)
+        counts = (descender.done, descender.num_windows)
         report = BlockReport(*ends, *losses, *counts, stretches(descender.losses))
         if run.processes.first:
             for index, mla in zip(indices, weights, strict=True):
@@ -104,6 +100,15 @@ def _distil_block(run: Run, indices: range, streams: Streams, descent: Descent, 
                 passed_BTD = through(block, weights, converted_TD[None], streams.positions([place]))
             streams.converted_NTD[place] = passed_BTD[0].cpu()
     return report
+
+
+def _finished(run: Run, indices: range, journal: Journal) -> BlockReport | None:
+    """What the journal says of the block, if all of its layers are from that block; the division depends on the memory
+    that is free, and an earlier run may have had another one."""
+    kept = [journal.values(layer_name(run, index, "distilled")) for index in indices]
+    found = [BlockReport(**values["block"]) for values in kept if values is not None]
+    ends = {(report.first_layer, report.last_layer) for report in found}
+    return found[0] if len(found) == len(kept) and ends == {(indices[0], indices[-1])} else None
 
 
 def num_trained_on(run: Run, streams: Streams) -> int:
@@ -170,7 +175,8 @@ def layers_that_fit(run: Run, streams: Streams) -> int:
     config, mla = run.plan.source.config, run.plan.mla
     hidden, inner = mla.hidden_size, int(config["intermediate_size"])
     width = mla.num_attention_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-    tokens = max(tokens_per_pass(run.device), streams.source_NTD.shape[1])
+    window, descent = streams.source_NTD.shape[1], run.refinement.distil
+    tokens = max(window, min(descent.batch * window if descent else 0, tokens_per_pass(run.device)))
     compute = torch.empty((), dtype=run.compute).element_size()
     per_token = 12 * hidden * 4 + (4 * inner + 2 * (2 * width + mla.expanded_values)) * compute
     layer = 16 * mla.attention_weights + (3 * hidden * inner) * compute + tokens * per_token

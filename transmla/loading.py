@@ -11,6 +11,7 @@ from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.provenance import FILE_NAME
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import resolve
+from transmla.devices import usable
 from transmla.errors import SourceError, UnsupportedError
 from transmla.modeling.modeling_transmla import DeepseekV3ForCausalLM, UnfoldedConfig, UnfoldedForCausalLM
 from transmla.recipe import Recipe, find_recipe, load_recipe
@@ -28,6 +29,8 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
     kwargs: passed on to `from_pretrained`; attn_implementation is "sdpa" unless given
     """
     folder = Path(model)
+    if "device_map" not in kwargs:
+        device = usable(device)
     model_class = UnfoldedForCausalLM if _checked_type(folder) == UnfoldedConfig.model_type else DeepseekV3ForCausalLM
     kwargs.setdefault("attn_implementation", "sdpa")
     loaded: DeepseekV3ForCausalLM = model_class.from_pretrained(
@@ -41,6 +44,7 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
 
 def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
     """The source model itself, as transformers loads it; GGUF files are dequantised, with their rotary scaling."""
+    device = usable(device)
     if source.format != "gguf":
         model = AutoModelForCausalLM.from_pretrained(str(source.path), dtype=dtype, local_files_only=True)
         return model.to(device).eval()

@@ -8,10 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from transmla.devices import usable
+
+# the others wait while process 0 samples text, or writes and verifies a large model
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -36,10 +42,11 @@ class Processes:
         return self.rank == 0
 
     def device(self, wanted: str) -> torch.device:
-        """The device of this process: of several on GPUs each takes the next one."""
+        """The device of this process, of several on GPUs each takes the next one; `TransmlaError` if it cannot be
+        used for the conversion, which needs float64."""
         if wanted == "cuda" and self.size > 1:
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
-        return torch.device(wanted)
+            wanted = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
+        return usable(wanted, torch.float64)
 
     def mine(self, num_windows: int) -> list[int]:
         """Indices of the windows that this process holds: every size-th."""

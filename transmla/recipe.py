@@ -11,7 +11,7 @@ from transmla.errors import RecipeError
 
 REFINE_LEVELS = ("off", "fast", "full")
 # calibration tokens of each level, where the recipe does not say
-TOKENS = {"off": 131072, "fast": 180224, "full": 245760}
+TOKENS = {"off": 131072, "fast": 180224, "full": 327680}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRAINED = ("attention", "all")
 PRECISIONS = ("bfloat16", "float32")
@@ -77,6 +77,7 @@ class Recipe:
     nope: int | None = None  # qk_nope_head_dim; None: the source's head_dim
     value: int | None = None  # v_head_dim; None: the source's head_dim
     refine: str = "fast"  # how much gradient refinement: off, fast, full
+    batch: int | None = None  # windows per step of it; None: the level's
     theta: float | str = "auto"  # rope_theta of the target
     calibration: str = "wikitext:2+synthetic+code"  # names of embedded texts, or files, shares of each
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from transmla.calibrate.layers import SourceLayer, build_layer, layer_tensor_names, source_config, source_frequencies
 from transmla.calibrate.streams import Streams, allocate
 from transmla.calibrate.tokens import skipping_windows, spread_positions
+from transmla.devices import narrow_dtype
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan
 from transmla.processes import ALONE, Processes
@@ -49,7 +49,7 @@ class Run:
 
     def __post_init__(self) -> None:
         source = self.plan.source
-        self.autocast = _autocast(self.device)
+        self.autocast = narrow_dtype(self.device)
         self.config = source_config(source.config)
         self.frequencies = source_frequencies(self.config, self.plan.gqa, source.rope_frequency_factors)
         if not self.processes.first:
@@ -134,17 +134,3 @@ class Run:
 def heldout_of(num_windows: int) -> int:
     """How many calibration windows only measure."""
     return min(MAX_HELDOUT, max(1, round(num_windows * HELDOUT_SHARE)))
-
-
-def _autocast(device: torch.device) -> torch.dtype | None:
-    """bfloat16 for the forward passes where the hardware multiplies it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else None
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -108,6 +108,14 @@ def test_tokens_of_a_file(tmp_path: Path) -> None:
     assert bytes(found.ids_NT[1].tolist()) == b"abcdefghij" and found.ids_NT[0, 0] == 1
 
 
+def test_few_tokens_of_a_long_text(tmp_path: Path) -> None:
+    """Two windows are the least, however few tokens were asked for: enough of the text is read for them."""
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghij" * 100, encoding="utf-8")
+    assert calibration_tokens(str(path), Letters(), 1, 100).ids_NT.shape == (2, 100)
+    assert calibration_tokens(f"{path}+{path}:9", Letters(), 1, 100).ids_NT.shape == (4, 100)
+
+
 def test_digest_tells_texts_apart(tmp_path: Path) -> None:
     digests = []
     for text in ("abcdefghij" * 10, "abcdefghij" * 10, "abcdefghik" * 10):

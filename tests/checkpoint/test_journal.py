@@ -28,11 +28,12 @@ def test_what_was_saved_is_loaded(destination: Path) -> None:
     assert loaded[1] == {"loss": 0.5, "list": [1, 2]} and loaded[0].keys() == tensors.keys()
     assert all(torch.equal(loaded[0][name], tensors[name]) for name in tensors)
     assert loaded[0]["b"].dtype == torch.float64
+    assert Journal(destination, SETTINGS).values("step") == loaded[1]
 
 
 def test_missing_replaced_and_dropped(destination: Path) -> None:
     journal = Journal(destination, SETTINGS)
-    assert journal.load("step") is None and "step" not in journal
+    assert journal.load("step") is None and journal.values("step") is None and "step" not in journal
     journal.save("step", {"a": torch.zeros(1)})
     journal.save("step", {"a": torch.ones(1)})
     loaded = journal.load("step")

@@ -91,3 +91,21 @@ def test_rates_warm_up_and_come_down_to_nothing() -> None:
     rates = [_annealed(step, 50) for step in range(50)]
     assert rates[0] < 0.25 and max(rates) > 0.9 and rates[-1] < 0.01
     assert rates.index(max(rates)) < 6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_the_end(bad: float) -> None:
+    """The weights stay as they were before it, and the curve holds numbers only."""
+    made, weights = descender()
+    pulled = pull(weights)
+
+    def loss_of(places: list[int]) -> torch.Tensor:
+        loss: torch.Tensor = pulled(places)
+        return loss * bad if made.done == 2 else loss
+
+    found = list(made.steps(loss_of, {index: index for index in range(6)}, at_once=1))
+    assert len(found) == made.done == len(made.losses) == 2 < made.num_steps
+    whole = descender()
+    assert run(whole, 2) == found
+    for left, expected in zip(leaves(weights), leaves(whole[1]), strict=True):
+        assert left.isfinite().all() and torch.equal(left, expected)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from transmla.calibrate.layers import SourceLayer
+from transmla.checkpoint.destination import disk_errors
 from transmla.maths.attention import MlaWeights, gqa_attention, mla_attention
 from transmla.maths.losses import stream_error
 from transmla.maths.refit import refit
@@ -108,13 +109,19 @@ class Streams:
 
 
 def allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
-    """Uninitialised float32 memory, or a file in `folder` that looks like it and vanishes with the process."""
+    """Uninitialised float32 memory, or a file in `folder` that looks like it and vanishes with the process;
+    `DestinationError` if the disk is too small."""
     if folder is None:
         return torch.empty(shape)
-    handle, name = tempfile.mkstemp(dir=folder, prefix="activations-")
-    os.close(handle)
-    tensor = torch.from_file(name, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
-    os.unlink(name)  # the mapping keeps it
+    with disk_errors(folder):
+        handle, name = tempfile.mkstemp(dir=folder, prefix="activations-")
+        try:
+            if hasattr(os, "posix_fallocate"):  # without its blocks, a full disk would be a bus error later
+                os.posix_fallocate(handle, 0, max(1, 4 * math.prod(shape)))
+            tensor = torch.from_file(name, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+        finally:
+            os.close(handle)
+            os.unlink(name)  # the mapping keeps it
     return tensor
 
 

@@ -148,7 +148,7 @@ def calibration_tokens(
     if name == "self":
         ids_NT = sampler(max(2, num_tokens // window), window)
         return _named(ids_NT, name)
-    text = read_text(name, num_tokens * CHARACTERS_PER_TOKEN)
+    text = read_text(name, max(num_tokens, 2 * window) * CHARACTERS_PER_TOKEN)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     prefix = tokenizer("", verbose=False).input_ids[:1]
     return windows(ids, num_tokens, window, name=name, prefix=prefix)

@@ -69,11 +69,19 @@ class Journal:
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """(tensors, values) of a step, or None if it was not finished."""
+        values = self.values(name)
+        if values is None:
+            return None
+        with safe_open(self._path(name), framework="pt") as file:
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, values  # noqa: SIM118
+
+    def values(self, name: str) -> dict[str, Any] | None:
+        """The values of a step alone, or None if it was not finished."""
         if name not in self:
             return None
         with safe_open(self._path(name), framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(file.metadata()["values"])
+            values: dict[str, Any] = json.loads(file.metadata()["values"])
+            return values
 
     def drop(self, name: str) -> None:
         """Forget a step."""

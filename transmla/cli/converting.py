@@ -94,10 +94,17 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     "[default: fast]",
 )
 @option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows per refinement step. Processes share a step, so only as many are busy. [default: 1]",
+)
+@option(
     "--tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Calibration tokens in all. [default: with --refine off 131072, fast 180224, full 245760]",
+    help="Calibration tokens in all, at least two windows of each text. "
+    "[default: with --refine off 131072, fast 180224, full 327680]",
 )
 @option(
     "--sampled",
@@ -125,7 +132,8 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     "--offload",
     type=click.FloatRange(min=0),
     metavar="GIB",
-    help="Calibration activations beyond GIB go into a file beside DST. [default: half of the free memory]",
+    help="Calibration activations go into a file beside DST if they need more than GIB, in each process. "
+    "[default: half of the free memory]",
 )
 @option(
     "--block-layers",

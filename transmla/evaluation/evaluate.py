@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.provenance import FILE_NAME, commit, read_provenance, versions
+from transmla.devices import usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.measure import Kept, Progress, Skipped, Subject, measure, window_length, windows_of
@@ -129,6 +130,7 @@ def evaluate(
     )  # fmt: skip
     if wanted.tasks:
         check_tasks(wanted.tasks, wanted.include_path or None)
+    usable(device)
     tell = progress or (lambda *_: None)
     settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
     settings |= {str(name): _files(name) for name in (model, against) if name is not None}

@@ -22,6 +22,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import DynamicCache
 
 from transmla.checkpoint.provenance import commit, versions
+from transmla.devices import usable
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import cache_bytes
 from transmla.loading import is_converted, load, load_any
@@ -107,7 +108,7 @@ def bench(
     stock:    also the stock transformers class of a converted folder
     """
     tell = progress or (lambda *_: None)
-    where, number_format = torch.device(device), getattr(torch, dtype)
+    where, number_format = usable(device), getattr(torch, dtype)
     models = _loaded(model, against, stock, number_format, where)
     longest = min(int(one.config.max_position_embeddings) for one in models.values())
     if min(contexts) > longest:

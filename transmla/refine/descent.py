@@ -67,7 +67,8 @@ class Descender:
         self._sizes = sizes
 
     def steps(self, loss_of: Callable[[list[int]], Tensor], places: dict[int, int], at_once: int) -> Iterator[float]:
-        """Take the remaining steps; yields the mean loss of each.
+        """Take the remaining steps; yields the mean loss of each. A loss that is not finite is the end: a step on it
+        would leave no weight that is.
 
         loss_of: places of windows of this process -> sum of their losses
         places:  place here by index of the window, for the windows that this process holds
@@ -80,8 +81,10 @@ class Descender:
                     loss = loss_of(here[start : start + at_once]) / len(indices)
                 loss.backward()
                 total += loss.detach()
-            self._step()
             self.processes.sum_((total,))
+            if not math.isfinite(float(total)):
+                return
+            self._step()
             self.losses.append(float(total))
             yield self.losses[-1]
 

@@ -1,6 +1,6 @@
 """How much refinement: the levels of `transmla convert --refine`. Measured in benchmarks/refine.md."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -35,5 +35,13 @@ class Refinement:
 LEVELS: dict[str, Refinement] = {
     "off": Refinement(None, None),
     "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=1e-3), closed_form_tokens=49152, distil_unseen=True),
-    "full": Refinement(None, Descent(passes=4.0, batch=1, rate=1e-3), closed_form_tokens=65536),
+    "full": Refinement(None, Descent(passes=3.0, batch=1, rate=1e-3), closed_form_tokens=65536),
 }
+
+
+def with_batch(level: Refinement, batch: int | None) -> Refinement:
+    """The same with so many windows per step; None: as it is."""
+    if batch is None:
+        return level
+    layerwise, distil = (descent and replace(descent, batch=batch) for descent in (level.layerwise, level.distil))
+    return replace(level, layerwise=layerwise, distil=distil)
