@@ -307,11 +307,12 @@ def test_sources_in_shards_and_as_bin_convert_to_the_same_bytes(
     assert len(digests) == 1
 
 
-def test_a_run_that_was_interrupted_before_the_first_step_leaves_nothing(
-    lively: MakeSource, run: Convert, tmp_path: Path
+@pytest.mark.parametrize("stage", ["tokens", "choose theta"])
+def test_a_run_that_was_interrupted_before_the_first_layer_leaves_nothing(
+    lively: MakeSource, run: Convert, tmp_path: Path, stage: str
 ) -> None:
-    def interrupt(at: str, *_: Any) -> None:
-        if at == "tokens":
+    def interrupt(at: str, done: int, total: int, remark: str) -> None:
+        if at == stage and done == total - 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

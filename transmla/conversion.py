@@ -29,6 +29,7 @@ from transmla.formats.deepseek_v3 import deepseek_v3_config
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan, plan
 from transmla.processes import ALONE, Processes
+from transmla.recipe import Recipe
 from transmla.refine.settings import LEVELS, Refinement, with_batch
 from transmla.run import Progress, Run, heldout_of
 from transmla.searching import Trial, find_latent
@@ -263,11 +264,17 @@ def _tokens(run: Run, journal: Journal) -> CalibrationTokens:
         else:
             text = _made(run)
             values = {"name": text.name, "digest": text.digest, "num_heldout": run.num_heldout}
-            journal.save("text", {"ids_NT": text.ids_NT}, values)
+            journal.save("text", {"ids_NT": text.ids_NT}, values, alone=_is_sampled(run.plan.recipe))
     run.num_heldout = run.processes.from_first(run.num_heldout)
     found: CalibrationTokens = run.processes.from_first(text)
     run.progress("tokens", 1, 1, f"{found.ids_NT.numel():,} tokens")
     return found
+
+
+def _is_sampled(recipe: Recipe) -> bool:
+    """Whether the source itself has to write."""
+    parts = parse_mix(recipe.calibration, "--calibration")
+    return recipe.sampled > 0 or any(part.name == "self" for part in parts)
 
 
 def _made(run: Run) -> CalibrationTokens:

@@ -31,6 +31,17 @@ def test_what_was_saved_is_loaded(destination: Path) -> None:
     assert Journal(destination, SETTINGS).values("step") == loaded[1]
 
 
+def test_what_is_not_worth_a_folder_waits_for_the_next_step(destination: Path) -> None:
+    journal = Journal(destination, SETTINGS)
+    journal.save("text", {"a": torch.zeros(2)}, {"name": "x"}, alone=False)
+    assert not journal.folder.exists() and journal.load("text") is None
+    journal.save("step", {"a": torch.ones(1)})
+    assert journal.values("text") == {"name": "x"} and "step" in Journal(destination, SETTINGS)
+    journal.drop("text")
+    journal.save("other", {"a": torch.ones(1)})
+    assert journal.load("text") is None, "once"
+
+
 def test_missing_replaced_and_dropped(destination: Path) -> None:
     journal = Journal(destination, SETTINGS)
     assert journal.load("step") is None and journal.values("step") is None and "step" not in journal

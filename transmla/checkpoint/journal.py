@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Journal:
         """
         self.folder = journal_of(destination)
         self._settings = json.dumps(settings, indent=2, sort_keys=True)
+        self._put_off: list[Callable[[], None]] = []
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         path = self.folder / _SETTINGS
@@ -55,8 +56,24 @@ class Journal:
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
 
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None = None) -> None:
-        """Keep a step; one of the same name is replaced. values: whatever JSON can hold."""
+    def save(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        values: Mapping[str, Any] | None = None,
+        *,
+        alone: bool = True,
+    ) -> None:
+        """Keep a step; one of the same name is replaced.
+
+        values: whatever JSON can hold;  alone: False: not worth a folder, it is written when the next step is
+        """
+        if not alone:
+            self._put_off.append(lambda: self.save(name, tensors, values))
+            return
+        put_off, self._put_off = self._put_off, []
+        for save in put_off:
+            save()
         path = self._path(name)
         temporary = path.with_suffix(".writing")
         self.begin()
