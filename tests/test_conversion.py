@@ -591,6 +591,25 @@ def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run:
     assert run(lively(), theta=500.0, restart=True).theta == 500.0
 
 
+def test_a_text_that_has_changed_is_another_setting(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
+    """Of two texts of one name, too."""
+    paths = [tmp_path / folder / "text.txt" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("Once there was a dog. " * 400, encoding="utf-8")
+    settings = {"calibration": "+".join(map(str, paths)), "theta": THETA}
+
+    def interrupt(at: str, *_: Any) -> None:
+        if at == "convert layers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lively(), progress=interrupt, **settings)
+    paths[0].write_text("Once there was a cat. And then? " * 300, encoding="utf-8")
+    with pytest.raises(DestinationError, match="differs in texts"):
+        run(lively(), **settings)
+
+
 def test_activations_in_a_file_or_in_memory_give_the_same_bytes(
     lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def convert(
     budget:      with latent="auto": the smallest latent is taken whose perplexity on the held-out calibration windows
                  is at most 1 + budget times the source's
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
-    batch:       windows per refinement step, default 1; processes share a step, so only as many of them are busy
+    batch:       windows per refinement step, default 1; processes share them, so no more than these are busy
     calibration: text file, table with a `text` column, dataset id, "wikitext", "synthetic" or "code" (they ship with
                  the package) or "self"; several share the tokens, "A:3+B" three to one
     tokens:      calibration tokens in all, default 180,224, for "full" 327,680, for "off" 131,072;  window: tokens per
@@ -310,9 +310,9 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     texts = [Path(part.name).expanduser() for part in parse_mix(recipe.calibration, "--calibration")]
     return {
         "source": planned.resolved.name,
-        "files": _stamps(planned.source.files()),
+        "files": {file.name: _stamp(file) for file in planned.source.files()},
         "calibration": recipe.calibration,
-        "texts": _stamps(path for path in texts if path.is_file()),
+        "texts": {str(path): _stamp(path) for path in texts if path.is_file()},
         "tokens": [recipe.num_tokens, recipe.sampled],
         "window": recipe.window,
         "context": planned.calibration_context,
@@ -323,9 +323,9 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     }
 
 
-def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Size and time of the last change by name."""
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+def _stamp(file: Path) -> list[int]:
+    """Size, and time of the last change."""
+    return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def _offload_folder(run: Run, text: CalibrationTokens, target: Path, offload: float | None) -> Path | None:

@@ -97,7 +97,7 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Windows per refinement step. Processes share a step, so only as many are busy. [default: 1]",
+    help="Windows per refinement step; several processes share them, so no more than N are busy. [default: 1]",
 )
 @option(
     "--tokens",
