@@ -1,8 +1,13 @@
-"""Write transmla/data/synthetic.txt: what an instruct model answers to requests of many kinds, and what it writes when
-it starts with a random token. Calibration text for whatever an encyclopedia does not contain.
+"""Write transmla/data/synthetic.txt and continued.txt: what an instruct model answers to requests of many kinds, what
+it writes when it starts with a random token, and how it goes on where pieces of a text stop.
+
+Calibration text for whatever an encyclopedia does not contain, and more text like one.
 It is kept word for word, with the "# TODO" lines that the model writes into its code: what it predicts is the point.
 
-    python benchmarks/synthetic.py MODEL [--answers 512] [--random 64] [--out transmla/data/synthetic.txt]
+    python benchmarks/synthetic.py MODEL [--out transmla/data] [--text transmla/data/wikitext2-train-excerpt.txt]
+
+An hour on two CPU cores. The numbers that sampling draws are the same every time; the texts are, too, where the model
+computes the same bits.
 """
 
 from __future__ import annotations
@@ -53,47 +58,86 @@ TOPICS = (
     "a broken window", "history homework", "photographs", "healthy food", "rivers and boats", "a new neighbour",
     "taxes", "a calendar", "moving house", "cats", "an election", "learning English", "a small robot",
 )  # fmt: skip
-LENGTH, BATCH = 256, 64
+DATA = Path(__file__).parents[1] / "transmla/data"
+BATCH = 64
+# tokens of a text: short ones, which show more, and long ones, in which there is more to look back at
+SHORT, LONG = 256, 448
+PROMPT = 64
 
 
-def sample(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Continuations alone."""
-    with torch.no_grad():
-        found = model.generate(
-            ids, attention_mask=mask, do_sample=True, temperature=0.9, top_k=500, top_p=1.0, max_new_tokens=LENGTH,
-            pad_token_id=model.config.eos_token_id,
-        )  # fmt: skip
-    return found[:, ids.shape[1] :]
+class Writer:
+    """Texts of one model, sampled in batches."""
+
+    def __init__(self, folder: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    def answers(self, requests: list[str], length: int) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(requests), BATCH):
+            chats = [[{"role": "user", "content": request}] for request in requests[start : start + BATCH]]
+            prompts = [
+                self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
+            ]
+            given = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+            texts += self._words(self._sample(given.input_ids, given.attention_mask, length))
+        return texts
+
+    def from_random_tokens(self, count: int, length: int) -> list[str]:
+        texts: list[str] = []
+        for _ in range(0, count, BATCH):
+            ids = torch.randint(len(self.tokenizer), (BATCH, 1))
+            texts += self._words(torch.cat([ids, self._sample(ids, torch.ones_like(ids), length)], dim=1))
+        return texts
+
+    def continuations(self, text: str, count: int, length: int) -> list[str]:
+        """Of random pieces of the text, without these."""
+        ids_N = torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        texts: list[str] = []
+        for _ in range(0, count, BATCH):
+            starts = torch.randint(len(ids_N) - PROMPT, (BATCH,)).tolist()
+            ids = torch.stack([ids_N[start : start + PROMPT] for start in starts])
+            texts += self._words(self._sample(ids, torch.ones_like(ids), length))
+        return texts
+
+    def _sample(self, ids: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
+        """What follows, alone."""
+        with torch.no_grad():
+            found: torch.Tensor = self.model.generate(
+                ids, attention_mask=mask, do_sample=True, temperature=0.9, top_k=500, top_p=1.0, max_new_tokens=length,
+                pad_token_id=self.model.config.eos_token_id,
+            )  # fmt: skip
+        return found[:, ids.shape[1] :]
+
+    def _words(self, ids: torch.Tensor) -> list[str]:
+        print(f"{len(ids)} texts", flush=True)
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
+
+def joined(texts: list[str], seed: int) -> str:
+    """One behind the other, in random order."""
+    random.Random(seed).shuffle(texts)
+    clean = (text.replace("\ufffd", "").replace("\r\n", "\n").replace("\r", "\n").strip() for text in texts)
+    return "\n\n".join(text for text in clean if text) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--answers", type=int, default=512)
-    parser.add_argument("--random", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "transmla/data/synthetic.txt")
+    parser.add_argument("--out", type=Path, default=DATA)
+    parser.add_argument("--text", type=Path, default=DATA / "wikitext2-train-excerpt.txt")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
+    writer = Writer(arguments.model)
     requests = [kind.format(topic) for kind, topic in itertools.product(KINDS, TOPICS)]
     random.Random(0).shuffle(requests)
-    texts: list[str] = []
-    for start in range(0, arguments.answers, BATCH):
-        chats = [[{"role": "user", "content": request}] for request in requests[start : start + BATCH]]
-        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-        given = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        found = sample(model, given.input_ids, given.attention_mask)
-        texts += tokenizer.batch_decode(found, skip_special_tokens=True)
-        print(f"{len(texts)} texts", flush=True)
-    for start in range(0, arguments.random, BATCH):
-        ids = torch.randint(len(tokenizer), (min(BATCH, arguments.random - start), 1))
-        continued = torch.cat([ids, sample(model, ids, torch.ones_like(ids))], dim=1)
-        texts += tokenizer.batch_decode(continued, skip_special_tokens=True)
-        print(f"{len(texts)} texts", flush=True)
-    random.Random(1).shuffle(texts)
-    clean = (text.replace("\ufffd", "").replace("\r\n", "\n").replace("\r", "\n").strip() for text in texts)
-    arguments.out.write_text("\n\n".join(text for text in clean if text) + "\n", encoding="utf-8")
+    torch.manual_seed(0)
+    short = joined(writer.answers(requests[:512], SHORT) + writer.from_random_tokens(64, SHORT), seed=1)
+    torch.manual_seed(1)
+    long = joined(writer.answers(requests[512:704], LONG) + writer.from_random_tokens(64, LONG), seed=2)
+    (arguments.out / "synthetic.txt").write_text(f"{short}\n{long}", encoding="utf-8")
+    continued = writer.continuations(arguments.text.read_text(encoding="utf-8"), 320, LONG)
+    (arguments.out / "continued.txt").write_text(joined(continued, seed=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from transmla import recipe as module
+from transmla.calibrate.tokens import SHIPPED, parse_mix, read_text
 from transmla.errors import RecipeError
-from transmla.recipe import Healing, Recipe, find_recipe, list_recipes, load_recipe
+from transmla.recipe import CALIBRATION, REFINE_LEVELS, TOKENS, Healing, Recipe, find_recipe, list_recipes, load_recipe
 
 FULL = """
 source = "owner/name"
@@ -46,6 +47,27 @@ def test_every_key(toml):
     assert loaded.resolved == {name: getattr(loaded, name) for name in names}
 
 
+def test_the_text_of_a_level():
+    """`full` takes many steps, so it has more kinds of text and more of it; what is given counts at every level."""
+    for level in REFINE_LEVELS:
+        recipe = Recipe(refine=level)
+        parts = parse_mix(recipe.mix, "here")
+        assert {part.name for part in parts} <= set(SHIPPED)
+        assert recipe.resolved["calibration"] == recipe.mix == CALIBRATION[level]
+        assert Recipe(refine=level, calibration="self").resolved["calibration"] == "self"
+    assert Recipe(refine="full").num_tokens > 3 * Recipe(refine="fast").num_tokens
+
+
+def test_the_shipped_texts_last_for_every_level():
+    """No text is shorter than its share, at the four characters of a token of the tokenizers that there are."""
+    for level in REFINE_LEVELS:
+        parts = parse_mix(CALIBRATION[level], "here")
+        whole = sum(part.weight for part in parts)
+        for part in parts:
+            needed = TOKENS[level] * part.weight / whole
+            assert len(read_text(part.name, 10**9)) > 3.2 * needed, (level, part.name)
+
+
 def test_the_table_heal(toml):
     loaded = load_recipe(toml('latent = 448\n[heal]\ndata = "a.txt"\ntokens = 5000\nrate = 1\ncached = true'))
     assert loaded.latent == 448 and loaded.heal == Healing(data="a.txt", tokens=5000, rate=1.0, cached=True)
@@ -69,7 +91,7 @@ def test_defaults(toml):
     assert load_recipe(toml("")) == Recipe()
     assert (Recipe().num_tokens, Recipe().window, Recipe().theta) == (180224, 1024, "auto")
     assert Recipe(refine="off").num_tokens == 131072
-    assert Recipe(refine="full").num_tokens == 327680 and Recipe(tokens=5, refine="full").num_tokens == 5
+    assert Recipe(refine="full").num_tokens == 573440 and Recipe(tokens=5, refine="full").num_tokens == 5
     assert Recipe().resolved["tokens"] == 180224
 
 

@@ -101,9 +101,10 @@ def convert(
                  is at most 1 + budget times the source's
     refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
     batch:       windows per refinement step, default 1; processes share them, so no more than these are busy
-    calibration: text file, table with a `text` column, dataset id, "wikitext", "synthetic" or "code" (they ship with
-                 the package) or "self"; several share the tokens, "A:3+B" three to one
-    tokens:      calibration tokens in all, default 180,224, for "full" 327,680, for "off" 131,072;  window: tokens per
+    calibration: text file, table with a `text` column, dataset id, "wikitext", "synthetic", "continued" or "code" (they
+                 ship with the package) or "self"; several share the tokens, "A:3+B" three to one. Default: a mix of
+                 those that ship, see `CALIBRATION`
+    tokens:      calibration tokens in all, default 180,224, for "full" 573,440, for "off" 131,072;  window: tokens per
                  window
     sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; in
                  whole windows; needs the whole source in memory
@@ -254,7 +255,7 @@ def _journal(target: Path, settings: dict[str, Any], processes: Processes, resta
 def _tokens(run: Run, journal: Journal) -> CalibrationTokens:
     """Calibration windows, made by process 0 once: an interrupted conversion goes on with those that it had, since
     what a model or a hub writes need not be the same twice."""
-    run.progress("tokens", 0, 1, run.plan.recipe.calibration)
+    run.progress("tokens", 0, 1, run.plan.recipe.mix)
     text = None
     if run.processes.first:
         if kept := journal.load("text"):
@@ -273,7 +274,7 @@ def _tokens(run: Run, journal: Journal) -> CalibrationTokens:
 
 def _is_sampled(recipe: Recipe) -> bool:
     """Whether the source itself has to write."""
-    parts = parse_mix(recipe.calibration, "--calibration")
+    parts = parse_mix(recipe.mix, "--calibration")
     return recipe.sampled > 0 or any(part.name == "self" for part in parts)
 
 
@@ -293,7 +294,7 @@ def _made(run: Run) -> CalibrationTokens:
     def sampler(num_windows: int, length: int) -> Tensor:
         return sample_from(model(), num_windows, length, seed=recipe.seed, progress=tell)
 
-    made = calibration_tokens(recipe.calibration, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
+    made = calibration_tokens(recipe.mix, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
     found = shuffled(made, recipe.seed)
     if num_sampled := -(-recipe.sampled // window):
         run.num_heldout = heldout_of(len(found.ids_NT))
@@ -307,11 +308,11 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     """All that the steps in the journal depend on, but for the sizes, which are in their names; the windows of the
     calibration text are a step themselves."""
     planned, recipe = run.plan, run.plan.recipe
-    texts = [Path(part.name).expanduser() for part in parse_mix(recipe.calibration, "--calibration")]
+    texts = [Path(part.name).expanduser() for part in parse_mix(recipe.mix, "--calibration")]
     return {
         "source": planned.resolved.name,
         "files": {file.name: _stamp(file) for file in planned.source.files()},
-        "calibration": recipe.calibration,
+        "calibration": recipe.mix,
         "texts": {str(path): _stamp(path) for path in texts if path.is_file()},
         "tokens": [recipe.num_tokens, recipe.sampled],
         "window": recipe.window,

@@ -170,7 +170,7 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
         **narrow,
         **refined,
         "verified": f"stock deepseek_v3 class, relative error {report.verification.relative_error:.1e}",
-        "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.calibration}",
+        "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.mix}",
         "time, peak memory": f"{report.seconds:.0f} s, {size(peak_memory)}",
         "written": f"{report.destination}  ({size(report.written_bytes)}, {report.plan.dtype})",
     }

@@ -10,8 +10,11 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from transmla.errors import RecipeError
 
 REFINE_LEVELS = ("off", "fast", "full")
-# calibration tokens of each level, where the recipe does not say
-TOKENS = {"off": 131072, "fast": 180224, "full": 327680}
+# calibration text and tokens of each level, where the recipe does not say: what takes many steps needs much text that
+# is not repeated, and a model can write most of it
+MIX = "wikitext:2+synthetic+code"
+CALIBRATION = {"off": MIX, "fast": MIX, "full": "wikitext:4+code:2+synthetic:5+continued:3"}
+TOKENS = {"off": 131072, "fast": 180224, "full": 573440}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRAINED = ("attention", "all")
 PRECISIONS = ("bfloat16", "float32")
@@ -36,7 +39,7 @@ Settings = TypeVar("Settings", "Recipe", "Healing")
 class Healing:
     """The table [heal] of a recipe: distillation from the source after the conversion. Windows are rows of tokens."""
 
-    data: str = "wikitext:2+synthetic+code"  # mix of texts, A:3+B: healing/data.py
+    data: str = MIX  # mix of texts, A:3+B: healing/data.py
     tokens: int = 1_000_000  # trained on in all
     distinct: int | None = None  # of these different, the others repeat them; None: all
     window: int = 1024  # tokens per window
@@ -79,7 +82,7 @@ class Recipe:
     refine: str = "fast"  # how much gradient refinement: off, fast, full
     batch: int | None = None  # windows per step of it; None: the level's
     theta: float | str = "auto"  # rope_theta of the target
-    calibration: str = "wikitext:2+synthetic+code"  # names of embedded texts, or files, shares of each
+    calibration: str | None = None  # names of embedded texts, or files, shares of each; None: CALIBRATION
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on
     tokens: int | None = None  # calibration tokens in all; None: TOKENS
     sampled: int = 0  # tokens more, written by the source itself as continuations of that text
@@ -94,6 +97,11 @@ class Recipe:
         return _checked(self, {key: value for key, value in given.items() if value is not None}, "the options")
 
     @property
+    def mix(self) -> str:
+        """Calibration text."""
+        return self.calibration or CALIBRATION[self.refine]
+
+    @property
     def num_tokens(self) -> int:
         """Calibration tokens in all."""
         return self.tokens or TOKENS[self.refine]
@@ -101,7 +109,7 @@ class Recipe:
     @property
     def resolved(self) -> dict[str, Any]:
         """All values of the conversion, for the provenance file."""
-        values = asdict(self) | {"tokens": self.num_tokens}
+        values = asdict(self) | {"calibration": self.mix, "tokens": self.num_tokens}
         del values["heal"]
         return values
 

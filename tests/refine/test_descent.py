@@ -43,6 +43,15 @@ def test_it_descends() -> None:
     assert len(losses) == 60 and losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize(
+    ("windows", "steps"),
+    [(1, 4), (100, 200), (400, 470), (900, 470), (2000, 1000)],
+)
+def test_much_text_is_not_repeated(windows: int, steps: int) -> None:
+    """Little text comes again as often as `passes` allows, much text once, and what is between makes the same steps."""
+    assert Descent(passes=4.0, batch=2, rate=1e-3, windows=940).num_steps(windows) == steps
+
+
 def test_every_matrix_moves_by_its_own_size() -> None:
     """A step is `rate` of the matrix's root mean square, whatever the size of its gradient."""
     made, weights = descender(passes=1 / 3)

@@ -1,9 +1,10 @@
-"""Calibration text -> windows of token ids. Seven kinds of text, one result.
+"""Calibration text -> windows of token ids. Many kinds of text, one result.
 
     self             sampled from the source model itself (needs the whole source in memory)
     wikitext         an excerpt of WikiText-2 train that ships with the package
     synthetic        what a small model answers to requests of many kinds, ships too: stories, code, letters, lists.
                      Beside wikitext it keeps a conversion from forgetting all that is not an encyclopedia
+    continued        how the same model goes on where pieces of WikiText-2 train stop, without these; ships too
     code             modules of Python's standard library, ships too
     wikitext-valid, tinystories-valid   ship, too, but only to be evaluated on
     FILE             .txt as it is; .jsonl, .json, .parquet, .csv by their `text` column
@@ -29,7 +30,10 @@ from transmla.errors import DataError
 TEXT_COLUMN = "text"
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # name -> file in transmla/data; validation texts are kept out of calibration
-SHIPPED = {"wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt", "code": "code.txt"}
+SHIPPED = {
+    "wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt", "continued": "continued.txt",
+    "code": "code.txt",
+}  # fmt: skip
 SHIPPED_VALIDATION = {"wikitext-valid": "wikitext2-valid-excerpt.txt", "tinystories-valid": "tinystories-valid.txt"}
 # characters read per token asked for: enough for any language and tokenizer worth calibrating with
 CHARACTERS_PER_TOKEN = 12

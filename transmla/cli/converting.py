@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import EPILOG, device, errors, is_first_process, number, option, quiet_libraries
-from transmla.recipe import DTYPES, REFINE_LEVELS
+from transmla.recipe import CALIBRATION, DTYPES, REFINE_LEVELS, TOKENS
 
 
 def _geometry_options(command: Any) -> Any:
@@ -84,8 +84,8 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     "--calibration",
     metavar="TEXT",
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
-    "wikitext, synthetic, code (they ship with the program) or self (sampled from SRC); A:3+B: shares of both. "
-    "[default: wikitext:2+synthetic+code]",
+    "wikitext, synthetic, continued, code (they ship with the program) or self (sampled from SRC); A:3+B: shares of "
+    f"both. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
 )
 @option(
     "--refine",
@@ -104,7 +104,7 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     type=click.IntRange(min=1),
     metavar="N",
     help="Calibration tokens in all, at least two windows of each text. "
-    "[default: with --refine off 131072, fast 180224, full 327680]",
+    f"[default: with --refine off {TOKENS['off']}, fast {TOKENS['fast']}, full {TOKENS['full']}]",
 )
 @option(
     "--sampled",

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import EPILOG, errors, is_first_process, option, quiet_libraries
-from transmla.recipe import PRECISIONS, TRAINED
+from transmla.recipe import MIX, PRECISIONS, TRAINED
 
 _SCALES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -39,7 +39,8 @@ class Count(click.ParamType[int]):
     "--data",
     metavar="MIX",
     help="Texts, A:3+B mixes three to one: FILE (.txt; .jsonl, .parquet, .csv with `text` or chat `messages`), dataset "
-    "id OWNER/NAME[:CONFIG], wikitext, synthetic, code, self (SRC writes it). [default: wikitext:2+synthetic+code]",
+    "id OWNER/NAME[:CONFIG], wikitext, synthetic, continued, code, self (SRC writes it). "
+    f"[default: {MIX}]",
 )
 @option("--tokens", type=Count(), metavar="N", help="To train on in all: 300K, 100M. [default: 1M]")
 @option("--distinct", type=Count(), metavar="N", help="Of these different; then they repeat. [default: all]")

@@ -2,7 +2,7 @@
 
 FILE.txt               one text, in pieces of a window
 FILE.jsonl .parquet .csv, OWNER/NAME[:CONFIG]    one document a row: `text`, or `messages` through the chat template
-wikitext, synthetic, code    what ships with the package
+wikitext, synthetic, continued, code    what ships with the package
 self                   what the source model writes itself
 A:3+B                  several, three windows' worth of A for one of B; a text that ends begins anew
 

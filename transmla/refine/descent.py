@@ -56,7 +56,7 @@ class Descender:
     def __init__(self, weights: Sequence[MlaWeights], descent: Descent, num_windows: int, processes: Processes) -> None:
         self.descent, self.processes = descent, processes
         self.num_windows, self.batch = num_windows, min(descent.batch, num_windows)
-        self.num_steps = max(1, round(descent.passes * num_windows / self.batch))
+        self.num_steps = descent.num_steps(num_windows)
         self.done = 0
         # mean loss of every step so far, before the step
         self.losses: list[float] = []

@@ -7,13 +7,22 @@ from dataclasses import dataclass, replace
 class Descent:
     """One run of Adam.
 
-    passes: over the fitted calibration windows;  batch: windows per step, over all processes
-    rate:   largest step, relative to each matrix's root mean square
+    passes:  over the fitted calibration windows, at most;  batch: windows per step, over all processes
+    rate:    largest step, relative to each matrix's root mean square
+    windows: in all, if that is at least one pass; None: all passes
     """
 
     passes: float
     batch: int
     rate: float
+    windows: int | None = None
+
+    def num_steps(self, num_windows: int) -> int:
+        """Over so many windows."""
+        in_all = self.passes * num_windows
+        if self.windows is not None:
+            in_all = min(in_all, max(num_windows, self.windows))
+        return max(1, round(in_all / min(self.batch, num_windows)))
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Refinement:
 LEVELS: dict[str, Refinement] = {
     "off": Refinement(None, None),
     "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=1e-3), closed_form_tokens=49152, distil_unseen=True),
-    "full": Refinement(None, Descent(passes=3.0, batch=1, rate=1e-3), closed_form_tokens=65536),
+    "full": Refinement(None, Descent(passes=4.0, batch=1, rate=1e-3, windows=940), closed_form_tokens=65536),
 }
 
 
