@@ -90,8 +90,8 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
 @option(
     "--refine",
     type=click.Choice(REFINE_LEVELS),
-    help="Gradient refinement on the calibration tokens after the closed form: off, fast or full (several passes). "
-    "[default: fast]",
+    help="Gradient refinement on the calibration tokens after the closed form: off, fast or full (eight times the "
+    "steps, on three times the text). [default: fast]",
 )
 @option(
     "--batch",
