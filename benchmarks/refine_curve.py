@@ -41,7 +41,9 @@ def _draw(axes: Any, path: Path, colour: str, marker: str) -> None:
     training, mla = block["training"], provenance["geometry"]["mla"]
     batch = min(provenance["refinement"]["distil"]["batch"], block["windows"])
     tokens = block["steps"] * batch * provenance["calibration"]["window"]
-    name = f"{mla['kv_lora_rank']}+{mla['qk_rope_head_dim']}, {provenance['recipe']['refine']}, {block['windows']} windows"
+    name = (
+        f"{mla['kv_lora_rank']}+{mla['qk_rope_head_dim']}, {provenance['recipe']['refine']}, {block['windows']} windows"
+    )
     middles = [(place + 0.5) / len(training) * tokens for place in range(len(training))]
     axes.plot(middles, training, color=colour, marker=marker, markersize=3, linewidth=1, label=name)
     axes.plot([0, tokens], [block["loss_before"], block["loss_after"]], marker="o", fillstyle="none",
