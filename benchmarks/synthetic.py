@@ -6,8 +6,8 @@ It is kept word for word, with the "# TODO" lines that the model writes into its
 
     python benchmarks/synthetic.py MODEL [--out transmla/data] [--text transmla/data/wikitext2-train-excerpt.txt]
 
-An hour on two CPU cores. The numbers that sampling draws are the same every time; the texts are, too, where the model
-computes the same bits.
+The texts that ship were drawn in another order of batches (the long ones in turns), so a new run writes other texts of
+the same kinds.
 """
 
 from __future__ import annotations
