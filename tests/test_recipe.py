@@ -59,13 +59,13 @@ def test_the_text_of_a_level():
 
 
 def test_the_shipped_texts_last_for_every_level():
-    """No text is shorter than its share, at 3.2 characters a token: fewer than SmolLM2's tokenizer makes of code."""
+    """No text is shorter than its share, at four characters a token: SmolLM2's tokenizer makes 3.7 to 3.9 of them."""
     for level in REFINE_LEVELS:
         parts = parse_mix(CALIBRATION[level], "here")
         whole = sum(part.weight for part in parts)
         for part in parts:
             needed = TOKENS[level] * part.weight / whole
-            assert len(read_text(part.name, 10**9)) > 3.2 * needed, (level, part.name)
+            assert len(read_text(part.name, 10**9)) > 4 * needed, (level, part.name)
 
 
 def test_the_table_heal(toml):
