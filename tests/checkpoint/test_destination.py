@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from transmla.checkpoint.destination import MARKER
+from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.errors import DestinationError
 
@@ -59,6 +60,24 @@ def test_destination_that_appears_meanwhile(tmp_path):
         (tmp_path / "out" / "precious").touch()
         writer.commit()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_a_journal_outlives_a_destination_that_appears_meanwhile(tmp_path):
+    with (
+        pytest.raises(DestinationError, match="cannot be written"),
+        CheckpointWriter(tmp_path / "out") as writer,
+    ):
+        Journal(tmp_path / "out", {}).save("step", {"a": torch.ones(1)})
+        writer.close_shards()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").touch()
+        writer.commit()
+    assert "step" in Journal(tmp_path / "out", {})
+    (tmp_path / "out" / "precious").unlink()
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.close_shards()
+        writer.commit()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "model.safetensors"]
 
 
 def test_parents(tmp_path, monkeypatch):

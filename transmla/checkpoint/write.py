@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from transmla.checkpoint.destination import (
+    JOURNAL,
     MARKER,
     check_destination,
     clear_partial,
@@ -23,13 +24,16 @@ from transmla.checkpoint.destination import (
 )
 from transmla.errors import VerificationError
 
-__all__ = ["CheckpointWriter", "check_destination"]
+__all__ = ["SHARD_BYTES", "CheckpointWriter", "check_destination"]
+
+# of one weight file, unless another size is asked for
+SHARD_BYTES = 4 * 2**30
 
 
 class CheckpointWriter:
     """Context manager. Without `commit()` nothing is left at the end, whatever happened inside, but a journal."""
 
-    def __init__(self, destination: Path, *, shard_bytes: int = 4 * 2**30) -> None:
+    def __init__(self, destination: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
         """shard_bytes: a weight file is ended before it would grow beyond this"""
         self.destination = destination
         self.partial = partial_of(destination)
@@ -124,12 +128,12 @@ class CheckpointWriter:
         if not self._closed:
             raise ValueError("close_shards() comes before commit()")
         with disk_errors(self.destination):
-            shutil.rmtree(journal_of(self.destination), ignore_errors=True)
             for path in self.partial.rglob("*"):
                 sync(path)
-            # replaces an empty folder, fails on any other
+            # replaces an empty folder, fails on any other: then the journal is still there
             os.rename(self.partial, self.destination)
             self._committed = True
+            shutil.rmtree(self.destination / JOURNAL, ignore_errors=True)
             (self.destination / MARKER).unlink()
             sync(self.destination)
             sync(self.partial.parent)
