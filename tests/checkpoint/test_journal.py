@@ -62,6 +62,37 @@ def test_other_settings_are_refused_by_name(destination: Path) -> None:
     assert "step" not in Journal(destination, SETTINGS | {"more": 1}, restart=True)
 
 
+@pytest.mark.parametrize("left", ["nothing", "half"])
+def test_settings_are_there_whole_or_not_at_all(destination: Path, left: str) -> None:
+    """What a full disk or a kill leaves of the beginning is no obstacle."""
+    folder = destination.with_name("out.partial") / "journal"
+    folder.mkdir()
+    if left == "half":
+        (folder / "settings.writing").write_text("{")
+    Journal(destination, SETTINGS).save("step", {"a": torch.zeros(1)})
+    assert json.loads((folder / "settings.json").read_text()) == SETTINGS
+    with pytest.raises(DestinationError, match="differs in more"):
+        Journal(destination, SETTINGS | {"more": 1})
+
+
+def test_steps_without_settings_are_refused(destination: Path) -> None:
+    journal = Journal(destination, SETTINGS)
+    journal.save("step", {"a": torch.zeros(1)})
+    (journal.folder / "settings.json").unlink()
+    with pytest.raises(DestinationError, match="is missing") as caught:
+        Journal(destination, SETTINGS)
+    assert "--restart" in caught.value.remedy
+    assert "step" not in Journal(destination, SETTINGS, restart=True)
+
+
+def test_steps_are_dropped_by_pattern(destination: Path) -> None:
+    journal = Journal(destination, SETTINGS)
+    for name in ("8-4-layer-00000", "8-4-layer-00001", "8-4-theta", "28-4-layer-00000"):
+        journal.save(name, {"a": torch.zeros(1)})
+    journal.drop("8-4-layer-*")
+    assert {path.stem for path in journal.folder.glob("*.safetensors")} == {"8-4-theta", "28-4-layer-00000"}
+
+
 def test_nothing_is_written_before_the_first_step(destination: Path) -> None:
     Journal(destination, SETTINGS)
     assert list(destination.with_name("out.partial").iterdir()) == []

@@ -38,19 +38,21 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
         path = self.folder / _SETTINGS
         if path.is_file() and (found := path.read_text("utf-8")) != self._settings:
-            raise DestinationError(
-                "an unfinished conversion with other settings is in the way",
-                where=str(self.folder),
-                why=f"it differs in {', '.join(_differences(json.loads(found), dict(settings)))}",
-                remedy="finish it with its own settings, choose another destination, or delete it with --restart",
-            )
+            raise self._in_the_way(f"it differs in {', '.join(_differences(json.loads(found), dict(settings)))}")
+        if not path.is_file() and any(self.folder.glob("*.safetensors")):
+            raise self._in_the_way(f"{_SETTINGS}, which says what it was made with, is missing")
 
     def begin(self) -> Path:
         """The folder, made now; for steps that keep files of their own there."""
-        with disk_errors(self.folder):
-            if not self.folder.is_dir():
-                self.folder.mkdir()
-                (self.folder / _SETTINGS).write_text(self._settings, encoding="utf-8")
+        path = self.folder / _SETTINGS
+        if not path.is_file():
+            with disk_errors(self.folder):
+                self.folder.mkdir(exist_ok=True)
+                temporary = path.with_suffix(".writing")
+                temporary.write_text(self._settings, encoding="utf-8")
+                sync(temporary)
+                os.replace(temporary, path)
+                sync(self.folder)
         return self.folder
 
     def __contains__(self, name: str) -> bool:
@@ -101,8 +103,17 @@ class Journal:
             return values
 
     def drop(self, name: str) -> None:
-        """Forget a step."""
-        self._path(name).unlink(missing_ok=True)
+        """Forget a step, or all whose names `name` stands for, with * for anything."""
+        for path in self.folder.glob(f"{name}.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _in_the_way(self, why: str) -> DestinationError:
+        return DestinationError(
+            "an unfinished conversion with other settings is in the way",
+            where=str(self.folder),
+            why=why,
+            remedy="finish it with its own settings, choose another destination, or delete it with --restart",
+        )
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
