@@ -62,7 +62,8 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
         query_Hdd += seen.query_Hdd
         importance_H += seen.importance_H
         distance_HS[:, : seen.distance_HS.shape[1]] += seen.distance_HS
-        received_T = (seen.received_T / seen.received_T.mean()).float()
+        # nothing is received where the output projection is zero
+        received_T = (seen.received_T / seen.received_T.mean().clamp_min(1e-300)).float()
         received_D += (received_T @ x_hat_TD).double()
         received_DD += ((x_hat_TD * received_T[:, None]).T @ x_hat_TD).double()
     sums = (

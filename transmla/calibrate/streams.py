@@ -19,7 +19,7 @@ from torch import Tensor
 from transmla.calibrate.layers import SourceLayer
 from transmla.checkpoint.destination import disk_errors
 from transmla.maths.attention import MlaWeights, gqa_attention, mla_attention
-from transmla.maths.losses import stream_error
+from transmla.maths.losses import energy, stream_error
 from transmla.maths.refit import refit
 from transmla.processes import ALONE, Processes
 
@@ -182,7 +182,7 @@ def repair_output(o_DF: Tensor, heads_NTF: Tensor, streams: Streams, ridge: floa
         if place >= streams.num_fitted:
             break
         heads_TF = heads_NTF[place].to(streams.device)
-        weighted_TF = heads_TF / target_TD.square().mean(-1, keepdim=True)
+        weighted_TF = heads_TF / energy(target_TD)[:, None]
         error_TD = target_TD - converted_TD - heads_TF @ o_DF.T.to(heads_TF)
         gram += (weighted_TF.T @ heads_TF).double()
         residual += (weighted_TF.T @ error_TD).double()

@@ -55,7 +55,7 @@ def output_error(
             found_TD: Tensor = mla_attention(x_TD, mla, positions_T) @ mla.o_DHv.T
         lost += float((exact_TD.float() - found_TD.float()).square().sum())
         size += float(exact_TD.float().square().sum())
-    return lost / size
+    return lost / size if size else 0.0  # of an output projection that is zero
 
 
 def choose(losses: dict[float, list[float]]) -> float:

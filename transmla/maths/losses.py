@@ -18,8 +18,13 @@ def stream_error(found_TD: Tensor, target_TD: Tensor) -> Tensor:
     What reads the stream is an RMSNorm, so an error counts relative to its token; otherwise a handful of tokens with
     massive activations would own the loss.
     """
-    error_T = (found_TD - target_TD).square().mean(-1) / target_TD.square().mean(-1)
+    error_T = (found_TD - target_TD).square().mean(-1) / energy(target_TD)
     return error_T.mean()
+
+
+def energy(stream_TD: Tensor) -> Tensor:
+    """Mean square of each token [T], not quite zero: a token whose embedding is zero may stay so through all layers."""
+    return stream_TD.square().mean(-1).clamp_min(torch.finfo(stream_TD.dtype).tiny)
 
 
 def kl_divergence(found_TD: Tensor, target_TD: Tensor, head_VD: Tensor) -> Tensor:
