@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from transmla.conversion import ConversionReport
     from transmla.diagnosis import Diagnosis
+    from transmla.distilling import BlockReport
     from transmla.evaluation.evaluate import EvaluationReport
     from transmla.evaluation.speed import BenchReport
     from transmla.exporting import ExportReport
@@ -156,8 +157,7 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
     console.print(table)
     last = report.layers[-1]
     refined = {
-        f"refined, layers {block.first_layer}-{block.last_layer}": f"{block.loss_before:.4f} -> {block.loss_after:.4f} "
-        f"{'nats of KL' if block is report.blocks[-1] else 'of the stream'}, held out, {block.steps} steps"
+        f"refined, layers {block.first_layer}-{block.last_layer}": _refined(block, block is report.blocks[-1])
         for block in report.blocks
     }
     lost = [layer.query_loss for layer in report.layers if layer.query_loss is not None]
@@ -176,6 +176,14 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
     }
     for name, value in facts.items():
         console.print(f"{name:<24} {value}", highlight=False, soft_wrap=True)
+
+
+def _refined(block: BlockReport, last: bool) -> str:
+    unit = "nats of KL" if last else "of the stream"
+    found = f"{block.loss_before:.4f} -> {block.loss_after:.4f} {unit}, held out, {block.steps} steps"
+    if block.steps < block.planned:
+        found += f" of {block.planned}: then the loss or a gradient was not finite"
+    return found if block.taken else f"{found}; not taken: no better than before"
 
 
 def show_evaluation(report: EvaluationReport, console: Console) -> None:

@@ -42,7 +42,8 @@ AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # same fun
 
 
 def _refined(sections: dict[str, Any]) -> str:
-    blocks = sections["distilled_blocks"]
+    # blocks that did not gain are as they were
+    blocks = [block for block in sections["distilled_blocks"] if block["loss_after"] < block["loss_before"]]
     if not blocks:
         return "Closed form, no gradient steps."
     tokens = blocks[-1]["windows"] * sections["calibration"]["window"]

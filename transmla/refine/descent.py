@@ -67,8 +67,8 @@ class Descender:
         self._sizes = sizes
 
     def steps(self, loss_of: Callable[[list[int]], Tensor], places: dict[int, int], at_once: int) -> Iterator[float]:
-        """Take the remaining steps; yields the mean loss of each. A loss that is not finite is the end: a step on it
-        would leave no weight that is.
+        """Take the remaining steps; yields the mean loss of each. A loss or a gradient that is not finite is the end: a
+        step on it would leave no weight that is.
 
         loss_of: places of windows of this process -> sum of their losses
         places:  place here by index of the window, for the windows that this process holds
@@ -82,23 +82,27 @@ class Descender:
                 loss.backward()
                 total += loss.detach()
             self.processes.sum_((total,))
-            if not math.isfinite(float(total)):
+            if not math.isfinite(float(total)) or not self._step():
                 return
-            self._step()
             self.losses.append(float(total))
             yield self.losses[-1]
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """False: no step was taken, since a gradient is not finite."""
         for leaf in self._leaves:
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf)
-        self.processes.sum_(leaf.grad for leaf in self._leaves if leaf.grad is not None)
+        gradients = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
+        self.processes.sum_(gradients)
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            return False
         rate = self.descent.rate * _annealed(self.done, self.num_steps)
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
             group["lr"] = rate * size
         self._adam.step()
         self._adam.zero_grad()
         self.done += 1
+        return True
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on, as tensors and plain values."""
