@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 from families import LINEAR, LLAMA3, THETA, YARN, MakeSource
 from maths.weights import relative
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +25,7 @@ from transmla import run as run_module
 from transmla.calibrate.tokens import calibration_tokens, shuffled
 from transmla.checkpoint.read import Source
 from transmla.conversion import ConversionReport, convert, default_destination
+from transmla.display import show_conversion
 from transmla.errors import DestinationError, GeometryError, RecipeError, VerificationError
 from transmla.loading import load
 from transmla.maths.closed_form import ClosedForm
@@ -484,8 +487,13 @@ def test_an_interrupted_run_goes_on(lively: MakeSource, run: Convert, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("stage", "before", "after"), [("distil layers 2-2", 2, 3), ("distil", 3, 2), ("measure", 3, 2), ("measure", 2, 3)]
-)
+    ("stage", "before", "after"),
+    # the last blocks of one and of two layers are the same layer
+    [
+        ("distil layers 2-2", 2, 3), ("distil", 3, 2), ("measure", 3, 2), ("measure", 2, 3), ("measure", 1, 2),
+        ("measure", 2, 1), ("distil layers 2-2", 1, 2),
+    ],
+)  # fmt: skip
 def test_blocks_of_another_size_are_not_mixed(
     lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch, stage: str, before: int, after: int
 ) -> None:
@@ -523,6 +531,30 @@ def test_blocks_of_three_divisions_are_not_mixed(
         with pytest.raises(KeyboardInterrupt):
             run(source, progress=interrupted_at(stage), block_layers=block_layers, **settings)
     assert digest(run(source, block_layers=2, **settings).destination) == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "began", "fitting"), [("measure", 2, 1), ("measure", 2, 3), ("distil layers 1-1", 1, 3)]
+)
+def test_blocks_stay_as_they_began(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch, stage: str, began: int, fitting: int
+) -> None:
+    """What is finished, or fits in smaller blocks, is not begun anew when other memory is free."""
+    settings: dict[str, Any] = {"refine": "fast", "refinement": QUICK, "theta": THETA}
+    expected = digest(run(lively(), "whole", block_layers=began, **settings).destination)
+
+    def interrupt(at: str, *_: Any) -> None:
+        if at == stage:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(distilling, "layers_that_fit", lambda *_: began)
+    with pytest.raises(KeyboardInterrupt):
+        run(lively(), progress=interrupt, **settings)
+    monkeypatch.setattr(distilling, "layers_that_fit", lambda *_: fitting)
+    seen: list[str] = []
+    assert digest(run(lively(), progress=lambda at, *_: seen.append(at), **settings).destination) == expected
+    trained = {at for at in seen if at.startswith("distil")}
+    assert trained == (set() if stage == "measure" else {"distil layers 1-1", "distil layers 2-2"})
 
 
 def test_distillation_goes_on_with_the_step_it_was_at(
@@ -574,6 +606,40 @@ def test_gaps_teach_distances_beyond_the_window(lively: MakeSource, run: Convert
     assert lost[256][:32].mean() < 1.06 * lost[1][:32].mean()
 
 
+@pytest.mark.parametrize(
+    ("descent", "end"),
+    [
+        (Descent(1.0, 8, 0.0), " 1 steps;"),
+        (Descent(6.0, 8, 1e30), " of 6: then the loss or a gradient was not finite;"),
+    ],
+)
+def test_a_refinement_that_is_no_gain_is_said_to_be_none(
+    lively: MakeSource, run: Convert, descent: Descent, end: str
+) -> None:
+    report = run(lively(), theta=THETA, refine="fast", refinement=Refinement(None, descent))
+    written = io.StringIO()
+    show_conversion(report, 0, Console(file=written, width=200))
+    assert end in written.getvalue() and "not taken: no better than before" in written.getvalue()
+    assert "Closed form, no gradient steps" in (report.destination / "README.md").read_text("utf-8")
+    plain = run(lively(), "plain", theta=THETA)
+    assert report.heldout.converted == pytest.approx(plain.heldout.converted, abs=1e-9)
+
+
+@pytest.mark.parametrize("theta", [THETA, "auto"])
+def test_layers_and_tokens_that_are_zero(lively: MakeSource, run: Convert, tmp_path: Path, theta: float | str) -> None:
+    """As in models that were deepened by layers without an effect, and in vocabularies that were padded."""
+    source = tmp_path / "source"
+    shutil.copytree(lively(kv_heads=1), source)
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.1.self_attn.o_proj.weight"].zero_()
+    stored["model.embed_tokens.weight"][::2] = 0
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    assert relative(logits(run(source, **EXACT).destination), logits(source)) < 1e-4
+    report = run(source, "refined", latent=8, rope=4, theta=theta, refine="fast", refinement=QUICK)
+    assert all(torch.isfinite(value).all() for value in weights(report.destination).values())
+    assert all(layer.stream_loss_fitted < 1 and layer.refined_after < 1 for layer in report.layers)
+
+
 def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
     def interrupt(at: str, done: int, *_: Any) -> None:
         if at == "convert layers":
@@ -589,6 +655,22 @@ def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run:
         run(lively(), theta=THETA, seed=1, tokens=256)
     assert "--restart" in str(caught.value) and (tmp_path / "out.partial" / "journal" / "settings.json").is_file()
     assert run(lively(), theta=500.0, restart=True).theta == 500.0
+
+
+def test_a_config_that_has_changed_is_another_setting(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(lively(), source)
+
+    def interrupt(at: str, *_: Any) -> None:
+        if at == "convert layers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, progress=interrupt, theta=THETA)
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}), encoding="utf-8")
+    with pytest.raises(DestinationError, match="differs in config"):
+        run(source, theta=THETA)
 
 
 def test_a_text_that_has_changed_is_another_setting(lively: MakeSource, run: Convert, tmp_path: Path) -> None:

@@ -109,6 +109,15 @@ def test_memory_grows_with_the_text(lively: MakeSource) -> None:
     assert many - few == 990_000 * (2 * 48 + 72) * 4
 
 
+def test_the_source_that_writes_is_in_memory(lively: MakeSource, text_file: Path) -> None:
+    def notes(**settings: Any) -> str:
+        return "\n".join(plan(str(lively()), **settings).notes)
+
+    said = "the source is in memory as a whole"
+    assert said in notes(calibration="self") and said in notes(calibration=f"{text_file}:3+self")
+    assert said in notes(sampled=64) and said not in notes(calibration=str(text_file))
+
+
 def test_disk_is_checked_before_anything_is_read(
     lively: MakeSource, tmp_path: Path, no_reading: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,19 +17,25 @@ import torch
 from torch import Tensor
 
 from transmla.calibrate.sampling import continue_from, sample_from
-from transmla.calibrate.tokens import CalibrationTokens, calibration_tokens, parse_mix, shuffled, with_sampled
+from transmla.calibrate.tokens import (
+    CalibrationTokens,
+    calibration_tokens,
+    needs_source,
+    parse_mix,
+    shuffled,
+    with_sampled,
+)
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.destination import partial_of
 from transmla.checkpoint.journal import Journal
-from transmla.checkpoint.write import CheckpointWriter
+from transmla.checkpoint.write import SHARD_BYTES, CheckpointWriter
 from transmla.devices import free_bytes
 from transmla.distilling import BlockReport, distil_layers
-from transmla.fitting import LayerReport, choose_theta, fit_layers
+from transmla.fitting import LayerReport, choose_theta, fit_layers, step_name
 from transmla.formats.deepseek_v3 import deepseek_v3_config
 from transmla.maths.closed_form import ClosedForm
 from transmla.planning import Plan, plan
 from transmla.processes import ALONE, Processes
-from transmla.recipe import Recipe
 from transmla.refine.settings import LEVELS, Refinement, with_batch
 from transmla.run import Progress, Run, heldout_of
 from transmla.searching import Trial, find_latent
@@ -87,7 +93,7 @@ def convert(
     method: ClosedForm | None = None,
     refinement: Refinement | None = None,
     progress: Progress | None = None,
-    shard_bytes: int = 4 * 2**30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> ConversionReport:
     """Convert a GQA, MHA or MQA checkpoint to multi-head latent attention and write it as one folder.
 
@@ -144,10 +150,10 @@ def convert(
         run.check_outer_weights()
         text = _tokens(run, journal)
         run.folder = _offload_folder(run, text, target, offload)
-        tried: tuple[Trial, ...] = ()
         if planned.recipe.latent == "auto":
-            run, tried = find_latent(run, lambda candidate: _fit(candidate, text, journal).measured.heldout)
-        fitted = _fit(run, text, journal)
+            run, tried, fitted = _searched(run, text, journal)
+        else:
+            tried, fitted = (), _fit(run, text, journal)
         scales, verified = processes.from_first(
             _write(replace(run, processes=ALONE), fitted, tried, text, journal, writer, processes.size)
             if writer is not None
@@ -178,6 +184,27 @@ def _fit(run: Run, text: CalibrationTokens, journal: Journal) -> _Fitted:
     layers = fit_layers(run, streams, theta, journal)
     blocks = distil_layers(run, streams, text, journal)
     return _Fitted(theta, theta_losses, layers, blocks, measure(run, streams, text, journal))
+
+
+def _searched(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[Run, tuple[Trial, ...], _Fitted]:
+    """The smallest latent within the budget. The journal keeps what each size came to, but the layers of one only."""
+    found: dict[int, _Fitted] = {}
+
+    def fit(candidate: Run) -> HeldoutNats:
+        kept = run.processes.from_first(journal.values(step_name(candidate, "trial")))
+        if kept is not None:
+            return HeldoutNats(**kept)
+        fitted = found[candidate.plan.mla.kv_lora_rank] = _fit(candidate, text, journal)
+        if run.processes.first:
+            journal.save(step_name(candidate, "trial"), {}, asdict(fitted.measured.heldout))
+        return fitted.measured.heldout
+
+    def forget(candidate: Run) -> None:
+        if run.processes.first:
+            journal.drop(step_name(candidate, "layer-*"))
+
+    chosen, tried = find_latent(run, fit, forget)
+    return chosen, tried, found.get(chosen.plan.mla.kv_lora_rank) or _fit(chosen, text, journal)
 
 
 def _write(
@@ -255,7 +282,8 @@ def _journal(target: Path, settings: dict[str, Any], processes: Processes, resta
 def _tokens(run: Run, journal: Journal) -> CalibrationTokens:
     """Calibration windows, made by process 0 once: an interrupted conversion goes on with those that it had, since
     what a model or a hub writes need not be the same twice."""
-    run.progress("tokens", 0, 1, run.plan.recipe.mix)
+    recipe = run.plan.recipe
+    run.progress("tokens", 0, 1, recipe.mix)
     text = None
     if run.processes.first:
         if kept := journal.load("text"):
@@ -265,17 +293,11 @@ def _tokens(run: Run, journal: Journal) -> CalibrationTokens:
         else:
             text = _made(run)
             values = {"name": text.name, "digest": text.digest, "num_heldout": run.num_heldout}
-            journal.save("text", {"ids_NT": text.ids_NT}, values, alone=_is_sampled(run.plan.recipe))
+            journal.save("text", {"ids_NT": text.ids_NT}, values, alone=needs_source(recipe.mix, recipe.sampled))
     run.num_heldout = run.processes.from_first(run.num_heldout)
     found: CalibrationTokens = run.processes.from_first(text)
     run.progress("tokens", 1, 1, f"{found.ids_NT.numel():,} tokens")
     return found
-
-
-def _is_sampled(recipe: Recipe) -> bool:
-    """Whether the source itself has to write."""
-    parts = parse_mix(recipe.mix, "--calibration")
-    return recipe.sampled > 0 or any(part.name == "self" for part in parts)
 
 
 def _made(run: Run) -> CalibrationTokens:
@@ -311,6 +333,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     texts = [Path(part.name).expanduser() for part in parse_mix(recipe.mix, "--calibration")]
     return {
         "source": planned.resolved.name,
+        "config": dict(planned.source.config),
         "files": {file.name: _stamp(file) for file in planned.source.files()},
         "calibration": recipe.mix,
         "texts": {str(path): _stamp(path) for path in texts if path.is_file()},

@@ -42,8 +42,8 @@ NUM_SURVEYED = 6
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one layer lost: see `FittedLayer` and `StreamLoss` of its closed form; refined_* are the held-out stream
-    errors of layer-wise refinement, equal where there was none."""
+    """What one layer lost: see `FittedLayer`, and `StreamLoss` behind it; refined_* are the held-out stream errors
+    before and after layer-wise refinement, equal where there was none."""
 
     layer: int
     latent_loss: float
@@ -59,7 +59,7 @@ def choose_theta(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[f
     wanted = run.plan.recipe.theta
     if not isinstance(wanted, str):
         return float(wanted), {}
-    if kept := run.processes.from_first(journal.load(_name(run, "theta"))):
+    if kept := run.processes.from_first(journal.load(step_name(run, "theta"))):
         return kept[1]["chosen"], {float(theta): losses for theta, losses in kept[1]["losses"].items()}
     own = float(rope_parameters(run.plan.source.config)["rope_theta"])
     mla = run.plan.mla
@@ -91,7 +91,7 @@ def choose_theta(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[f
     chosen: float = run.processes.from_first(choose(losses))
     if run.processes.first:
         values = {"chosen": chosen, "losses": {str(theta): found for theta, found in losses.items()}}
-        journal.save(_name(run, "theta"), {}, values)
+        journal.save(step_name(run, "theta"), {}, values)
     return chosen, losses
 
 
@@ -169,7 +169,7 @@ def _fit(
 
 def layer_name(run: Run, index: int, stage: str = "fitted") -> str:
     """Of a layer in the journal."""
-    return _name(run, f"layer-{index:05d}-{stage}")
+    return step_name(run, f"layer-{index:05d}-{stage}")
 
 
 def packed(mla: MlaWeights) -> dict[str, Tensor]:
@@ -190,7 +190,8 @@ def unpacked(tensors: dict[str, Tensor], run: Run) -> MlaWeights:
     )
 
 
-def _name(run: Run, step: str) -> str:
+def step_name(run: Run, step: str) -> str:
+    """In the journal, which may hold steps of several sizes."""
     mla = run.plan.mla
     queries = f"-q{mla.q_lora_rank}" if mla.q_lora_rank else ""
     heads = (mla.qk_nope_head_dim, mla.v_head_dim)

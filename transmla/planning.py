@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from transmla.calibrate.layers import layer_tensor_names, source_config
+from transmla.calibrate.tokens import needs_source
 from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import ResolvedSource, resolve
-from transmla.checkpoint.write import check_destination
+from transmla.checkpoint.write import SHARD_BYTES, check_destination
 from transmla.errors import RecipeError
 from transmla.families import Family, family_of, rope_parameters
 from transmla.formats.deepseek_v3 import deepseek_v3_config, expected_tensors
@@ -145,15 +146,15 @@ def plan(
         )
     if settings.refine != "off":
         notes.append("refinement takes as many layers at once as fit into half of the free memory")
-    if settings.sampled:
-        notes.append("--sampled holds the whole source in memory while it writes, on top of what is said here")
+    if needs_source(settings.mix, settings.sampled):
+        notes.append("the source is in memory as a whole while it writes calibration text, on top of what is said here")
     if mla.cache_values() >= gqa.cache_values():
         notes.append(
             f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
         )
     if gqa.num_key_value_heads > 1:
         notes.append(_tensor_parallel(gqa, mla))
-    disk = _disk_bytes(opened.config, mla, dtype) + _journal_bytes(mla, settings)
+    disk = _weight_bytes(opened.config, mla, dtype) + _COMPANION_BYTES + _journal_bytes(mla, settings)
     if destination is not None:
         check_destination(Path(destination), disk)
     return Plan(
@@ -168,7 +169,7 @@ def plan(
         cache=cache_rows(gqa, mla),
         engines=engine_verdicts(_target_config(opened.config, mla, context, dtype)),
         disk_bytes=disk,
-        memory_bytes=_memory_bytes(opened.config, gqa, settings),
+        memory_bytes=_memory_bytes(opened.config, gqa, settings, _weight_bytes(opened.config, mla, dtype)),
         notes=tuple(notes),
     )
 
@@ -274,22 +275,26 @@ def _tensor_parallel(gqa: GqaGeometry, mla: MlaGeometry) -> str:
     )
 
 
-def _disk_bytes(config: Mapping[str, Any], mla: MlaGeometry, dtype: str) -> int:
+def _weight_bytes(config: Mapping[str, Any], mla: MlaGeometry, dtype: str) -> int:
     sizes = {**config, **vars(mla)}
     values = 0
     for shape in expected_tensors(sizes).values():
         values += shape[0] * (shape[1] if len(shape) > 1 else 1)
-    return values * _DTYPE_BYTES[dtype] + _COMPANION_BYTES
+    return values * _DTYPE_BYTES[dtype]
 
 
 def _journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
-    """Of an unfinished conversion, float32: fitted weights, refined ones, and three tensors of the optimiser."""
-    copies = 1 if recipe.refine == "off" else 5
+    """Of an unfinished conversion, float32: fitted weights, then either a state of the optimiser, which is three of
+    them, and the next one while it is written, or refined weights; with `latent="auto"` the best size so far, too."""
+    copies, kept = (1, 1) if recipe.refine == "off" else (7, 2)
+    if recipe.latent == "auto":
+        copies += kept
     return copies * 4 * mla.num_hidden_layers * mla.attention_weights
 
 
-def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe) -> int:
-    """Peak of the conversion itself, estimated: streams, head outputs, one layer, moments, attention of one group."""
+def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, weight_bytes: int) -> int:
+    """Peak of the conversion itself, estimated: streams, head outputs, one layer, moments, attention of one group; or,
+    when all of these are gone, a shard of the result that waits for the embedding, and this twice."""
     hidden, inner, window = gqa.hidden_size, int(config["intermediate_size"]), recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
     streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
@@ -297,4 +302,6 @@ def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe) -
     moments = 10 * hidden * hidden * 8
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
     embedding = int(config["vocab_size"]) * hidden * 4
-    return _RUNTIME_BYTES + streams + max(2 * layer + moments + attention, embedding)
+    fitting = streams + max(2 * layer + moments + attention, embedding)
+    writing = min(SHARD_BYTES, weight_bytes) + 2 * embedding
+    return _RUNTIME_BYTES + max(fitting, writing)

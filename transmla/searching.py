@@ -21,10 +21,12 @@ class Trial:
     ratio: float
 
 
-def find_latent(run: Run, fit: Callable[[Run], HeldoutNats]) -> tuple[Run, tuple[Trial, ...]]:
+def find_latent(
+    run: Run, fit: Callable[[Run], HeldoutNats], forget: Callable[[Run], None]
+) -> tuple[Run, tuple[Trial, ...]]:
     """The run with the smallest latent within the budget, by bisection (more rank, less loss), and all that was tried.
 
-    fit: a whole conversion but for the writing; what it journals is not computed again
+    fit:    a whole conversion but for the writing;  forget: of a size that will not be the result, what `fit` has kept
     Raises `GateError` if even the largest size is above the budget.
     """
     budget = run.plan.recipe.budget
@@ -32,9 +34,12 @@ def find_latent(run: Run, fit: Callable[[Run], HeldoutNats]) -> tuple[Run, tuple
     sizes = latent_candidates(run.plan.gqa, run.plan.recipe.rope)
     tried: list[Trial] = []
 
+    def at(place: int) -> Run:
+        return replace(run, plan=with_latent(run.plan, sizes[place]))
+
     def within(place: int) -> bool:
         run.progress("try latents", len(tried), len(sizes).bit_length(), f"rank {sizes[place]}")
-        found = fit(replace(run, plan=with_latent(run.plan, sizes[place])))
+        found = fit(at(place))
         tried.append(Trial(sizes[place], math.exp(found.converted - found.source)))
         return tried[-1].ratio <= 1 + budget
 
@@ -42,8 +47,11 @@ def find_latent(run: Run, fit: Callable[[Run], HeldoutNats]) -> tuple[Run, tuple
     while low < high:
         middle = (low + high) // 2
         if within(middle):
+            if high < len(sizes):
+                forget(at(high))
             high = middle
         else:
+            forget(at(middle))
             low = middle + 1
     if low == len(sizes):
         best = min(tried, key=lambda trial: trial.ratio)
@@ -53,4 +61,4 @@ def find_latent(run: Run, fit: Callable[[Run], HeldoutNats]) -> tuple[Run, tuple
             why=f"the best that was measured is {best.ratio - 1:+.1%} at kv_lora_rank {best.kv_lora_rank}",
             remedy="allow more, refine more (--refine full, more --tokens) or give the rotary key more (--rope)",
         )
-    return replace(run, plan=with_latent(run.plan, sizes[low])), tuple(tried)
+    return at(low), tuple(tried)

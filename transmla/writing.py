@@ -121,12 +121,10 @@ def write_weights(
         _write_layer(layer, fold_attention(mla, scale, residual, query_scale), residual, dtype, writer)
         del layer  # before the next one is read
         run.progress("write", index + 1, len(scales), "")
-    embed_VD = source.read(family.embed_tokens)
-    writer.add_as("model.embed_tokens.weight", embed_VD.float() * residual, dtype)
-    if run.head_name != family.embed_tokens:
-        del embed_VD  # before the next one is read
-        embed_VD = source.read(run.head_name)
-    head_VD = embed_VD
+    embed_VD = source.read(family.embed_tokens, dtype=torch.float32).mul_(residual)
+    writer.add_as("model.embed_tokens.weight", embed_VD, dtype)
+    del embed_VD  # before the next one is read
+    head_VD = source.read(run.head_name)
     writer.add_as("lm_head.weight", head_VD, dtype)
     norm_D = source.read(family.norm, dtype=torch.float32, device=run.device)
     writer.add_as("model.norm.weight", norm_D, dtype)
