@@ -14,6 +14,7 @@ from maths.weights import relative
 from transformers import AutoModelForCausalLM
 
 from transmla.conversion import convert as convert_here
+from transmla.errors import TransmlaError
 from transmla.processes import ALONE, Processes
 
 # in nats: gradients are summed in another order, and Adam divides small numbers by small numbers
@@ -100,3 +101,10 @@ def test_alone_there_is_nothing_to_wait_for() -> None:
     ALONE.wait()
     assert torch.equal(total, torch.ones(2)) and ALONE.from_first("x") == "x"
     assert ALONE.gather({2: "b", 1: "a"}) == {1: "a", 2: "b"}
+
+
+def test_several_processes_do_not_share_one_gpu() -> None:
+    with pytest.raises(TransmlaError, match="cannot take several") as caught:
+        Processes(1, 2).device("cuda:1")
+    assert caught.value.where == "--device cuda:1" and "--device cuda," in caught.value.remedy
+    assert Processes(1, 2).device("cpu") == torch.device("cpu")

@@ -78,6 +78,7 @@ def test_the_table_heal(toml):
         ('train = "mlp"', "train is one of attention, all"),
         ("warmup = 1.5", "warmup is a share"),
         ("patience = 0", "patience must be positive"),
+        ("window = 7", "window is at least 8"),
         ("hidden = -1.0", "hidden cannot be negative"),
     ):
         with pytest.raises(RecipeError, match=message) as caught:

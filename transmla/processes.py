@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transmla.devices import usable
+from transmla.errors import TransmlaError
 
 # the others wait while process 0 samples text, or writes and verifies a large model
 PATIENCE = timedelta(days=7)
@@ -43,7 +44,14 @@ class Processes:
 
     def device(self, wanted: str) -> torch.device:
         """The device of this process, of several on GPUs each takes the next one; `TransmlaError` if it cannot be
-        used for the conversion, which needs float64."""
+        used for the conversion, which needs float64, or if all would take the same one."""
+        if wanted.startswith("cuda:") and self.size > 1:
+            raise TransmlaError(
+                "one GPU cannot take several processes",
+                where=f"--device {wanted}",
+                why=f"the launcher has started {self.size}, and each needs a GPU of its own",
+                remedy="use --device cuda, which deals them out; CUDA_VISIBLE_DEVICES says which ones",
+            )
         if wanted == "cuda" and self.size > 1:
             wanted = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
         return usable(wanted, torch.float64)

@@ -29,6 +29,8 @@ _POSITIVE = (
     "theta", "tokens", "window", "context", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature",
     "top_k", "heldout", "evaluations", "patience",
 )  # fmt: skip
+# tokens: less says nothing of attention
+_LEAST = {"window": 8}
 _NOT_NEGATIVE = ("sampled", "hidden")
 _SHARES = ("warmup", "cross_entropy")
 
@@ -194,6 +196,8 @@ def _typed(key: str, value: Any, hint: Any, where: str) -> Any:
     # latent and rope are judged by geometry.py, which can name the nearest possible size
     if key in _POSITIVE and not isinstance(value, str) and not 0 < value < float("inf"):
         raise _bad_value(key, value, where, f"{key} must be positive")
+    if key in _LEAST and value < _LEAST[key]:
+        raise _bad_value(key, value, where, f"{key} is at least {_LEAST[key]}")
     if key in _NOT_NEGATIVE and not 0 <= value < float("inf"):
         raise _bad_value(key, value, where, f"{key} cannot be negative")
     if key in _SHARES and not 0 <= value <= 1:

@@ -21,6 +21,7 @@ from transmla.calibrate.sampling import (
 )
 from transmla.calibrate.tokens import (
     calibration_tokens,
+    parse_mix,
     read_text,
     skipping_windows,
     spread_positions,
@@ -41,6 +42,14 @@ def test_shares_of_a_mix(tmp_path: Path) -> None:
     assert calibration_tokens(f"{one}:7", Letters(), 200, 10).ids_NT.shape == (20, 10)
     with pytest.raises(DataError, match="no mix"):
         calibration_tokens(f"{one}:0+{two}", Letters(), 200, 10)
+
+
+def test_a_file_with_a_plus_in_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "c++" / "x.txt"
+    path.parent.mkdir()
+    path.write_text("a" * 1000, encoding="utf-8")
+    assert calibration_tokens(str(path), Letters(), 200, 10).name == str(path)
+    assert len(parse_mix("+".join(["wikitext"] * 100), "here")) == 100, "too long for the name of a file"
 
 
 def test_without_room_there_are_no_gaps() -> None:

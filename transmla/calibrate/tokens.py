@@ -17,6 +17,7 @@ Legend: N windows, T tokens per window.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -63,7 +64,8 @@ def parse_mix(text: str, where: str) -> tuple[Part, ...]:
     where: the option that it was given to, for the `DataError` about what is no mix
     """
     parts = []
-    for word in text.split("+"):
+    # a file may have a plus in its path
+    for word in [text] if os.path.isfile(os.path.expanduser(text)) else text.split("+"):
         name, colon, weight = word.rpartition(":")
         parts.append(Part(name, float(weight)) if colon and _is_number(weight) else Part(word))
     if any(not 0 < part.weight < float("inf") or not part.name for part in parts):
@@ -74,6 +76,11 @@ def parse_mix(text: str, where: str) -> tuple[Part, ...]:
             remedy="write A+B or A:3+B:1",
         )
     return tuple(parts)
+
+
+def needs_source(mix: str, sampled: int) -> bool:
+    """Whether the source itself has to write calibration text, for which all of it is in memory."""
+    return sampled > 0 or any(part.name == "self" for part in parse_mix(mix, "--calibration"))
 
 
 def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> str:

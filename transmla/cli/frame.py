@@ -61,8 +61,6 @@ def _out_of_memory(error: Exception) -> TransmlaError:
 
 def is_first_process() -> bool:
     """Of those that a launcher has started: the one that speaks."""
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
