@@ -1,4 +1,4 @@
-"""Every part of the closed form left out once, on one real model: which of them pay?
+"""Parts of the closed form left out or added, on one real model: which of them pay?
 
     python benchmarks/variants.py SRC --calibration TRAIN --text VALID [--tokens 16384] [--jobs 2] [--out DIR]
 
@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "o_proj as in the source": ({"refit_output": False}, {}, {}),
     "one stream": ({"two_streams": False}, {}, {}),
     "theta' = theta^0.85": ({}, {}, {"theta_exponent": 0.85}),
+    "3 alternating refits": ({"sweeps": 3}, {}, {}),
     "key_weight 1": ({"key_weight": 1.0}, {}, {}),
     "output_ridge 0.03": ({"output_ridge": 0.03}, {}, {}),
     "stream_ridge 0.01": ({"stream_ridge": 0.01}, {}, {}),

@@ -154,3 +154,9 @@ def test_narrow_queries_beat_a_plain_svd() -> None:
     )
     wanted = mla_attention(X_TD, wide)
     assert relative(mla_attention(X_TD, narrow), wanted) < relative(mla_attention(X_TD, plain), wanted)
+
+
+def test_alternating_refits_lower_the_loss() -> None:
+    gqa = gqa_weights(heads=6, groups=2, hidden=30)
+    losses = [fit_layer(gqa, moments(gqa), 9, 4, THETA, ClosedForm(sweeps=sweeps)).latent_loss for sweeps in (0, 1, 4)]
+    assert losses[0] > losses[1] > losses[2]

@@ -46,6 +46,7 @@ class ClosedForm:
     attention_weighted: weight key errors by the attention that tokens receive and value errors by what they
                   add up to under attention; False: all tokens alike
     key_weight:   of key errors against value errors; above 1 because errors of attended keys add up, too
+    sweeps:       alternating refits of latent and what reads it, see `joint_low_rank`
     plain_share:  share of the plain moment in the attended one, against noise in few windows
     refit_output:  refit o_proj so that the converted stream meets the source's
     stream_ridge:  pull of the stream estimate towards the identity, relative to the mean input energy
@@ -56,6 +57,7 @@ class ClosedForm:
     two_streams: bool = True
     attention_weighted: bool = True
     key_weight: float = 8.0
+    sweeps: int = 0
     plain_share: float = 0.3
     refit_output: bool = True
     stream_ridge: float = 1e-3
@@ -108,6 +110,7 @@ def fit_layer(
         Block(k_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), received_DD),
         Block(v_GdD.flatten(0, 1), _value_metric(gqa.o_DHd, groups, v_GdD.shape[1]), attended_DD),
         kv_lora_rank,
+        method.sweeps,
     )
     keys_Kr, values_Kr = low.decoders
     v_up_Gdr = values_Kr.unflatten(0, v_GdD.shape[:2])
