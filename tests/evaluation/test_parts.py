@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transmla.checkpoint.resolve import resolve
 from transmla.errors import DataError
+from transmla.evaluation import tasks
 from transmla.evaluation.agreement import agreement, predictions
 from transmla.evaluation.perplexity import perplexity
 from transmla.evaluation.positions import by_position, edges_up_to
@@ -177,3 +178,21 @@ def test_repetition_and_emptiness(model: Any) -> None:
     assert repeated_share([7] * 13) == pytest.approx(0.9)
     found = smoke(model, AutoTokenizer.from_pretrained(STORIES), ("Once upon a time",), max_new_tokens=20)
     assert found.num_empty == 0 and found.continuations[0].num_tokens == 20 and 0 <= found.repeated < 0.5
+
+
+def test_needles_of_every_length_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lm-eval has them: 500 documents of the first length, 500 of the next, -1 for lengths that are not met."""
+
+    def run_tasks(*_: Any, limit: int, max_length: int, metadata: dict[str, Any], **__: Any) -> list[TaskResult]:
+        documents = [length for length in metadata["max_seq_lengths"] for _ in range(500)][:limit]
+        assert max_length > max(documents)
+        met = {length: documents.count(length) for length in (4096, *documents)}
+        return [
+            TaskResult("niah", str(length), 0.75 if count else -1.0, math.nan, True, ())
+            for length, count in met.items()
+        ]
+
+    monkeypatch.setattr(tasks, "run_tasks", run_tasks)
+    error = math.sqrt(0.75 * 0.25 / 12)
+    for lengths in ([1024, 4096], [4096, 1024], [2048]):
+        assert tasks.needles(None, None, "name", lengths, 12) == dict.fromkeys(lengths, (0.75, error))

@@ -152,15 +152,8 @@ def needles(model: Any, tokenizer: Any, name: str, lengths: list[int], samples: 
     name: of the tokenizer, as transformers loads it; lm-eval builds the haystacks with it. Needs wonderwords and nltk.
     """
     try:
-        results = run_tasks(
-            model,
-            tokenizer,
-            [NEEDLE],
-            limit=samples * len(lengths),
-            batch=1,
-            max_length=max(lengths) + 256,
-            metadata={"max_seq_lengths": lengths, "tokenizer": name},
-        )
+        # one after the other: lm-eval's documents are 500 of the first length, then 500 of the next
+        return {length: _needles_at(length, model, tokenizer, name, samples) for length in lengths}
     except ImportError as error:
         raise DataError(
             "the needle test cannot be built",
@@ -168,12 +161,21 @@ def needles(model: Any, tokenizer: Any, name: str, lengths: list[int], samples: 
             why=str(error),
             remedy="pip install wonderwords nltk, or leave the needles out",
         ) from error
-    found = {int(result.metric): result.value for result in results if result.metric.isdigit()}
-    return {
-        length: (share, math.sqrt(max(share * (1 - share), 0) / samples))
-        for length, share in found.items()
-        if length in lengths
-    }
+
+
+def _needles_at(length: int, model: Any, tokenizer: Any, name: str, samples: int) -> tuple[float, float]:
+    results = run_tasks(
+        model,
+        tokenizer,
+        [NEEDLE],
+        limit=samples,
+        batch=1,
+        max_length=length + 256,
+        metadata={"max_seq_lengths": [length], "tokenizer": name},
+    )
+    # of other lengths it says -1
+    (share,) = (result.value for result in results if result.metric == str(length))
+    return share, math.sqrt(share * (1 - share) / samples)
 
 
 def _no_task(name: str, known: list[str]) -> DataError:
