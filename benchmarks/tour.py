@@ -19,7 +19,7 @@ from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
 
-# block -> commands; {smollm2}, {text} and {calibration} are shown by their names
+# block -> commands; those of the 135M model find it and its texts by these names in the folder that they run in
 STORIES = {
     "plan": ["plan stories260k"],
     "convert": ["convert stories260k"],
@@ -37,23 +37,20 @@ STORIES = {
         "eval stories260k-mla-10-6 --against stories260k --windows 64",
     ],
 }
+MIX = "wikitext2-train-part.txt:2+synthetic+code"
 SMOLLM2 = {
     "smollm2-results": [
-        "convert {smollm2} smollm2-mla --latent 96 --rope 32 --calibration {calibration}",
-        "eval smollm2-mla --against {smollm2} --text {text}",
+        f"convert smollm2-135m smollm2-mla --latent 96 --rope 32 --calibration {MIX}",
+        "eval smollm2-mla --against smollm2-135m --text wikitext2-valid.raw",
     ]
 }
-SHOWN = {
-    "smollm2": "smollm2-135m",
-    "text": "wikitext2-valid.raw",
-    "calibration": "wikitext2-train-part.txt:2+synthetic+code",
-}
+LINKS = {"smollm2": "smollm2-135m", "text": "wikitext2-valid.raw", "calibration": "wikitext2-train-part.txt"}
 
 
-def run(command: str, names: dict[str, str], folder: Path) -> str:
+def run(command: str, folder: Path) -> str:
     """The command as a person would type it, and its standard output."""
-    words = shlex.split(command.format(**names))
-    shown = f"$ transmla {command.format(**SHOWN)}\n"
+    words = shlex.split(command)
+    shown = f"$ transmla {command}\n"
     makes_folder = words[0] in ("convert", "heal")
     # options stand for a destination in the name of the log where none is given
     log = folder / ("-".join(word.strip("-") for word in words[1:] if "/" not in word) + ".log")
@@ -65,8 +62,6 @@ def run(command: str, names: dict[str, str], folder: Path) -> str:
         (folder / words[2]).unlink(missing_ok=True)
     command_line = [sys.executable, "-m", "transmla", *words, *quiet]
     output = subprocess.run(command_line, check=True, capture_output=True, text=True, cwd=folder, env=env).stdout
-    for name, value in names.items():
-        output = output.replace(value, SHOWN[name])
     output = "\n".join(line.rstrip() for line in output.splitlines()) + "\n"
     if makes_folder:
         log.write_text(output)
@@ -80,15 +75,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
-    names = {}
-    if args.smollm2:
-        names = {"smollm2": str(args.smollm2.resolve()), "text": str(args.text.resolve())}
-        names["calibration"] = f"{args.calibration.resolve()}:2+synthetic+code"
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
+        for option, link in LINKS.items() if args.smollm2 else ():
+            (folder / link).unlink(missing_ok=True)
+            (folder / link).symlink_to(getattr(args, option).resolve())
         for block, commands in (STORIES | (SMOLLM2 if args.smollm2 else {})).items():
-            text = "\n".join(run(command, names, folder.resolve()) for command in commands)
+            text = "\n".join(run(command, folder.resolve()) for command in commands)
             pattern = re.compile(rf"<!-- {block} -->.*?<!-- end -->", re.DOTALL)
             filled = f"<!-- {block} -->\n```text\n{text.rstrip()}\n```\n<!-- end -->"
             README.write_text(pattern.sub(lambda _, new=filled: new, README.read_text()))
