@@ -46,7 +46,7 @@ class ClosedForm:
     attention_weighted: weight key errors by the attention that tokens receive and value errors by what they
                   add up to under attention; False: all tokens alike
     key_weight:   of key errors against value errors; above 1 because errors of attended keys add up, too
-    sweeps:       alternating refits of latent and what reads it, see `joint_low_rank`
+    sweeps:       alternating refits of latent and what reads it, see `joint_low_rank`; on little text they run off
     plain_share:  share of the plain moment in the attended one, against noise in few windows
     refit_output:  refit o_proj so that the converted stream meets the source's
     stream_ridge:  pull of the stream estimate towards the identity, relative to the mean input energy
