@@ -79,7 +79,7 @@ def test_steps_without_settings_are_refused(destination: Path) -> None:
     journal = Journal(destination, SETTINGS)
     journal.save("step", {"a": torch.zeros(1)})
     (journal.folder / "settings.json").unlink()
-    with pytest.raises(DestinationError, match="is missing") as caught:
+    with pytest.raises(DestinationError, match="unknown settings is in the way") as caught:
         Journal(destination, SETTINGS)
     assert "--restart" in caught.value.remedy
     assert "step" not in Journal(destination, SETTINGS, restart=True)

@@ -40,7 +40,7 @@ class Journal:
         if path.is_file() and (found := path.read_text("utf-8")) != self._settings:
             raise self._in_the_way(f"it differs in {', '.join(_differences(json.loads(found), dict(settings)))}")
         if not path.is_file() and any(self.folder.glob("*.safetensors")):
-            raise self._in_the_way(f"{_SETTINGS}, which says what it was made with, is missing")
+            raise self._in_the_way(f"{_SETTINGS}, which says what it was made with, is missing", settings="unknown")
 
     def begin(self) -> Path:
         """The folder, made now; for steps that keep files of their own there."""
@@ -107,12 +107,13 @@ class Journal:
         for path in self.folder.glob(f"{name}.safetensors"):
             path.unlink(missing_ok=True)
 
-    def _in_the_way(self, why: str) -> DestinationError:
+    def _in_the_way(self, why: str, settings: str = "other") -> DestinationError:
+        finish = "finish it with its own settings, " if settings == "other" else ""
         return DestinationError(
-            "an unfinished conversion with other settings is in the way",
+            f"an unfinished conversion with {settings} settings is in the way",
             where=str(self.folder),
             why=why,
-            remedy="finish it with its own settings, choose another destination, or delete it with --restart",
+            remedy=f"{finish}choose another destination, or delete it with --restart",
         )
 
     def _path(self, name: str) -> Path:
