@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 import transmla
-from transmla.checkpoint.gguf_vocab import read_vocab
+from transmla.checkpoint.gguf.vocab import read_vocab
+from transmla.checkpoint.gguf.write import find_quantiser, write_gguf
 from transmla.checkpoint.read import open_source
-from transmla.checkpoint.write_gguf import find_quantiser, write_gguf
-from transmla.formats.deepseek2_gguf import GgufTensor
-from transmla.loading import load_any, load_tokenizer
+from transmla.model.loading import load_any, load_tokenizer
+from transmla.targets.gguf import GgufTensor
 
 RUNNER = Path(__file__).with_name("engine_runner.py")
 LENGTH, WINDOWS, PREFIXES, PROMPT, GREEDY = 1024, 4, 12, 64, 64
@@ -242,7 +242,7 @@ def main() -> None:
     pythons = dict(entry.split("=", 1) for entry in arguments.python)
     for folder in (arguments.out, arguments.work):
         folder.mkdir(parents=True, exist_ok=True)
-    from transmla.calibrate.tokens import read_text
+    from transmla.text.windows import read_text
 
     tokenizer = load_tokenizer(arguments.source)
     text = read_text(arguments.text, 40 * LENGTH * WINDOWS, evaluation=True)

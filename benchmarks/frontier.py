@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transmla.evaluation.plots import frontier
+from transmla.evaluation.report.plots import frontier
 from transmla.evaluation.results import frontier_rows, frontier_table, read_published, read_results
 
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transmla.evaluation.plots import COLOURS, GREY, MARKERS, styled
+from transmla.evaluation.report.plots import COLOURS, GREY, MARKERS, styled
 
 
 def main() -> None:

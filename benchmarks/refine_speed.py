@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 import transmla
+from transmla.conversion.block import BlockDistiller
+from transmla.conversion.levels import LEVELS, Descent
+from transmla.conversion.run import Run
 from transmla.maths.attention import MlaWeights, inverse_frequencies
 from transmla.maths.closed_form import ClosedForm
-from transmla.refine.descent import tokens_per_pass
-from transmla.refine.distil import BlockDistiller
-from transmla.refine.settings import LEVELS, Descent
-from transmla.run import Run
+from transmla.train.descent import tokens_per_pass
 
 
 def random_weights(run: Run) -> MlaWeights:

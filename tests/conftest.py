@@ -10,7 +10,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from families import MakeSource, lively_source
+
+from tests.families import MakeSource, lively_source
 
 
 @pytest.fixture(scope="session")

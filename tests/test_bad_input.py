@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import MakeSource
 from safetensors.torch import load_file, save_file
 
-from transmla.conversion import convert
+from tests.families import MakeSource
+from transmla.conversion.flow import convert
+from transmla.conversion.plan import plan
 from transmla.errors import (
     DataError,
     DestinationError,
@@ -23,7 +24,6 @@ from transmla.errors import (
     UnsupportedError,
     VerificationError,
 )
-from transmla.planning import plan
 
 Change = Callable[[Path], Any]
 

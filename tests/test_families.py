@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from families import CLASSES, lively_config, lively_model
 
-from transmla.calibrate.layers import layer_tensor_names
+from tests.families import CLASSES, lively_config, lively_model
 from transmla.errors import UnsupportedError
 from transmla.families import FAMILIES, MLA_MODEL_TYPES, NON_ROTARY_MODEL_TYPES, family_of, rope_parameters
+from transmla.model.source import layer_tensor_names
 
 
 def config(**changes: Any) -> dict[str, Any]:

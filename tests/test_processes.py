@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import MakeSource
-from maths.weights import relative
 from transformers import AutoModelForCausalLM
 
-from transmla.conversion import convert as convert_here
+from tests.families import MakeSource
+from tests.maths.weights import relative
+from transmla.conversion.flow import convert as convert_here
 from transmla.errors import TransmlaError
 from transmla.processes import ALONE, Processes
 
@@ -23,9 +23,9 @@ TOLERANCE = 1e-3
 PROGRAM = """
 import json, sys
 import torch
-from transmla import run
-from transmla.conversion import convert
-from transmla.refine.settings import Descent, Refinement
+from transmla.conversion import run
+from transmla.conversion.flow import convert
+from transmla.conversion.levels import Descent, Refinement
 torch.set_num_threads(1)
 run.narrow_dtype = lambda device: None  # rounding to bfloat16 would hide what is tested
 refinement = Refinement(Descent(2.0, 2, 3e-3), Descent(4.0, 2, 3e-3), closed_form_tokens=640)

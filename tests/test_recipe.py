@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from transmla import recipe as module
-from transmla.calibrate.tokens import SHIPPED, parse_mix, read_text
 from transmla.errors import RecipeError
 from transmla.recipe import CALIBRATION, REFINE_LEVELS, TOKENS, Healing, Recipe, find_recipe, list_recipes, load_recipe
+from transmla.text.windows import SHIPPED, parse_mix, read_text
 
 FULL = """
 source = "owner/name"

@@ -22,33 +22,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transmla.conversion import convert as convert
-    from transmla.diagnosis import doctor as doctor
+    from transmla.conversion.flow import convert as convert
+    from transmla.conversion.plan import plan as plan
     from transmla.evaluation.evaluate import evaluate as evaluate
-    from transmla.evaluation.report import report as report
+    from transmla.evaluation.report.page import report as report
     from transmla.evaluation.speed import bench as bench
-    from transmla.exporting import export as export
-    from transmla.folding import fold as fold
-    from transmla.folding import unfold as unfold
-    from transmla.generation import generate as generate
     from transmla.healing.flow import heal as heal
-    from transmla.loading import load as load
-    from transmla.planning import plan as plan
+    from transmla.model.generation import generate as generate
+    from transmla.model.loading import load as load
+    from transmla.targets.doctor import doctor as doctor
+    from transmla.targets.export import export as export
+    from transmla.targets.fold import fold as fold
+    from transmla.targets.fold import unfold as unfold
 
 # imported when first used: `transmla --help` must not wait for torch
 _PUBLIC = {
     "bench": "transmla.evaluation.speed",
-    "convert": "transmla.conversion",
-    "doctor": "transmla.diagnosis",
+    "convert": "transmla.conversion.flow",
+    "doctor": "transmla.targets.doctor",
     "evaluate": "transmla.evaluation.evaluate",
-    "export": "transmla.exporting",
-    "fold": "transmla.folding",
-    "generate": "transmla.generation",
+    "export": "transmla.targets.export",
+    "fold": "transmla.targets.fold",
+    "generate": "transmla.model.generation",
     "heal": "transmla.healing.flow",
-    "load": "transmla.loading",
-    "plan": "transmla.planning",
-    "report": "transmla.evaluation.report",
-    "unfold": "transmla.folding",
+    "load": "transmla.model.loading",
+    "plan": "transmla.conversion.plan",
+    "report": "transmla.evaluation.report.page",
+    "unfold": "transmla.targets.fold",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import lively_config, lively_model
 
+from tests.families import lively_config, lively_model
 from transmla.evaluation.perplexity import perplexity
 from transmla.evaluation.quantised_cache import (
     GROUP,

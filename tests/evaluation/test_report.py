@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import transmla
 from transmla.cli import main
 from transmla.errors import DataError
-from transmla.evaluation.plots import frontier
+from transmla.evaluation.report.plots import frontier
 from transmla.evaluation.results import frontier_rows, frontier_table, read_results
 
 TEXT = "texts/a <b>.txt"

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from families import MakeSource
 from transformers import AutoModelForCausalLM
 
 import transmla
-import transmla.loading
-from transmla.calibrate.tokens import read_text
+import transmla.model.loading
+from tests.families import MakeSource
 from transmla.cli import main
 from transmla.errors import DestinationError, GateError, RecipeError, SourceError, UnsupportedError
-from transmla.maths.distillation import divergence
+from transmla.text.windows import read_text
+from transmla.train.losses import divergence
 
 SETTINGS: dict[str, Any] = {
     "tokens": 3072, "window": 64, "batch": 2, "heldout": 2, "evaluations": 3, "rate": 2e-2, "precision": "float32",
@@ -77,7 +77,7 @@ def test_the_healed_folder_is_closer_to_its_source(
     converted: Path, healed: tuple[Path, Any], lively: MakeSource
 ) -> None:
     folder, report = healed
-    words = transmla.loading.load_tokenizer(folder)
+    words = transmla.model.loading.load_tokenizer(folder)
     text = read_text("tinystories-valid", 2000, evaluation=True)
     ids_1T = torch.tensor([words(text).input_ids[:256]])
     source = logits(lively(), ids_1T)

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import lively_config, lively_model
 
+from tests.families import lively_config, lively_model
 from transmla.errors import DestinationError
-from transmla.healing.data import Windows, write_windows
-from transmla.healing.packing import pack
 from transmla.healing.student import halve_frozen, select_trained, teach
 from transmla.healing.teacher import CachedTeacher, OnlineTeacher, record
-from transmla.healing.training import autocast
-from transmla.maths.distillation import Objective
-from transmla.modeling.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
+from transmla.healing.train import autocast
+from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
+from transmla.text.documents import Windows, write_windows
+from transmla.text.packing import pack
+from transmla.train.losses import Objective
 
 CPU = torch.device("cpu")
 LENGTH = 24

@@ -7,10 +7,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from tests.maths.weights import THETA, gqa_weights, inputs, lively, mla_weights, relative
 from transmla.maths.attention import gqa_attention, inverse_frequencies, mla_attention, rotate
 from transmla.maths.reference import gqa_naive, mla_naive
-
-from .weights import THETA, gqa_weights, inputs, lively, mla_weights, relative
 
 X_TD = inputs()
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, relative
 from transmla.maths.attention import GqaWeights, mla_attention
 from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
 from transmla.maths.reference import gqa_naive
 from transmla.maths.rotary_split import rotary_split
-
-from .weights import THETA, gqa_weights, inputs, lively, moments, relative
 
 X_TD = inputs(20)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from transmla.formats.deepseek_v3 import deepseek_v3_config
+from tests.maths.weights import THETA, inputs, mla_weights, relative
 from transmla.geometry import MlaGeometry
 from transmla.maths import fold
 from transmla.maths.attention import MlaWeights
@@ -24,8 +24,7 @@ from transmla.maths.fold import (
     residual_scale,
 )
 from transmla.maths.reference import mla_naive
-
-from .weights import THETA, inputs, mla_weights, relative
+from transmla.targets.stock import deepseek_v3_config
 
 SOURCE = {"vocab_size": 7, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "hidden_act": "silu"}
 X_TD = inputs(10)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from tests.maths.weights import lively, relative
 from transmla.maths import losses
 from transmla.maths.losses import kl_divergence, stream_error
-
-from .weights import lively, relative
 
 
 def naive_kl(found_TD: torch.Tensor, target_TD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:

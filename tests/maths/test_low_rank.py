@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.maths.weights import inputs, lively, relative
 from transmla.maths.low_rank import Block, decode, joint_low_rank, symmetric_power
-
-from .weights import inputs, lively, relative
 
 SAMPLES_ND = inputs(400, 14)
 MOMENT_DD = SAMPLES_ND.T @ SAMPLES_ND / len(SAMPLES_ND)

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from transmla.formats.deepseek_v3 import deepseek_v3_config
 from transmla.geometry import MlaGeometry
 from transmla.maths.fold import EPS
 from transmla.maths.pad import Widths, pad_attention
+from transmla.targets.stock import deepseek_v3_config
 
 HIDDEN, HEADS, SCALE = 24, 3, 2.0**-22
 OLD = Widths(HEADS, rank=10, rope=4, nope=6, value=6)

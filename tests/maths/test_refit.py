@@ -2,9 +2,8 @@
 
 import torch
 
+from tests.maths.weights import inputs, lively, relative
 from transmla.maths.refit import refit, stream_map
-
-from .weights import inputs, lively, relative
 
 FEATURES_TF = inputs(60, 10)
 EXACT_KF = lively(7, 10, seed=1)

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, relative
 from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies, rotate
 from transmla.maths.reference import gqa_naive, mla_naive
 from transmla.maths.rotary_split import RotarySplit, SplitOptions, mean_turn, nearest_pairs, rotary_split
-
-from .weights import THETA, gqa_weights, inputs, lively, moments, relative
 
 PLAIN = SplitOptions(query_weighted=False)
 # rank pressure under which no pair is left to the latent for turning with another frequency

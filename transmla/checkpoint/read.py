@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from transmla.checkpoint.bin_file import BinStore
-from transmla.checkpoint.gguf_file import GgufStore
+from transmla.checkpoint.gguf.read import GgufStore
 from transmla.checkpoint.safetensors_file import SafetensorsStore
 from transmla.checkpoint.store import FLOAT_DTYPES, TensorInfo, WeightStore, broken_tensor, first_few
 from transmla.errors import SourceError, UnsupportedError

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import click
 
-from transmla.cli.converting import convert_command, plan_command
+from transmla.cli.convert import convert_command, plan_command
+from transmla.cli.evaluate import bench_command, eval_command, report_command
 from transmla.cli.frame import EPILOG
-from transmla.cli.healing import heal_command
-from transmla.cli.measuring import bench_command, eval_command, report_command
-from transmla.cli.using import doctor_command, export_command, fold_command, generate_command, unfold_command
+from transmla.cli.heal import heal_command
+from transmla.cli.use import doctor_command, export_command, fold_command, generate_command, unfold_command
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.provenance import FILE_NAME, commit, read_provenance, versions
+from transmla.conversion.plan import CACHE_BITS
 from transmla.devices import usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
@@ -18,8 +19,7 @@ from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
 from transmla.evaluation.tasks import TaskResult, check_tasks, recoveries
-from transmla.loading import load_tokenizer
-from transmla.planning import CACHE_BITS
+from transmla.model.loading import load_tokenizer
 from transmla.recipe import Recipe
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.calibrate.tokens import CHARACTERS_PER_TOKEN, read_text
 from transmla.checkpoint.provenance import read_provenance
 from transmla.errors import TransmlaError
 from transmla.evaluation.cache import measured_bytes_per_token
@@ -30,7 +29,8 @@ from transmla.evaluation.quantised_cache import (
 from transmla.evaluation.smoke import smoke
 from transmla.evaluation.suite import Suite
 from transmla.evaluation.tasks import needles, run_tasks
-from transmla.loading import is_converted, load_any, load_tokenizer
+from transmla.model.loading import is_converted, load_any, load_tokenizer
+from transmla.text.windows import CHARACTERS_PER_TOKEN, read_text
 
 Progress = Callable[[str, int, int, str], None]
 # tokens per window when neither suite nor option says so

@@ -25,7 +25,7 @@ from transmla.checkpoint.provenance import commit, versions
 from transmla.devices import usable
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import cache_bytes
-from transmla.loading import is_converted, load, load_any
+from transmla.model.loading import is_converted, load, load_any
 
 PREFILL_CHUNK = 512
 # the machine's rates: sides of a square product, elements of a copied block

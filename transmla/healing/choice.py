@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transmla.conversion import default_destination
+from transmla.conversion.flow import default_destination
+from transmla.conversion.plan import plan
 from transmla.errors import RecipeError, UnsupportedError
-from transmla.planning import plan
 from transmla.recipe import Healing, find_recipe, list_recipes, load_recipe
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.destination import disk_errors
-from transmla.evaluation.plots import COLOURS, GREY, MARKERS, styled
+from transmla.evaluation.report.plots import COLOURS, GREY, MARKERS, styled
 
 LOG_FILE, PLOT_FILE = "healing.json", "healing.png"
 # of the held-out windows of a text

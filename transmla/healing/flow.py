@@ -20,17 +20,17 @@ from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import read_provenance
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.errors import GateError
-from transmla.exporting import open_converted
-from transmla.folding import unfold
 from transmla.healing.choice import check, conversion_of, settings_for
-from transmla.healing.preparing import TEXTS, Preparation, is_sharded
+from transmla.healing.prepare import TEXTS, Preparation, is_sharded
 from transmla.healing.result import write_healed
 from transmla.healing.student import halve_frozen, select_trained, teach, with_adapters
-from transmla.healing.training import Schedule, Trained, autocast, distil, learning_rate, schedule
-from transmla.loading import load, open_model
-from transmla.maths.distillation import Objective
+from transmla.healing.train import Schedule, Trained, autocast, distil, learning_rate, schedule
+from transmla.model.loading import load, open_model
 from transmla.processes import Processes
 from transmla.recipe import Healing
+from transmla.targets.export import open_converted
+from transmla.targets.fold import unfold
+from transmla.train.losses import Objective
 
 
 @dataclass(frozen=True)

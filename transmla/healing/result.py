@@ -14,15 +14,15 @@ from torch import Tensor
 from transmla.checkpoint.provenance import FILE_NAME, file_hashes, read_provenance, versions
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
-from transmla.folding import fold_into, open_unfolded
 from transmla.healing.curves import LOG_FILE, PLOT_FILE, healing_curve, write_curve
-from transmla.healing.data import Progress
-from transmla.healing.preparing import TEXTS
+from transmla.healing.prepare import TEXTS
 from transmla.healing.student import with_adapters
-from transmla.healing.training import Trained
-from transmla.loading import load
-from transmla.modeling.modeling_transmla import UnfoldedForCausalLM
+from transmla.healing.train import Trained
+from transmla.model.loading import load
+from transmla.model.modeling_transmla import UnfoldedForCausalLM
 from transmla.recipe import Healing
+from transmla.targets.fold import fold_into, open_unfolded
+from transmla.text.documents import Progress
 
 
 def write_healed(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from transmla.healing.teacher import Lesson
-from transmla.maths.distillation import Objective, distillation_loss, hidden_loss, token_nats
-from transmla.modeling.modeling_transmla import UnfoldedForCausalLM
+from transmla.model.modeling_transmla import UnfoldedForCausalLM
+from transmla.train.losses import Objective, distillation_loss, hidden_loss, token_nats
 
 # modules of the latent attention that adapters are put on
 LATENT_PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")

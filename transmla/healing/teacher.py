@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
-from transmla.healing.data import Progress, Windows
-from transmla.maths.distillation import TopK, token_nats, tokens_at_once, top_k
+from transmla.text.documents import Progress, Windows
+from transmla.train.losses import TopK, token_nats, tokens_at_once, top_k
 
 Precision = Callable[[], AbstractContextManager[Any]]
 # files of kept predictions per folder

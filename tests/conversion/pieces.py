@@ -1,0 +1,34 @@
+"""A layer of a lively model twice: as Hugging Face runs it and as the converter reads it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.families import lively_config, lively_model
+from transmla.conversion.streams import Streams
+from transmla.families import FAMILIES
+from transmla.geometry import gqa_geometry
+from transmla.model.source import SourceLayer, build_layer, layer_tensor_names, source_frequencies
+
+
+def model_and_layer(index: int = 1, **settings: Any) -> tuple[Any, SourceLayer]:
+    """settings: those of `families.lively_config`"""
+    config = lively_config(layers=2, vocab=97, **settings)
+    model = lively_model(config)
+    family, geometry = FAMILIES[config.model_type], gqa_geometry(config.to_dict(), "config.json")
+    tensors = {name: model.state_dict()[name] for name in layer_tensor_names(family, config, index)}
+    return model, build_layer(family, config, geometry, index, tensors, *source_frequencies(config, geometry))
+
+
+def random_streams(
+    windows: int = 4, tokens: int = 10, hidden: int = 48, heldout: int = 1, noise: float = 0.3, gap: int = 0
+) -> Streams:
+    """A source stream and a converted one that differs from it by noise. gap: positions that every second window, from
+    the first one on, skips in its middle"""
+    generator = torch.Generator().manual_seed(5)
+    source_NTD = torch.randn(windows, tokens, hidden, generator=generator)
+    converted_NTD: Tensor = source_NTD + noise * torch.randn(source_NTD.shape, generator=generator)
+    positions_NT = torch.arange(tokens).repeat(windows, 1)
+    positions_NT[::2, tokens // 2 :] += gap
+    return Streams(source_NTD, converted_NTD, heldout, torch.device("cpu"), None, positions_NT=positions_NT)

@@ -1,0 +1,85 @@
+"""Which windows a block is trained on, and what is kept of its losses."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from transmla.conversion import distil as distilling
+from transmla.conversion.distil import layers_that_fit, num_trained_on, stretches
+from transmla.conversion.levels import Descent, Refinement
+from transmla.conversion.plan import plan
+
+
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        ([], []),
+        ([3.0], [3.0]),
+        ([4.0, 2.0], [4.0, 2.0]),
+        ([8.0, 6.0, 4.0, 2.0], [7.0, 3.0]),
+        ([5.0, 4.0, 2.0], [5.0, 3.0]),
+    ],
+)
+def test_stretches(losses: list[float], found: list[float]) -> None:
+    """At most two: the later ones take what does not divide."""
+    assert stretches(losses, 2) == found
+
+
+def test_every_step_counts_once() -> None:
+    means = stretches([float(step) for step in range(100)], 32)
+    assert len(means) == 32 and means == sorted(means)
+    assert stretches([1.0] * 100, 32) == [1.0] * 32
+
+
+@pytest.mark.parametrize(
+    ("closed_form_tokens", "distil_unseen", "found"),
+    # twenty windows of ten tokens, two of them held out
+    [
+        (40, True, 14),
+        (60, True, 12),
+        (70, True, 14),
+        (90, True, 18),
+        (60, False, 18),
+        (None, True, 18),
+        (1000, True, 18),
+    ],
+)
+def test_windows_that_the_closed_form_has_not_seen(
+    closed_form_tokens: int | None, distil_unseen: bool, found: int
+) -> None:
+    """They come first, and they are enough if they are twice those that it has seen, or else as many as that."""
+    refinement = Refinement(None, Descent(1.0, 1, 1e-3), closed_form_tokens, distil_unseen)
+    streams: Any = SimpleNamespace(
+        num_windows=20, num_heldout=2, num_fitted_of_all=18, source_NTD=torch.empty(20, 10, 1)
+    )
+    run: Any = SimpleNamespace(refinement=refinement)
+    assert num_trained_on(run, streams) == found
+
+
+def test_more_text_is_never_less_training() -> None:
+    run: Any = SimpleNamespace(refinement=Refinement(None, Descent(1.0, 1, 1e-3), 80, True))
+    counts = []
+    for windows in range(3, 60):
+        streams = SimpleNamespace(
+            num_windows=windows, num_heldout=2, num_fitted_of_all=windows - 2, source_NTD=torch.empty(windows, 10, 1)
+        )
+        counts.append(num_trained_on(run, streams))  # type: ignore[arg-type]
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 49
+
+
+def test_layers_that_fit_count_the_windows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not more than go forward at once, and not those that a step does not have."""
+    monkeypatch.setattr(distilling, "free_bytes", lambda device: 2**27)
+    streams: Any = SimpleNamespace(source_NTD=torch.empty(2, 64, 1))
+
+    def found(batch: int) -> int:
+        refinement = Refinement(None, Descent(1.0, batch, 1e-3))
+        run: Any = SimpleNamespace(
+            plan=plan("stories260k"), refinement=refinement, device=torch.device("cpu"), compute=torch.float32
+        )
+        return layers_that_fit(run, streams)
+
+    assert found(1) > 2 * found(8) > 2 * found(32) > 0
+    assert found(32) == found(64), "2,048 tokens are the most at once"

@@ -1,0 +1,153 @@
+"""Second moments against double loops over queries and keys on a tiny window."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conversion.pieces import model_and_layer, random_streams
+from tests.maths.weights import relative
+from transmla.conversion.moments import attended, observe
+from transmla.maths.attention import GqaWeights, rotate
+from transmla.model.source import SourceLayer
+
+TOKENS = 7
+
+
+@pytest.fixture(scope="module")
+def layer() -> SourceLayer:
+    return model_and_layer(heads=4, head_dim=16)[1]
+
+
+def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, positions_T: Tensor | None = None) -> dict[str, Tensor]:
+    """One head, one query, one key at a time; float64."""
+    at = torch.arange(len(x_TD)) if positions_T is None else positions_T
+    heads, head_dim, size = gqa.q_HdD.shape
+    tokens, heads_per_group = len(x_TD), heads // len(gqa.k_GdD)
+    found = {
+        "query_Hdd": torch.zeros(heads, head_dim, head_dim),
+        "importance_H": torch.zeros(heads),
+        "distance_HS": torch.zeros(heads, int(at[-1]) + 1),
+        "received_T": torch.zeros(tokens),
+        "attended_DD": torch.zeros(size, size),
+    }
+    found = {name: zero.double() for name, zero in found.items()}
+    x_TD, x_hat_TD = x_TD.double(), x_hat_TD.double()
+    for head in range(heads):
+        q_Td = x_TD @ gqa.q_HdD[head].double().T
+        k_Td = x_TD @ gqa.k_GdD[head // heads_per_group].double().T
+        v_Td = x_TD @ gqa.v_GdD[head // heads_per_group].double().T
+        o_Dd = gqa.o_DHd[:, head * head_dim : (head + 1) * head_dim].double()
+        q_turned_Td, k_turned_Td = (rotate(part, gqa.inv_freq_P, at) for part in (q_Td, k_Td))
+        for t in range(tokens):
+            found["query_Hdd"][head] += torch.outer(q_Td[t], q_Td[t])
+            p_S = torch.stack([gqa.scaling * q_turned_Td[t] @ k_turned_Td[s] for s in range(t + 1)]).softmax(0)
+            out_d = p_S @ v_Td[: t + 1]
+            y_D = p_S @ x_hat_TD[: t + 1]
+            found["attended_DD"] += torch.outer(y_D, y_D) / heads
+            for s in range(t + 1):
+                weight = p_S[s] ** 2 * (o_Dd @ (v_Td[s] - out_d)).square().sum()
+                found["importance_H"][head] += weight
+                found["received_T"][s] += weight
+                if s > 0:
+                    found["distance_HS"][head, at[t] - at[s]] += weight
+    return found
+
+
+def test_attended_is_the_double_loop(layer: SourceLayer) -> None:
+    streams = random_streams(tokens=TOKENS)
+    x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
+    seen, expected = attended(x_TD, x_hat_TD, layer.gqa), naive(x_TD, x_hat_TD, layer.gqa)
+    for name, value in expected.items():
+        assert relative(getattr(seen, name), value) < 1e-5, name
+
+
+@pytest.mark.parametrize("gaps", [(30,), (1,), (5, 200)])
+def test_attended_across_gaps(layer: SourceLayer, gaps: tuple[int, ...]) -> None:
+    streams = random_streams(tokens=TOKENS)
+    positions_T = torch.arange(TOKENS)
+    for number, gap in enumerate(gaps, 1):
+        positions_T[number * TOKENS // 3 :] += gap
+    given = (streams.source_NTD[0], streams.converted_NTD[0], layer.gqa, positions_T)
+    seen, expected = attended(*given), naive(*given)
+    for name, value in expected.items():
+        assert relative(getattr(seen, name), value) < 1e-5, name
+    assert float(seen.distance_HS[:, TOKENS:].sum()) > 0 or gaps == (1,)
+
+
+def test_distances_of_windows_that_reach_differently(layer: SourceLayer) -> None:
+    streams = random_streams(tokens=TOKENS)
+    streams.positions_NT = streams.positions_NT.clone()
+    streams.positions_NT[1, TOKENS // 2 :] += 100
+    distance_HS = observe(layer, streams, num_attended=16).distance_HS
+    assert distance_HS.shape[1] == TOKENS + 100 and torch.allclose(distance_HS.sum(1), torch.ones(()).double())
+    assert distance_HS[:, 100 + TOKENS // 2].min() > 0 and distance_HS[:, TOKENS:100].abs().max() == 0
+
+
+def test_narrow_products_round_only_the_attended_moment(layer: SourceLayer) -> None:
+    streams = random_streams(tokens=TOKENS)
+    x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
+    exact, narrow = (attended(x_TD, x_hat_TD, layer.gqa, narrow=dtype) for dtype in (None, torch.bfloat16))
+    for field in fields(exact):
+        rounded = relative(getattr(narrow, field.name), getattr(exact, field.name))
+        assert 0 < rounded < 2**-8 if field.name == "attended_DD" else rounded == 0, field.name
+
+
+def test_observe_is_the_mean_over_fitted_windows(layer: SourceLayer) -> None:
+    streams = random_streams(tokens=TOKENS)
+    moments = observe(layer, streams, num_attended=16)
+    parts: list[dict[str, Tensor]] = []
+    for index in range(3):
+        x_TD = layer.input_layernorm(streams.source_NTD[index])
+        x_hat_TD = layer.input_layernorm(streams.converted_NTD[index])
+        part = naive(x_TD, x_hat_TD, layer.gqa)
+        x_TD, x_hat_TD = x_TD.double(), x_hat_TD.double()
+        part |= {"converted_DD": x_hat_TD.T @ x_hat_TD, "cross_DD": x_TD.T @ x_hat_TD}
+        weight_T = part["received_T"] / part["received_T"].mean()
+        part["received_D"] = weight_T @ x_hat_TD
+        part["received_DD"] = (weight_T[:, None] * x_hat_TD).T @ x_hat_TD
+        parts.append(part)
+    mean: dict[str, Any] = {name: sum(part[name] for part in parts) / (3 * TOKENS) for name in parts[0]}
+    mean["received_DD"] -= torch.outer(mean["received_D"], mean["received_D"])
+    mean["distance_HS"] /= mean["distance_HS"].sum(1, keepdim=True)
+    for field in fields(moments):
+        value = getattr(moments, field.name)
+        assert value.dtype == torch.float64 and relative(value, mean[field.name]) < 1e-5, field.name
+
+
+def test_the_first_token_has_no_distance(layer: SourceLayer) -> None:
+    """An attention sink says nothing about distances: with two tokens, only distance 0 is left."""
+    streams = random_streams(tokens=2)
+    distance_HS = observe(layer, streams, num_attended=16).distance_HS
+    assert torch.equal(distance_HS[:, 1], torch.zeros(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_held_out_windows_never_enter(layer: SourceLayer, two_streams: bool) -> None:
+    streams = random_streams(heldout=2)
+    before = observe(layer, streams, 16, two_streams)
+    streams.source_NTD[2:], streams.converted_NTD[2:] = 7.0, -7.0
+    after = observe(layer, streams, 16, two_streams)
+    assert all(torch.equal(getattr(before, field.name), getattr(after, field.name)) for field in fields(before))
+    streams.source_NTD[1], streams.converted_NTD[1] = 7.0, -7.0
+    assert not torch.equal(before.converted_DD, observe(layer, streams, 16, two_streams).converted_DD)
+
+
+def test_one_stream_is_the_source(layer: SourceLayer) -> None:
+    moments = observe(layer, random_streams(), 16, two_streams=False)
+    same = observe(layer, random_streams(noise=0.0), 16)
+    assert torch.equal(moments.converted_DD, moments.cross_DD)
+    assert all(torch.equal(getattr(moments, field.name), getattr(same, field.name)) for field in fields(moments))
+
+
+def test_attended_windows_are_spread(layer: SourceLayer) -> None:
+    """Of nine fitted windows and three attended ones, every third is looked at."""
+    streams = random_streams(windows=10)
+    before = observe(layer, streams, num_attended=3)
+    for unseen in (1, 2, 4, 5, 7, 8):
+        streams.source_NTD[unseen] = torch.randn(10, 48)
+    after = observe(layer, streams, num_attended=3)
+    assert torch.equal(before.importance_H, after.importance_H)
+    assert not torch.equal(before.cross_DD, after.cross_DD)

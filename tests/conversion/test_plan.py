@@ -1,0 +1,139 @@
+"""The dry run: arithmetic of caches and disks, from headers alone."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import LLAMA3, MakeSource
+from transmla.checkpoint.read import Source
+from transmla.conversion.flow import convert
+from transmla.conversion.plan import cache_rows, plan
+from transmla.errors import DestinationError
+from transmla.geometry import GqaGeometry, mla_geometry
+
+
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(Source, "read", fail)
+    monkeypatch.setattr(Source, "rows", fail)
+
+
+@pytest.mark.usefixtures("no_reading")
+def test_plan_reads_headers_only(lively: MakeSource, tmp_path: Path) -> None:
+    planned = plan(str(lively(shards=3)), tmp_path / "out", latent=16, rope=8)
+    assert (planned.mla.kv_lora_rank, planned.mla.qk_rope_head_dim) == (16, 8)
+    assert planned.cache_ratio == 24 / 48 and planned.dtype == "float32"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_reading_nothing_is_converted(
+    lively: MakeSource, tmp_path: Path, text_file: Path, no_reading: None
+) -> None:
+    with pytest.raises(AssertionError, match="a tensor was read"):
+        convert(str(lively()), tmp_path / "out", calibration=str(text_file), tokens=512, window=64)
+
+
+def test_cache_rows() -> None:
+    """Llama-3-8B at 512+64: values per token and layer, bytes per token over all layers."""
+    source = GqaGeometry(32, 4096, 32, 8, 128)
+    rows = {row.name: row for row in cache_rows(source, mla_geometry(source, 512, 64))}
+    found = {name: (row.values_per_token, row.bytes_per_token) for name, row in rows.items()}
+    assert found == {
+        "source GQA, bf16": (2048, 131072),
+        # blocks of 32 values carry a scale of two bytes: 8.5 and 4.5 bits a value
+        "source, 8-bit": (2048, 69632),
+        "source, 4-bit": (2048, 36864),
+        "as MHA, bf16": (8192, 524288),
+        "as MQA, bf16": (256, 16384),
+        "MLA 512+64, bf16": (576, 36864),
+    }
+    assert rows["MLA 512+64, bf16"].total_bytes(131072) == 36864 * 131072
+
+
+def test_notes(lively: MakeSource) -> None:
+    def notes(*, latent: int = 16, **settings: Any) -> str:
+        return "\n".join(plan(str(lively(**settings)), latent=latent, rope=8).notes)
+
+    assert "not smaller" in notes(latent=40) and "not smaller" not in notes()
+    assert "at 4 ranks 36 values per token and layer become 24" in notes(kv_heads=6)
+    assert "tensor parallel" in notes() and "tensor parallel" not in notes(kv_heads=1)
+    assert "llama3 rope scaling" in notes(rope=LLAMA3) and "rope scaling" not in notes()
+    assert "max_position_embeddings becomes 32" in notes(model_type="mistral", sliding_window=32)
+    assert "becomes" not in notes(model_type="mistral", sliding_window=4096)
+
+
+def test_old_and_new_rope_configs_plan_alike(lively: MakeSource, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(lively(), folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0}), encoding="utf-8")
+    assert plan(str(folder)).mla == plan(str(lively())).mla
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "planned"),
+    [
+        (torch.bfloat16, "auto", "bfloat16"),
+        (torch.float16, "auto", "float16"),
+        (torch.float64, "auto", "float32"),
+        (torch.float32, "bfloat16", "bfloat16"),
+    ],
+)
+def test_dtype_is_that_of_the_source_unless_given(
+    lively: MakeSource, stored: torch.dtype, wanted: str, planned: str
+) -> None:
+    assert plan(str(lively(dtype=stored)), dtype=wanted).dtype == planned
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_disk_is_what_gets_written(lively: MakeSource, tmp_path: Path, text_file: Path, tied: bool) -> None:
+    """Within the reserve for tokenizer, configs and journal."""
+    settings: dict[str, Any] = {"calibration": str(text_file), "tokens": 512, "window": 64, "refine": "off"}
+    report = convert(str(lively(tied=tied)), tmp_path / "out", **settings)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*"))
+    journal = 4 * report.plan.mla.num_hidden_layers * report.plan.mla.attention_weights
+    assert written < report.plan.disk_bytes - journal < written + 2**25
+    assert report.written_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_memory_grows_with_the_text(lively: MakeSource) -> None:
+    few, many = (plan(str(lively()), tokens=tokens).memory_bytes for tokens in (10_000, 1_000_000))
+    assert many - few == 990_000 * (2 * 48 + 72) * 4
+
+
+def test_the_source_that_writes_is_in_memory(lively: MakeSource, text_file: Path) -> None:
+    def notes(**settings: Any) -> str:
+        return "\n".join(plan(str(lively()), **settings).notes)
+
+    said = "the source is in memory as a whole"
+    assert said in notes(calibration="self") and said in notes(calibration=f"{text_file}:3+self")
+    assert said in notes(sampled=64) and said not in notes(calibration=str(text_file))
+
+
+def test_disk_is_checked_before_anything_is_read(
+    lively: MakeSource, tmp_path: Path, no_reading: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
+    with pytest.raises(DestinationError, match="disk is too small"):
+        plan(str(lively()), tmp_path / "out")
+
+
+def test_recipe_gives_way_to_arguments(lively: MakeSource, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'source = "{lively()}"\nlatent = 20\nrope = 4\ntokens = 999\n', encoding="utf-8")
+    planned = plan(str(lively(kv_heads=6)), recipe=recipe, rope=8)
+    assert (planned.mla.kv_lora_rank, planned.mla.qk_rope_head_dim, planned.recipe.tokens) == (20, 8, 999)
+    assert planned.resolved.path == lively(kv_heads=6)
+
+
+def test_the_embedded_model() -> None:
+    planned = plan("stories260k", latent=28, rope=4)
+    assert (planned.gqa.num_hidden_layers, planned.gqa.hidden_size, planned.gqa.head_dim) == (5, 64, 8)

@@ -1,0 +1,140 @@
+"""Two streams through a layer: what each step adds, and that the repair repairs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conversion.pieces import model_and_layer, random_streams
+from tests.maths.weights import relative
+from transmla.conversion.moments import observe
+from transmla.conversion.streams import (
+    Streams,
+    add_converted_attention,
+    add_mlp,
+    add_source_attention,
+    converted_heads,
+    next_token_losses,
+    repair_output,
+    stream_loss,
+)
+from transmla.maths.attention import MlaWeights
+from transmla.maths.closed_form import ClosedForm, fit_layer
+from transmla.maths.reference import gqa_naive, mla_naive
+from transmla.model.source import SourceLayer
+from transmla.processes import Processes
+
+
+@pytest.fixture(scope="module")
+def layer() -> SourceLayer:
+    return model_and_layer(heads=4, head_dim=16)[1]
+
+
+@pytest.fixture
+def streams() -> Streams:
+    return random_streams(windows=30, tokens=16, heldout=10, gap=40)
+
+
+def fitted(layer: SourceLayer, streams: Streams, rank: int) -> MlaWeights:
+    moments = observe(layer, streams, 16)
+    return fit_layer(layer.gqa.to(dtype=torch.float64), moments, rank, 4, 10000.0, ClosedForm()).mla
+
+
+def test_a_layer_is_added_step_by_step(layer: SourceLayer, streams: Streams) -> None:
+    source_TD, converted_TD = streams.source_NTD[2].clone(), streams.converted_NTD[2].clone()
+    mla = fitted(layer, streams, 12)
+    add_source_attention(layer, streams)
+    gqa, positions = layer.gqa.to(dtype=torch.float64), streams.positions_NT[2].tolist()
+    past_TD = source_TD + gqa_naive(layer.input_layernorm(source_TD).double(), gqa, positions)
+    assert relative(streams.source_NTD[2], past_TD) < 1e-5
+    heads = converted_heads(layer, mla, streams)
+    add_converted_attention(mla.o_DHv, heads.out_NTF, streams)
+    x_hat_TD = layer.input_layernorm(converted_TD).double()
+    assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla, positions)) < 1e-5
+    assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla)) > 1e-3
+    before_ND = streams.source_NTD.clone(), streams.converted_NTD.clone()
+    add_mlp(layer, streams)
+    for past_NTD, stream_NTD in zip(before_ND, (streams.source_NTD, streams.converted_NTD), strict=True):
+        expected = past_NTD[2] + layer.mlp(layer.post_attention_layernorm(past_NTD[2]))
+        assert relative(stream_NTD[2], expected) < 1e-6
+
+
+def test_latent_peak_is_the_largest_token(layer: SourceLayer, streams: Streams) -> None:
+    mla = fitted(layer, streams, 12)
+    latent_NTr = layer.input_layernorm(streams.converted_NTD).double() @ mla.kv_down_rD.T
+    assert converted_heads(layer, mla, streams).latent_peak == pytest.approx(float(latent_NTr.square().mean(-1).max()))
+
+
+@pytest.mark.parametrize("rank", [4, 12, 40])
+def test_repair_lowers_the_fitted_loss(layer: SourceLayer, streams: Streams, rank: int) -> None:
+    mla = fitted(layer, streams, rank)
+    add_source_attention(layer, streams)
+    heads_NTF = converted_heads(layer, mla, streams).out_NTF
+    losses = []
+    for ridge in (1e9, 1.0, 1e-2, 1e-4):
+        o_DF = repair_output(mla.o_DHv, heads_NTF, streams, ridge)
+        trial = replace(streams, converted_NTD=streams.converted_NTD.clone())
+        add_converted_attention(o_DF, heads_NTF, trial)
+        losses.append(stream_loss(trial).fitted)
+    add_converted_attention(mla.o_DHv, heads_NTF, streams)
+    assert losses[0] == pytest.approx(stream_loss(streams).fitted, rel=1e-4)
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
+
+
+def test_repair_never_sees_held_out_windows(layer: SourceLayer, streams: Streams) -> None:
+    mla = fitted(layer, streams, 12)
+    heads_NTF = converted_heads(layer, mla, streams).out_NTF
+    before = repair_output(mla.o_DHv, heads_NTF, streams, 1e-2)
+    streams.source_NTD[20:], streams.converted_NTD[20:], heads_NTF[20:] = 5.0, -5.0, 3.0
+    assert torch.equal(before, repair_output(mla.o_DHv, heads_NTF, streams, 1e-2))
+    streams.source_NTD[19] = 5.0
+    assert not torch.equal(before, repair_output(mla.o_DHv, heads_NTF, streams, 1e-2))
+
+
+def test_stream_loss_counts_every_token_by_its_own_size() -> None:
+    streams = random_streams(windows=3, heldout=1)
+    streams.converted_NTD = streams.source_NTD.clone()
+    streams.converted_NTD[:2] *= 0.9
+    streams.converted_NTD[2] *= 0.5
+    # one huge token changes nothing as long as its relative error is the same
+    streams.source_NTD[0, 0] *= 1000
+    streams.converted_NTD[0, 0] *= 1000
+    loss = stream_loss(streams)
+    assert loss.fitted == pytest.approx(0.01, rel=1e-4) and loss.heldout == pytest.approx(0.25, rel=1e-4)
+
+
+def test_next_token_losses_of_held_out_windows() -> None:
+    streams = random_streams(windows=5, tokens=6, hidden=8, heldout=2)
+    head_VD = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
+    tokens_NT = torch.randint(20, (5, 6), generator=torch.Generator().manual_seed(2))
+    source_N, converted_N = next_token_losses(streams, tokens_NT, lambda stream_TD: stream_TD @ head_VD.T)
+    log_p_TV = (streams.source_NTD[4] @ head_VD.T).log_softmax(-1)
+    nats = [-float(log_p_TV[t, tokens_NT[4, t + 1]]) for t in range(5)]
+    assert len(source_N) == 2 and float(source_N[1]) == pytest.approx(sum(nats) / 5, rel=1e-5)
+    assert not torch.allclose(source_N, converted_N)
+
+
+def test_positions_are_those_of_the_windows(streams: Streams) -> None:
+    last = streams.last(5)
+    assert torch.equal(last.positions_NT, streams.positions_NT[-5:])
+    assert torch.equal(last.positions([0, 3]), streams.positions_NT[[25, 28]])
+    with pytest.raises(ValueError, match="positions"):
+        replace(streams, positions_NT=streams.positions_NT[1:])
+
+
+def test_the_last_windows_are_the_same_memory(streams: Streams) -> None:
+    last = streams.last(12)
+    assert (last.num_windows, last.num_fitted, last.num_heldout) == (12, 2, 10)
+    assert last.indices == list(range(12)) and torch.equal(last.source_NTD, streams.source_NTD[18:])
+    last.converted_NTD[0] = 7.0
+    assert torch.equal(streams.converted_NTD[18], last.converted_NTD[0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_the_last_windows_a_process_may_hold_none(streams: Streams, rank: int) -> None:
+    """Thirty windows in two processes: the very last one is window 29, of process 1."""
+    mine = streams.source_NTD[rank::2]
+    held = Streams(mine, mine.clone(), 10, streams.device, None, Processes(rank, 2), 30)
+    assert held.indices == list(range(rank, 30, 2)) and held.num_fitted == 10
+    last = held.last(1)
+    assert last.indices == ([0] if rank == 1 else []) and len(last.source_NTD) == rank

@@ -1,0 +1,201 @@
+"""Two routes, one function: absorbed, decompressed, the naive loops and the stock class agree."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockForCausalLM
+
+from tests.model.folders import HIDDEN, VOCAB, lively_model, naive_attention, tiny_config
+from transmla.model.modeling_transmla import DeepseekV3ForCausalLM, LatentAttention
+
+Load = Callable[..., Any]
+
+
+def never(*_: object) -> bool:
+    return False
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def stepwise(model: Any, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Logits of all tokens, fed through a cache in chunks of the given lengths."""
+    cache = DynamicCache(config=model.config)
+    parts = [model(part, past_key_values=cache).logits for part in torch.split(ids, chunks, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.fixture
+def routes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Records at every attention call whether the absorbed route was taken."""
+    taken: list[bool] = []
+    choose = LatentAttention.absorbs
+
+    def record(*args: Any) -> bool:
+        taken.append(choose(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(LatentAttention, "absorbs", record)
+    return taken
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_absorbed_equals_decompressed(
+    ours: Load, ids: torch.Tensor, routes: list[bool], attention: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    # stock eager attention takes its softmax in float32, and so does the decompressed route
+    tolerance = max(tolerance, 1e-6 if attention == "eager" else 0.0)
+    model = ours(dtype, attn_implementation=attention)
+    absorbed = stepwise(model, ids, [10, 1, 1, 5, 7])
+    assert any(routes), "the absorbed route was never taken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentAttention, "absorbs", never)
+        decompressed = stepwise(model, ids, [10, 1, 1, 5, 7])
+    assert relative(absorbed, decompressed) < tolerance
+
+
+def test_attention_equals_naive_loops(ours: Load, routes: list[bool]) -> None:
+    model = ours(torch.float64)
+    attention = model.model.layers[1].self_attn
+    hidden = torch.randn(1, 9, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = naive_attention(attention, hidden[0])
+
+    def run(lengths: list[int]) -> torch.Tensor:
+        # the model computes angles in float32; here they are exact
+        cache, start, outputs = DynamicCache(config=model.config), 0, []
+        frequencies = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+        for part in torch.split(hidden, lengths, dim=1):
+            positions = torch.arange(start, start + part.shape[1])
+            angles = (positions[:, None] * frequencies).repeat(1, 2)[None]
+            mask = torch.ones(part.shape[1], start + part.shape[1], dtype=torch.bool).tril(start)[None, None]
+            attention.layer_idx = 0
+            outputs.append(attention(part, (angles.cos(), angles.sin()), mask, cache)[0])
+            start += part.shape[1]
+        return torch.cat(outputs, dim=1)[0]
+
+    with torch.no_grad():
+        assert relative(run([9]), expected) < 1e-10 and not any(routes)
+        assert relative(run([3, 1, 4, 1]), expected) < 1e-10 and any(routes)
+    assert relative(naive_attention(attention, hidden[0], rotate=False), expected) > 0.1
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_interleave": False}])
+def test_equals_stock_class(folder: Path, ours: Load, ids: torch.Tensor, changes: dict[str, Any]) -> None:
+    stock = StockForCausalLM.from_pretrained(folder, **changes)
+    model = ours(**changes)
+    with torch.no_grad():
+        expected = stock(ids).logits
+        assert relative(model(ids).logits, expected) < 1e-3
+        assert relative(stepwise(model, ids, [12] + [1] * 12), expected) < 1e-3
+        model.model.layers[0].self_attn.kv_a_layernorm.variance_epsilon = 1e-5
+        assert relative(model(ids).logits, expected) > 1e-2, "the norm does not matter to this test"
+
+
+def test_unfolded_checkpoint_with_query_latent(ids: torch.Tensor, routes: list[bool]) -> None:
+    config = tiny_config(latent_norm_folded=False, q_lora_rank=20)
+    stock, model = lively_model(config), DeepseekV3ForCausalLM(config)
+    stock.train(False)
+    model.train(False)
+    model.load_state_dict(stock.state_dict())
+    with torch.no_grad():
+        expected = stock(ids).logits
+    assert relative(stepwise(model, ids, [8] + [1] * 16), expected) < 1e-5 and any(routes)
+
+
+def test_step_by_step_equals_full_forward(ours: Load, ids: torch.Tensor) -> None:
+    model = ours()
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+    for chunks in ([1] * 24, [5, 3, 1, 9, 6], [16, 8]):
+        assert relative(stepwise(model, ids, chunks), full) < 1e-5
+
+
+def test_several_tokens_need_the_causal_mask(ours: Load, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours()
+    right = stepwise(model, ids, [20, 4])
+    absorbed = LatentAttention.absorbed
+    monkeypatch.setattr(LatentAttention, "absorbed", lambda self, q, p, key, _: absorbed(self, q, p, key, None))
+    assert relative(stepwise(model, ids, [20, 4]), right) > 1e-2
+
+
+def test_long_chunks_are_decompressed(ours: Load, routes: list[bool]) -> None:
+    # absorbed while T * (2 * 12 - 16) < 12 * 16, that is T < 24
+    ids = torch.randint(3, VOCAB, (1, 80), generator=torch.Generator().manual_seed(3))
+    stepwise(ours(), ids, [33, 23, 24])
+    assert routes == [False] * 3 + [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_left_padding_equals_unpadded_rows(ours: Load, ids: torch.Tensor, routes: list[bool], attention: str) -> None:
+    model, pad = ours(attn_implementation=attention), 5
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, parts, start = DynamicCache(config=model.config), [], 0
+    with torch.no_grad():
+        for length in (3, 10, 1, 1, 9):  # the first chunk is all padding in row 1
+            end = start + length
+            parts.append(
+                model(
+                    ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, start:end],
+                    past_key_values=cache,
+                ).logits
+            )
+            start = end
+        logits = torch.cat(parts, dim=1)
+        assert logits.isfinite().all() and any(routes)
+        assert relative(logits[:1], model(ids[:1]).logits) < 1e-5
+        assert relative(logits[1:, pad:], model(ids[1:, pad:]).logits) < 1e-5
+        assert relative(logits[1:, pad:], model(ids[1:]).logits[:, pad:]) > 1e-2
+
+
+def test_eager_equals_sdpa_and_float_equals_bool_masks(ours: Load, ids: torch.Tensor) -> None:
+    sdpa, eager = ours(), ours(attn_implementation="eager")
+    expected = stepwise(sdpa, ids, [8, 1, 15])
+    assert relative(stepwise(eager, ids, [8, 1, 15]), expected) < 1e-5
+
+    boolean = torch.ones(4, 12, dtype=torch.bool).tril(8).expand(2, 1, 4, 12).clone()
+    boolean[:, :, :, 2] = False
+    additive = torch.zeros(boolean.shape).masked_fill(~boolean, torch.finfo(torch.float32).min)
+    results = []
+    with torch.no_grad():
+        for model in (sdpa, eager):
+            for mask in (boolean, additive):
+                cache = DynamicCache(config=model.config)
+                model(ids[:, :8], past_key_values=cache)
+                positions = torch.arange(8, 12)[None]
+                results.append(
+                    model(ids[:, 8:12], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+                )
+    for result in results[1:]:
+        assert relative(result, results[0]) < 1e-5
+
+
+def test_attention_weights_sum_to_one_on_both_routes(ours: Load, ids: torch.Tensor, routes: list[bool]) -> None:
+    model = ours(attn_implementation="eager")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        full = model(ids, output_attentions=True, use_cache=False).attentions
+        model(ids[:, :20], past_key_values=cache)
+        last = model(ids[:, 20:], past_key_values=cache, output_attentions=True).attentions
+    assert routes[:3] == [False] * 3 and routes[-3:] == [True] * 3
+    for whole, part in zip(full, last, strict=True):
+        assert whole.shape == (2, 6, 24, 24) and part.shape == (2, 6, 4, 24)
+        torch.testing.assert_close(whole.sum(-1), torch.ones(2, 6, 24))
+        torch.testing.assert_close(part, whole[:, :, 20:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.05)])
+def test_half_precision(ours: Load, ids: torch.Tensor, dtype: torch.dtype, tolerance: float) -> None:
+    exact = stepwise(ours(torch.float64), ids, [12] + [1] * 12)
+    absorbed = stepwise(ours(dtype), ids, [12] + [1] * 12)
+    assert absorbed.dtype == dtype and relative(absorbed, exact) < tolerance

@@ -1,0 +1,93 @@
+"""The written contract of each engine: what our config keeps, and which changes each rule sees."""
+
+from typing import Any
+
+import pytest
+
+from transmla.geometry import MlaGeometry
+from transmla.targets.engines import (
+    ENGINES,
+    EVIDENCE,
+    LLAMA_CPP,
+    MLX,
+    REFUSES,
+    RULES,
+    RUNS,
+    SGLANG,
+    STOCK,
+    TENSORRT,
+    VLLM_CPU,
+    VLLM_GPU,
+    WRONG,
+    engine_verdicts,
+)
+from transmla.targets.stock import deepseek_v3_config
+
+SOURCE = {
+    "vocab_size": 97, "hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 32,
+    "hidden_act": "silu",
+}  # fmt: skip
+
+
+def config(rank: int = 512, rope: int = 64, head: int = 128, **changes: Any) -> dict[str, Any]:
+    sizes = MlaGeometry(3, 4096, 32, rank, rope, head, head)
+    return deepseek_v3_config(SOURCE, sizes, 5000.0, 256, "bfloat16") | changes
+
+
+def outcomes(given: dict[str, Any]) -> dict[str, str]:
+    return {verdict.engine: verdict.outcome for verdict in engine_verdicts(given)}
+
+
+def test_every_engine_runs_what_is_written_at_its_size() -> None:
+    assert set(outcomes(config()).values()) == {RUNS}
+    assert set(ENGINES) == set(EVIDENCE) == set(outcomes(config()))
+
+
+SIZES: list[tuple[int, int, int, set[str]]] = [
+    (256, 64, 64, {VLLM_CPU}),
+    (256, 64, 128, {VLLM_CPU, VLLM_GPU, SGLANG}),
+    (512, 64, 64, {VLLM_GPU, SGLANG}),
+    (96, 32, 64, {VLLM_CPU, VLLM_GPU, SGLANG}),
+]
+
+
+@pytest.mark.parametrize(("rank", "rope", "head", "refusing"), SIZES)
+def test_sizes(rank: int, rope: int, head: int, refusing: set[str]) -> None:
+    found = engine_verdicts(config(rank, rope, head))
+    assert {verdict.engine for verdict in found if not verdict.accepts} == refusing
+    assert all("export --to vllm" in verdict.findings[0].remedy for verdict in found if not verdict.accepts)
+
+
+VLLM = (VLLM_GPU, VLLM_CPU)
+
+
+CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"rope_scaling": {"rope_type": "llama3"}}, dict.fromkeys((*VLLM, SGLANG, LLAMA_CPP), WRONG)),
+    ({"rope_scaling": {"type": "linear"}}, dict.fromkeys((*VLLM, SGLANG), WRONG)),
+    (
+        {"attention_bias": True},
+        dict.fromkeys((*VLLM, SGLANG, TENSORRT), WRONG) | {LLAMA_CPP: REFUSES},
+    ),
+    ({"tie_word_embeddings": True}, dict.fromkeys((*VLLM, SGLANG, MLX), REFUSES)),
+    ({"num_hidden_layers": 62, "first_k_dense_replace": 62}, {MLX: WRONG}),
+    ({"num_hidden_layers": 61, "first_k_dense_replace": 61}, {}),
+    ({"n_routed_experts": None}, dict.fromkeys((*VLLM, SGLANG, LLAMA_CPP), REFUSES)),
+    ({"n_routed_experts": 1}, {LLAMA_CPP: REFUSES}),
+    ({"rms_norm_eps": 1e-5}, {STOCK: WRONG, MLX: WRONG}),
+    ({"rms_norm_eps": 1e-5, "latent_norm_folded": False}, {}),
+    ({"first_k_dense_replace": 2}, dict.fromkeys(ENGINES, REFUSES)),
+    ({"routed_scaling_factor": 2.5, "dtype": "float16"}, dict.fromkeys(VLLM, WRONG)),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES, ids=str)
+def test_changes_that_engines_would_misread(change: dict[str, Any], expected: dict[str, str]) -> None:
+    found = outcomes(config(**change))
+    assert {engine: outcome for engine, outcome in found.items() if outcome != RUNS} == expected
+
+
+def test_every_rule_applies_to_some_case_above() -> None:
+    cases = [config(*sizes) for *sizes, _ in SIZES] + [config(**change) for change, _ in CHANGES]
+    for rule in RULES:
+        assert any(rule.applies(case) for case in cases) and not rule.applies(config()), rule.why
+        assert rule.remedy and set(rule.engines) <= set(ENGINES) and rule.outcome in (REFUSES, WRONG)

@@ -1,0 +1,93 @@
+"""Padded folders and the doctor, on a converted lively model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import transmla
+from tests.families import MakeSource
+from transmla.checkpoint.provenance import read_provenance
+from transmla.errors import GeometryError, SourceError, UnsupportedError
+from transmla.maths.pad import Widths
+from transmla.targets.engines import LLAMA_CPP, OWN, REFUSES, RUNS, SGLANG, VLLM_CPU, VLLM_GPU
+from transmla.targets.export import padded_widths
+
+IDS = torch.arange(3, 67)[None]
+
+
+@pytest.fixture(scope="module")
+def converted(lively: MakeSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 16, a rotary key of 8."""
+    folder = tmp_path_factory.mktemp("export") / "mla"
+    source = lively(head_dim=16, layers=2)
+    transmla.convert(str(source), folder, latent=20, rope=8, refine="off", calibration=str(text_file), tokens=1024,
+                     window=128, theta=100.0)  # fmt: skip
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(IDS).logits
+
+
+@pytest.mark.parametrize(("size", "shape"), [(None, "256+64"), ("512+64", "512+64")])
+def test_padded_folder_is_the_same_model(converted: Path, tmp_path: Path, size: str | None, shape: str) -> None:
+    out = tmp_path / "padded"
+    report = transmla.export(converted, out, to="vllm", size=size)
+    rank = int(shape.split("+")[0])
+    assert (report.format, report.values_per_token) == (shape, (28, rank + 64))
+    # against the form without any norm on the latent: more zeros under the root bring the real norm nearer to it
+    transmla.unfold(converted, tmp_path / "unfolded")
+    with torch.no_grad():
+        wanted = transmla.load(tmp_path / "unfolded", dtype=torch.float64)(IDS).logits
+        own = transmla.load(out, dtype=torch.float64)(IDS).logits
+    before, after = ((logits(folder) - wanted).norm() / wanted.norm() for folder in (converted, out))
+    assert after < 1e-4 and after < before / 5
+    assert (own - wanted).norm() < 1e-5 * wanted.norm()
+    assert read_provenance(out)["padded"]["from"]["rank"] == 20
+    assert {path.name for path in out.iterdir()} == {path.name for path in converted.iterdir()}
+    outcome = {verdict.engine: verdict.outcome for verdict in transmla.doctor(out).engines}
+    assert outcome[VLLM_GPU] == outcome[SGLANG] == RUNS
+    assert outcome[VLLM_CPU] == (RUNS if size else REFUSES)
+
+
+def test_geometries_without_a_kernel() -> None:
+    assert padded_widths(Widths(4, 200, 32, 64, 64)) == Widths(4, 256, 64, 64, 64)
+    assert padded_widths(Widths(4, 200, 32, 128, 128)) == Widths(4, 512, 64, 128, 128)
+    for impossible in (Widths(4, 513, 64, 128, 128), Widths(4, 96, 24, 64, 64), Widths(4, 96, 32, 192, 128)):
+        with pytest.raises(GeometryError, match="no GPU kernel"):
+            padded_widths(impossible)
+    with pytest.raises(GeometryError, match="cannot be padded to 256"):
+        padded_widths(Widths(4, 200, 32, 128, 128), "256+64")
+
+
+def test_doctor_reads_the_folder(converted: Path, tmp_path: Path) -> None:
+    found = transmla.doctor(converted)
+    assert (found.geometry, found.values_per_token, found.dtype) == ("20+8", 28, "float32")
+    assert json.loads(json.dumps(found.summary()))["engines"][0]["outcome"] == RUNS
+    damaged = tmp_path / "damaged"
+    shutil.copytree(converted, damaged)
+    (damaged / "modeling_transmla.py").unlink()
+    (damaged / "tokenizer.json").unlink()
+    (damaged / "tokenizer_config.json").unlink()
+    outcome = {verdict.engine: verdict for verdict in transmla.doctor(damaged).engines}
+    assert outcome[OWN].outcome == REFUSES and "transmla.load" in outcome[OWN].findings[0].remedy
+    assert outcome[LLAMA_CPP].outcome == REFUSES and "tokenizer" in outcome[LLAMA_CPP].findings[0].why
+
+
+def test_what_is_no_converted_folder(converted: Path, lively: MakeSource, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="not a deepseek_v3 model"):
+        transmla.doctor(lively())
+    with pytest.raises(UnsupportedError, match="not a converted folder"):
+        transmla.export(lively(), tmp_path / "model.gguf")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(converted, damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"kv_lora_rank": 21}))
+    for call in (transmla.doctor, lambda folder: transmla.export(folder, tmp_path / "model.gguf")):
+        with pytest.raises(SourceError, match="other shapes"):
+            call(damaged)

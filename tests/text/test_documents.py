@@ -1,0 +1,169 @@
+"""Texts to windows: mixes, documents, held-out windows that are never trained on, files that are mapped."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from transmla.errors import DataError
+from transmla.text.documents import Text, Windows, mixed, open_text, write_windows
+from transmla.text.packing import IGNORED, pack
+from transmla.text.windows import Part, parse_mix
+
+END = 2
+
+
+class Letters:
+    """A tokenizer: one token a letter, 1 before and nothing behind."""
+
+    eos_token_id = END
+    chat_template: str | None = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        ids = [1] * add_special_tokens + [ord(letter) for letter in text]
+        return type("Encoding", (), {"input_ids": ids})
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+        assert not tokenize
+        return "".join(f"<{one['role']}>{one['content']}" for one in messages)
+
+
+def nothing() -> list[list[int]]:
+    raise AssertionError("nothing is sampled here")
+
+
+def documents(name: str, tokenizer: Any = None, length: int = 10) -> list[list[int]]:
+    text = open_text(Part(name), tokenizer or Letters(), length, nothing, evaluation=False)
+    return list(text.documents())
+
+
+def as_text(ids: list[int]) -> str:
+    return "".join(chr(token) for token in ids)
+
+
+@pytest.mark.parametrize(
+    ("mix", "parts"),
+    [
+        ("a", [("a", 1.0)]),
+        ("a:3+b", [("a", 3.0), ("b", 1.0)]),
+        ("owner/name:config+x.txt:0.5", [("owner/name:config", 1.0), ("x.txt", 0.5)]),
+        ("owner/name:config:2", [("owner/name:config", 2.0)]),
+    ],
+)
+def test_mixes(mix: str, parts: list[tuple[str, float]]) -> None:
+    assert [(part.name, part.weight) for part in parse_mix(mix, "--data")] == parts
+
+
+@pytest.mark.parametrize("mix", ["", "a+", "a:0", "a:-1+b", "a:inf"])
+def test_what_is_no_mix(mix: str) -> None:
+    with pytest.raises(DataError, match="no mix of texts") as caught:
+        parse_mix(mix, "--data")
+    assert caught.value.where == "--data"
+
+
+def test_a_plain_text_comes_in_pieces_of_a_window(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefghijklmnopqrstuvwxy", encoding="utf-8")
+    found = documents(str(tmp_path / "a.txt"))
+    assert [as_text(ids) for ids in found] == ["abcdefghij", "klmnopqrst", "uvwxy"]
+
+
+def test_blocks_of_a_long_text_join_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transmla.text.documents.BLOCK", 7)
+    given = "one\ntwo three\nfourfivesixseven\n\neight"
+    (tmp_path / "a.txt").write_text(given, encoding="utf-8")
+    assert "".join(as_text(ids) for ids in documents(str(tmp_path / "a.txt"))) == given
+
+
+def test_rows_of_a_table_are_documents(tmp_path: Path) -> None:
+    rows = [{"text": "hello"}, {"text": ""}, {"text": "you"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert documents(str(tmp_path / "a.jsonl")) == [[1, *map(ord, "hello"), END], [1, END], [1, *map(ord, "you"), END]]
+
+
+def test_chats_go_through_the_template_once(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
+    tokenizer = Letters()
+    with pytest.raises(DataError, match="no chat template"):
+        documents(str(tmp_path / "a.jsonl"), tokenizer)
+    tokenizer.chat_template = "something"
+    (found,) = documents(str(tmp_path / "a.jsonl"), tokenizer)
+    # a template brings its own special tokens: none is added in front
+    assert found == [*map(ord, "<user>hi<assistant>ho"), END]
+
+
+def test_rows_without_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 3}', encoding="utf-8")
+    with pytest.raises(DataError, match="a row has no text") as caught:
+        documents(str(tmp_path / "a.jsonl"))
+    assert "body, id" in caught.value.why
+
+
+def test_a_broken_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{no json", encoding="utf-8")
+    with pytest.raises(DataError, match="cannot read the data"):
+        documents(str(tmp_path / "a.jsonl"))
+
+
+def test_what_the_source_writes_are_documents() -> None:
+    text = open_text(Part("self"), Letters(), 4, lambda: [[5, 6, END], [7], [8, 9, 3]], evaluation=False)
+    # a document of one token predicts nothing; what was cut off gets no end that was not written
+    assert list(text.documents()) == [[5, 6, END], [8, 9, 3]]
+
+
+def numbered(name: str, start: int, count: int, length: int = 7, weight: float = 1.0) -> Text:
+    def made() -> Iterator[list[int]]:
+        return ([start + 100 * number + place for place in range(length)] for number in range(count))
+
+    return Text(Part(name, weight), made)
+
+
+def test_held_out_windows_are_never_trained_on() -> None:
+    text = numbered("a", 1000, 6)
+    text.hold_out(2, 8)
+    kept = {token for window in text.heldout for token in window.ids}
+    assert len(text.heldout) == 2 and text.skipped == 3
+    trained = {token for document in islice(text.endless(), 20) for token in document}
+    assert trained and not kept & trained
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_too_little_to_hold_out_and_train(count: int) -> None:
+    with pytest.raises(DataError, match="the text is too short"):
+        numbered("a", 1000, count).hold_out(2, 8)
+
+
+def test_weights_are_shares_of_tokens_not_of_documents() -> None:
+    texts = [numbered("short", 0, 5, length=4, weight=3), numbered("long", 10000, 5, length=90)]
+    for text in texts:
+        text.hold_out(1, 4)
+    counts = [0, 0]
+    for document in islice(mixed(texts, seed=0), 2000):
+        counts[document[0] >= 10000] += len(document)
+    assert counts[0] / counts[1] == pytest.approx(3, rel=0.05)
+
+
+def test_seeds_are_orders() -> None:
+    def order(seed: int) -> list[int]:
+        texts = [numbered("a", 0, 5), numbered("b", 10000, 5)]
+        return [document[0] for document in islice(mixed(texts, seed), 8)]
+
+    assert order(0) == order(0) and len({tuple(order(seed)) for seed in range(8)}) > 1
+
+
+def test_windows_survive_the_disk(tmp_path: Path) -> None:
+    rows = list(islice(pack(([1, 2, 3, 40000 + n] for n in range(100)), 6), 5))
+    write_windows(tmp_path / "w.npy", iter(rows), 5, 6, lambda *_: None, "pack")
+    found = Windows(tmp_path / "w.npy", first=7)
+    assert len(found) == 5 and [path.name for path in tmp_path.iterdir()] == ["w.npy"]
+    for number, row in enumerate(rows):
+        item = found[number]
+        assert item["input_ids"].tolist() == row.ids and item["position_ids"].tolist() == row.positions
+        assert item["labels"].tolist() == row.labels and IGNORED in row.labels
+        assert int(item["index"]) == 7 + number and item["labels"].dtype == torch.int64
+    assert np.load(tmp_path / "w.npy").dtype == np.int32

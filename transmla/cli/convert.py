@@ -1,0 +1,218 @@
+"""plan and convert."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from transmla.cli.frame import EPILOG, device, errors, is_first_process, number, option, quiet_libraries
+from transmla.recipe import CALIBRATION, DTYPES, REFINE_LEVELS, TOKENS
+
+
+def _geometry_options(command: Any) -> Any:
+    for decorate in (
+        option("--recipe", metavar="R", help="Recipe: name of an installed one, or a TOML file."),
+        option(
+            "--rope",
+            type=int,
+            metavar="DIM",
+            help="qk_rope_head_dim: cached rotary values per token and layer, even. [default: by model, see `plan`]",
+        ),
+        option(
+            "--q-latent",
+            type=int,
+            metavar="RANK",
+            help="q_lora_rank: queries through a latent of their own, as in DeepSeek-V3. [default: none]",
+        ),
+        option(
+            "--nope",
+            type=int,
+            metavar="N",
+            help="qk_nope_head_dim: wider heads see more of the latent, up to its rank. [default: head_dim]",
+        ),
+        option(
+            "--value",
+            type=int,
+            metavar="V",
+            help="v_head_dim: likewise for values, up to the latent's rank. [default: head_dim]",
+        ),
+        option(
+            "--budget",
+            metavar="X%",
+            help="With --latent auto: perplexity on held-out calibration text that the conversion may cost.",
+        ),
+        option(
+            "--latent",
+            metavar="RANK",
+            help="kv_lora_rank: cached latent values per token and layer; auto: the smallest within --budget. "
+            "[default: the largest engine-friendly size that saves at least half of the cache]",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+@click.command("plan", epilog=EPILOG)
+@click.argument("source", metavar="SRC")
+@_geometry_options
+@option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def plan_command(source: str, as_json: bool, **given: Any) -> None:
+    """Say what `convert` would do, from file headers alone: geometry, cache, memory, disk, engines."""
+    with errors():
+        import transmla
+
+        quiet_libraries()
+        found = transmla.plan(source, **_sizes(given))
+        if as_json:
+            click.echo(json.dumps(found.summary(), indent=2))
+            return
+        from rich.console import Console
+
+        from transmla.cli.display import show_plan
+
+        show_plan(found, Console())
+
+
+@click.command("convert", epilog=EPILOG)
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="[DST]", required=False)
+@_geometry_options
+@option(
+    "--calibration",
+    metavar="TEXT",
+    help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
+    "wikitext, synthetic, continued, code (they ship with the program) or self (sampled from SRC); A:3+B: shares of "
+    f"both. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
+)
+@option(
+    "--refine",
+    type=click.Choice(REFINE_LEVELS),
+    help="Gradient refinement on the calibration tokens after the closed form: off, fast or full (eight times the "
+    "steps, on three times the text). [default: fast]",
+)
+@option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows per refinement step; several processes share them, so no more than N are busy. [default: 1]",
+)
+@option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Calibration tokens in all, at least two windows of each text. "
+    f"[default: with --refine off {TOKENS['off']}, fast {TOKENS['fast']}, full {TOKENS['full']}]",
+)
+@option(
+    "--sampled",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Tokens more, which SRC itself writes as continuations of the text; needs SRC in memory. [default: 0]",
+)
+@option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
+@option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Positions that half of the windows are spread over, by one gap each, so that distances beyond the window "
+    "count, too; 1: none. [default: those of SRC, at most 8192]",
+)
+@option(
+    "--theta",
+    metavar="X",
+    help="rope_theta of the result; auto tries a few on a few layers and measures. [default: auto]",
+)
+@option("--dtype", type=click.Choice(DTYPES), help="Of the written weights; auto: as in SRC. [default: auto]")
+@device
+@option("--seed", type=int, help="Of the order of windows, their gaps and sampled text. [default: 0]")
+@option(
+    "--offload",
+    type=click.FloatRange(min=0),
+    metavar="GIB",
+    help="Calibration activations go into a file beside DST if they need more than GIB, in each process. "
+    "[default: half of the free memory]",
+)
+@option(
+    "--block-layers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Layers that are refined together at the end. [default: all that fit into half of the free memory]",
+)
+@option("--restart", is_flag=True, help="Delete an unfinished conversion to DST instead of going on with it.")
+@option("--dry-run", is_flag=True, help="Only show the plan, with the checks of DST.")
+@option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def convert_command(
+    source: str,
+    destination: str | None,
+    dry_run: bool,
+    quiet: bool,
+    device: str,
+    offload: float | None,
+    block_layers: int | None,
+    restart: bool,
+    **given: Any,
+) -> None:
+    """Convert SRC and write DST: one folder for transformers, with or without remote code, and other engines.
+
+    DST defaults to NAME-mla-LATENT-ROPE in the working directory and is never overwritten. It appears only when all
+    of it is written and the stock deepseek_v3 class computes from it what was converted. A conversion that was
+    interrupted or killed keeps its finished layers in DST.partial; the same command goes on from there.
+    """
+    with errors():
+        import transmla
+
+        quiet_libraries(bars=not quiet)
+        from rich.console import Console
+
+        from transmla.cli.display import progress, show_conversion, show_plan
+
+        given["theta"] = number(given["theta"], "--theta")
+        _sizes(given)
+        console = Console()
+        if dry_run:
+            from transmla.conversion.flow import default_destination
+
+            planned = transmla.plan(source, **given)
+            target = destination or default_destination(planned)
+            show_plan(transmla.plan(source, target, **given), console)
+            console.print(f"would write {target}", highlight=False)
+            return
+        with progress(quiet or not is_first_process()) as update:
+            report = transmla.convert(
+                source,
+                destination,
+                device=device,
+                progress=update,
+                offload=offload,
+                block_layers=block_layers,
+                restart=restart,
+                **given,
+            )
+        if is_first_process():
+            show_conversion(report, _peak_memory(), console)
+
+
+def _sizes(given: dict[str, Any]) -> dict[str, Any]:
+    """--latent and --budget from words to numbers, in place."""
+    latent = given["latent"]
+    if latent not in (None, "auto"):
+        try:
+            given["latent"] = int(latent)
+        except ValueError:
+            raise click.BadParameter(f"{latent!r} is neither an integer nor auto", param_hint="--latent") from None
+    budget = given["budget"]
+    if budget is not None:
+        percent = number(budget.removesuffix("%"), "--budget", auto=False)
+        given["budget"] = float(percent) / (100 if budget.endswith("%") else 1) if percent is not None else None
+    return given
+
+
+def _peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,96 @@
+"""transmla heal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from transmla.cli.frame import EPILOG, errors, is_first_process, option, quiet_libraries
+from transmla.recipe import MIX, PRECISIONS, TRAINED
+
+_SCALES = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+class Count(click.ParamType[int]):
+    """300000, 300K, 1.5M, 2B -> int"""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        scale = _SCALES.get(value[-1:].upper(), 1)
+        try:
+            found = round(float(value if scale == 1 else value[:-1]) * scale)
+        except (ValueError, OverflowError):
+            found = 0
+        if found < 1:
+            self.fail(f"{value!r} is no number of tokens: 300000, 300K, 1.5M ...", param, context)
+        return found
+
+
+@click.command("heal", epilog=EPILOG)
+@click.argument("model", metavar="[OUT]", required=False)
+@click.argument("destination", metavar="[DST]", required=False)
+@option("--source", metavar="SRC", help="Of the conversion. [default: what OUT's provenance file says]")
+@option("--recipe", metavar="R", help="Name or file; its table [heal] is used. [default: the recipe of SRC, if any]")
+@option(
+    "--data",
+    metavar="MIX",
+    help="Texts, A:3+B mixes three to one: FILE (.txt; .jsonl, .parquet, .csv with `text` or chat `messages`), dataset "
+    "id OWNER/NAME[:CONFIG], wikitext, synthetic, continued, code, self (SRC writes it). "
+    f"[default: {MIX}]",
+)
+@option("--tokens", type=Count(), metavar="N", help="To train on in all: 300K, 100M. [default: 1M]")
+@option("--distinct", type=Count(), metavar="N", help="Of these different; then they repeat. [default: all]")
+@option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per window. [default: 1024]")
+@option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows per step. [default: a 400th of all, at least 1, at most 64]",
+)
+@option("--micro", type=click.IntRange(min=1), metavar="N", help="Windows at once on a device. [default: 1]")
+@option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="Largest step, as a share of what it changes. [default: 5e-4, small models 1e-2]",
+)
+@option("--train", type=click.Choice(TRAINED), help="What is trained. [default: attention]")
+@option("--lora", type=click.IntRange(min=1), metavar="R", help="Train adapters of rank R, merged at the end.")
+@option("--temperature", type=click.FloatRange(min=0, min_open=True), metavar="T", help="Of the KL. [default: 1]")
+@option("--cross-entropy", type=click.FloatRange(0, 1), metavar="X", help="Share of the text's own loss. [default: 0]")
+@option("--hidden", type=click.FloatRange(min=0), metavar="X", help="Weight of matching residual streams. [default: 0]")
+@option("--top-k", type=click.IntRange(min=1), metavar="K", help="Compare SRC's K likeliest tokens. [default: all]")
+@option("--cached", is_flag=True, default=None, help="Compute SRC's top-k predictions once, keep them on the disk.")
+@option("--heldout", type=click.IntRange(min=2), metavar="N", help="Windows measured on, of each text. [default: 8]")
+@option("--watch", metavar="TEXTS", help="A+B: texts that are only measured on, as wikitext-valid.")
+@option("--evaluations", type=click.IntRange(min=1), metavar="N", help="Measurements and saves. [default: 10]")
+@option("--patience", type=click.IntRange(min=1), metavar="N", help="Stop after N without gain. [default: never]")
+@option("--precision", type=click.Choice(PRECISIONS), help="Of the products. [default: bfloat16]")
+@option("--checkpointing", is_flag=True, default=None, help="Less memory, a third more time.")
+@option("--seed", type=int, help="Of the order of the data. [default: 0]")
+@option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", help="Where to compute.")
+@option("--restart", is_flag=True, help="Delete an unfinished run to DST instead of going on with it.")
+@option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def heal_command(model: str | None, destination: str | None, quiet: bool, **given: Any) -> None:
+    """Distil SRC's predictions into the converted folder OUT; writes DST, a folder of the same kind.
+
+    DST defaults to OUT-healed and is never overwritten; OUT stays as it is. The best of all measured states is kept. A
+    run that was killed goes on where it was when the same command is given again. On several processes or GPUs (DDP or
+    FSDP2, as accelerate is configured): accelerate launch -m transmla.heal OUT ...
+    """
+    with errors():
+        import transmla
+
+        quiet_libraries(bars=not quiet)
+        from rich.console import Console
+
+        from transmla.cli.display import progress, show_healing
+
+        with progress(quiet or not is_first_process()) as update:
+            report = transmla.heal(model, destination, progress=update, **given)
+        if is_first_process():
+            show_healing(report, Console())

@@ -1,0 +1,1 @@
+"""`transmla plan` and `transmla convert`."""

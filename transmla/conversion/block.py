@@ -1,0 +1,126 @@
+"""Many layers at once against the source: the last block against its predictions, earlier blocks against its stream.
+
+One block is the whole model where that fits into memory. Its weights are then distilled from end to end
+(attention only; Hinton et al., 1503.02531) on the calibration windows: no labels, no text beyond them, and no source
+model in memory, since its stream behind the last layer is known already.
+
+Legend: see transmla/conversion/streams.py; B windows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transmla.conversion.levels import Descent
+from transmla.conversion.streams import Streams
+from transmla.maths.attention import MlaWeights, mla_attention
+from transmla.maths.losses import kl_divergence, stream_error
+from transmla.train.descent import Descender, detached, tokens_per_pass, trainable
+
+# seconds between two saved states: a killed run loses at most this much
+SAVE_EVERY = 120.0
+
+Piece = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """What is not attention of a layer, on the device; the MLP in the dtype of the products."""
+
+    input_layernorm: Piece
+    post_attention_layernorm: Piece
+    mlp: Piece
+
+
+@dataclass(frozen=True)
+class Head:
+    """Final norm (stream -> normed, float32) and lm_head [V, D] in the dtype of the products."""
+
+    norm: Piece
+    weight_VD: Tensor
+
+
+@dataclass(frozen=True)
+class DistilledBlock:
+    """Weights (float32) and their mean loss over the held-out windows, before and after; in nats behind a head."""
+
+    weights: list[MlaWeights]
+    loss_before: float
+    loss_after: float
+
+
+def through(
+    block: Sequence[FrozenLayer],
+    weights: Sequence[MlaWeights],
+    stream_BTD: Tensor,
+    positions_BT: Tensor | None = None,
+) -> Tensor:
+    """Converted stream past a block of layers, float32; differentiable in `weights`. Positions: see `mla_attention`."""
+    for layer, mla in zip(block, weights, strict=True):
+        out_BTD = mla_attention(layer.input_layernorm(stream_BTD), mla, positions_BT) @ mla.o_DHv.T
+        stream_BTD = stream_BTD + out_BTD.float()
+        stream_BTD = stream_BTD + layer.mlp(layer.post_attention_layernorm(stream_BTD)).float()
+    return stream_BTD
+
+
+class BlockDistiller:
+    """Trains one block; the streams hold its input (converted) and what the source has behind it (source).
+
+    num_windows: of all processes, the first ones, that are trained on; None: all that are fitted to
+    """
+
+    def __init__(
+        self,
+        block: Sequence[FrozenLayer],
+        weights: Sequence[MlaWeights],
+        streams: Streams,
+        head: Head | None,
+        descent: Descent,
+        num_windows: int | None = None,
+    ) -> None:
+        self._block, self._streams, self._head = block, streams, head
+        self._given = [mla.to(dtype=torch.float32) for mla in weights]
+        self.trained = [trainable(mla, streams.device) for mla in weights]
+        num_windows = num_windows or streams.num_fitted_of_all
+        self.descender = Descender(self.trained, descent, num_windows, streams.processes)
+
+    def losses(self, places: list[int], weights: Sequence[MlaWeights]) -> list[Tensor]:
+        """Of windows of this process, each the mean over its tokens."""
+        streams = self._streams
+        target_BTD = streams.source_NTD[places].to(streams.device)
+        with streams.computing():
+            stream_BTD = streams.converted_NTD[places].to(streams.device)
+            found_BTD = through(self._block, weights, stream_BTD, streams.positions(places))
+        if self._head is None:
+            return [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
+        head = self._head
+        return [
+            kl_divergence(head.norm(found_TD), head.norm(target_TD), head.weight_VD)
+            for found_TD, target_TD in zip(found_BTD, target_BTD, strict=True)
+        ]
+
+    def heldout(self) -> float:
+        """Mean loss over the held-out windows of all processes, with the weights as they are now."""
+        return self._streams.mean_heldout(lambda place: self.losses([place], self.trained)[0])
+
+    def run(self, loss_before: float, after_step: Callable[[float], None]) -> DistilledBlock:
+        """Take all steps that remain; weights that do not lower the held-out loss are not taken.
+
+        loss_before: of the weights that were given, from `heldout`
+        """
+        places = {index: place for place, index in enumerate(self._streams.indices)}
+        at_once = max(1, tokens_per_pass(self._streams.device) // self._streams.source_NTD.shape[1])
+
+        def total(here: list[int]) -> Tensor:
+            return torch.stack(self.losses(here, self.trained)).sum()
+
+        for loss in self.descender.steps(total, places, at_once):
+            after_step(loss)
+        after = self.heldout()
+        if not after < loss_before:
+            return DistilledBlock(self._given, loss_before, loss_before)
+        return DistilledBlock([detached(mla) for mla in self.trained], loss_before, after)

@@ -1,0 +1,307 @@
+"""What a conversion would do, from file headers alone: sizes, savings, needs, engines, and every refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transmla.checkpoint.hub_headers import open_on_hub
+from transmla.checkpoint.read import Source, open_source
+from transmla.checkpoint.resolve import ResolvedSource, resolve
+from transmla.checkpoint.write import SHARD_BYTES, check_destination
+from transmla.errors import RecipeError
+from transmla.families import Family, family_of, rope_parameters
+from transmla.geometry import GqaGeometry, MlaGeometry, gqa_geometry, latent_candidates, mla_geometry
+from transmla.model.source import layer_tensor_names, source_config
+from transmla.recipe import Recipe, find_recipe, load_recipe
+from transmla.targets.engines import EngineVerdict, engine_verdicts
+from transmla.targets.stock import deepseek_v3_config, expected_tensors
+from transmla.text.windows import needs_source
+
+# bits per cached value: bfloat16, and llama.cpp's q8_0 and q4_0 with their float16 scale per 32 values
+CACHE_BITS = {"bf16": 16.0, "8-bit": 8.5, "4-bit": 4.5}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Python, torch and transformers themselves
+_RUNTIME_BYTES = 400 * 2**20
+# tokenizer, configs, provenance and modeling file, generously
+_COMPANION_BYTES = 32 * 2**20
+
+# positions that calibration windows are spread over, if nothing is said
+MOST_CALIBRATION_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """One way to cache: values per token and layer, bytes per token over all layers."""
+
+    name: str
+    values_per_token: int
+    bytes_per_token: float
+
+    def total_bytes(self, context: int) -> float:
+        return self.bytes_per_token * context
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a weight is read."""
+
+    resolved: ResolvedSource
+    source: Source
+    recipe: Recipe
+    family: Family
+    gqa: GqaGeometry
+    mla: MlaGeometry
+    dtype: str
+    max_position_embeddings: int
+    cache: tuple[CacheRow, ...]
+    engines: tuple[EngineVerdict, ...]
+    disk_bytes: int
+    memory_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def calibration_context(self) -> int:
+        """Positions that calibration windows are spread over."""
+        return min(self.recipe.context or MOST_CALIBRATION_CONTEXT, self.max_position_embeddings)
+
+    @property
+    def cache_ratio(self) -> float:
+        """Cached values of the target over those of the source."""
+        return self.mla.cache_values() / self.gqa.cache_values()
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as plain numbers, for JSON."""
+        return {
+            "source": self.resolved.name,
+            "revision": self.resolved.revision,
+            "family": self.family.model_type,
+            "gqa": asdict(self.gqa),
+            "mla": asdict(self.mla),
+            "dtype": self.dtype,
+            "max_position_embeddings": self.max_position_embeddings,
+            "cache": [asdict(row) for row in self.cache],
+            "engines": [verdict.summary() for verdict in self.engines],
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes": self.memory_bytes,
+            "notes": list(self.notes),
+        }
+
+
+def plan(
+    source: str,
+    destination: str | Path | None = None,
+    *,
+    latent: int | str | None = None,
+    rope: int | None = None,
+    recipe: str | Path | None = None,
+    download: bool = False,
+    **overrides: Any,
+) -> Plan:
+    """Read the headers of `source` and say what `transmla.convert` would do; nothing is loaded or written.
+
+    source:      Hugging Face folder, .gguf file, hub id, recipe name, or "stories260k" (ships with the package)
+    destination: checked for existence and disk space when given
+    latent:      kv_lora_rank;  rope: qk_rope_head_dim;  None: see `geometry.default_sizes`; latent "auto": chosen by
+                 measured loss, planned for the largest
+    recipe:      path or name of a recipe; its values give way to the arguments
+    download:    bring the weights of a hub id into the local cache; False: read their headers where they are
+    overrides:   any other field of `transmla.recipe.Recipe`
+    Raises SourceError, UnsupportedError, GeometryError, DestinationError, RecipeError.
+    """
+    settings = _recipe(source, recipe).with_overrides(latent=latent, rope=rope, **overrides)
+    resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
+    opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path)
+    where = opened.config_where
+    family = family_of(opened.config, where)
+    gqa = gqa_geometry(opened.config, where)
+    candidates = _candidates(gqa, settings)
+    wanted = candidates[-1] if candidates else settings.latent
+    assert not isinstance(wanted, str)
+    for latent_tried in (*candidates[:1], wanted):  # heads that the smallest one allows are possible for all
+        mla = mla_geometry(gqa, latent_tried, settings.rope, settings.q_latent, settings.nope, settings.value)
+    if settings.refine == "off" and (mla.qk_nope_head_dim, mla.v_head_dim) != (gqa.head_dim, gqa.head_dim):
+        raise RecipeError(
+            "wider heads and no refinement",
+            where="--nope / --value / --refine",
+            why="only the refinement makes use of what a wider head sees",
+            remedy="leave out --nope and --value, or --refine off",
+        )
+    _check_tensors(opened, family, gqa)
+    dtype = _output_dtype(opened, family, settings.dtype)
+    context, notes = _context(opened)
+    if settings.context and settings.context > context:
+        raise RecipeError(
+            "the calibration would leave the source's context",
+            where="--context",
+            why=f"{settings.context:,} positions, and the source knows {context:,}",
+            remedy=f"give at most --context {context}",
+        )
+    if candidates:
+        notes.append(
+            f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "
+            f"perplexity stays within {settings.budget:.1%}; up to {len(candidates).bit_length()} conversions"
+        )
+    if settings.refine != "off":
+        notes.append("refinement takes as many layers at once as fit into half of the free memory")
+    if needs_source(settings.mix, settings.sampled):
+        notes.append("the source is in memory as a whole while it writes calibration text, on top of what is said here")
+    if mla.cache_values() >= gqa.cache_values():
+        notes.append(
+            f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
+        )
+    if gqa.num_key_value_heads > 1:
+        notes.append(_tensor_parallel(gqa, mla))
+    disk = _weight_bytes(opened.config, mla, dtype) + _COMPANION_BYTES + _journal_bytes(mla, settings)
+    if destination is not None:
+        check_destination(Path(destination), disk)
+    return Plan(
+        resolved=resolved,
+        source=opened,
+        recipe=settings,
+        family=family,
+        gqa=gqa,
+        mla=mla,
+        dtype=dtype,
+        max_position_embeddings=context,
+        cache=cache_rows(gqa, mla),
+        engines=engine_verdicts(_target_config(opened.config, mla, context, dtype)),
+        disk_bytes=disk,
+        memory_bytes=_memory_bytes(opened.config, gqa, settings, _weight_bytes(opened.config, mla, dtype)),
+        notes=tuple(notes),
+    )
+
+
+def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
+    """Sizes for `--latent auto`, else none; raises `RecipeError` unless latent and budget go together."""
+    if (recipe.latent == "auto") != (recipe.budget is not None):
+        raise RecipeError(
+            "latent auto and a budget belong together",
+            where="--latent / --budget",
+            why=f"latent is {recipe.latent!r}, budget {recipe.budget!r}",
+            remedy="give both, for example --latent auto --budget 2%, or a number for --latent alone",
+        )
+    return latent_candidates(gqa, recipe.rope) if recipe.latent == "auto" else ()
+
+
+def with_latent(planned: Plan, latent: int) -> Plan:
+    """The same conversion at another kv_lora_rank."""
+    recipe = planned.recipe
+    mla = mla_geometry(planned.gqa, latent, recipe.rope, recipe.q_latent, recipe.nope, recipe.value)
+    config = _target_config(planned.source.config, mla, planned.max_position_embeddings, planned.dtype)
+    return replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla), engines=engine_verdicts(config))
+
+
+def _target_config(source: Mapping[str, Any], mla: MlaGeometry, context: int, dtype: str) -> dict[str, Any]:
+    """config.json as it will be, but for rope_theta, which is chosen later."""
+    return deepseek_v3_config(source, mla, float(rope_parameters(source)["rope_theta"]), context, dtype)
+
+
+def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:
+    """The source's cache in every common form beside the target's."""
+    layers = gqa.num_hidden_layers
+
+    def row(name: str, values: int, cache: str = "bf16") -> CacheRow:
+        return CacheRow(name, values, values * layers * CACHE_BITS[cache] / 8)
+
+    own = gqa.cache_values()
+    rows = [row(f"source {gqa.kind}, bf16", own), row("source, 8-bit", own, "8-bit")]
+    rows.append(row("source, 4-bit", own, "4-bit"))
+    rows.append(row("as MHA, bf16", gqa.cache_values(gqa.num_attention_heads)))
+    rows.append(row("as MQA, bf16", gqa.cache_values(1)))
+    rows.append(row(f"MLA {mla.kv_lora_rank}+{mla.qk_rope_head_dim}, bf16", mla.cache_values()))
+    return tuple(rows)
+
+
+def checkpoint_tensors(
+    config: Mapping[str, Any], family: Family, gqa: GqaGeometry, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the source must have."""
+    vocab, hidden = int(config["vocab_size"]), gqa.hidden_size
+    expected: dict[str, tuple[int, ...]] = {family.embed_tokens: (vocab, hidden), family.norm: (hidden,)}
+    settings = source_config(config)
+    for index in range(gqa.num_hidden_layers):
+        expected |= layer_tensor_names(family, settings, index)
+    return expected if tied else expected | {family.lm_head: (vocab, hidden)}
+
+
+def _recipe(source: str, recipe: str | Path | None) -> Recipe:
+    if recipe is not None:
+        named = find_recipe(str(recipe))
+        # SRC was named as well, and is what the user means; the recipe's revision belongs to its own source
+        return replace(load_recipe(named if named is not None else Path(recipe)), source=source, revision=None)
+    named = None if Path(source).exists() else find_recipe(source)
+    return load_recipe(named) if named is not None else Recipe(source=source)
+
+
+def _check_tensors(source: Source, family: Family, gqa: GqaGeometry) -> None:
+    tied = bool(source.config.get("tie_word_embeddings")) or family.lm_head not in source.tensors
+    if tied and not source.config.get("tie_word_embeddings"):
+        source.require({family.lm_head: (int(source.config["vocab_size"]), gqa.hidden_size)})
+    source.require(checkpoint_tensors(source.config, family, gqa, tied))
+
+
+def _output_dtype(source: Source, family: Family, wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    stored = source.tensors[family.embed_tokens].dtype
+    return stored if stored in _DTYPE_BYTES else "float32"
+
+
+def _context(source: Source) -> tuple[int, list[str]]:
+    config = source.config
+    context = int(config.get("max_position_embeddings") or 2048)
+    parameters = rope_parameters(config)
+    notes = []
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", True) and 0 < window < context:
+        notes.append(
+            f"max_position_embeddings becomes {window:,}: up to there sliding and full attention are the same function"
+        )
+        context = int(window)
+    rope_type = "llama3" if source.rope_frequency_factors is not None else parameters["rope_type"]
+    if rope_type != "default":
+        notes.append(f"{rope_type} rope scaling becomes plain frequencies of a rope_theta of its own")
+    return context, notes
+
+
+def _tensor_parallel(gqa: GqaGeometry, mla: MlaGeometry) -> str:
+    ranks = min(4, gqa.num_key_value_heads)
+    return (
+        f"tensor parallel: key/value heads are split over ranks, a latent is on every rank; "
+        f"at {ranks} ranks {gqa.cache_values() // ranks} values per token and layer become {mla.cache_values()}"
+    )
+
+
+def _weight_bytes(config: Mapping[str, Any], mla: MlaGeometry, dtype: str) -> int:
+    sizes = {**config, **vars(mla)}
+    values = 0
+    for shape in expected_tensors(sizes).values():
+        values += shape[0] * (shape[1] if len(shape) > 1 else 1)
+    return values * _DTYPE_BYTES[dtype]
+
+
+def _journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
+    """Of an unfinished conversion, float32: fitted weights, then either a state of the optimiser, which is three of
+    them, and the next one while it is written, or refined weights; with `latent="auto"` the best size so far, too."""
+    copies, kept = (1, 1) if recipe.refine == "off" else (7, 2)
+    if recipe.latent == "auto":
+        copies += kept
+    return copies * 4 * mla.num_hidden_layers * mla.attention_weights
+
+
+def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, weight_bytes: int) -> int:
+    """Peak of the conversion itself, estimated: streams, head outputs, one layer, moments, attention of one group; or,
+    when all of these are gone, a shard of the result that waits for the embedding, and this twice."""
+    hidden, inner, window = gqa.hidden_size, int(config["intermediate_size"]), recipe.window
+    width = gqa.num_attention_heads * gqa.head_dim
+    streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
+    layer = (3 * hidden * inner + 2 * hidden * width + hidden * gqa.cache_values()) * 4
+    moments = 10 * hidden * hidden * 8
+    attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
+    embedding = int(config["vocab_size"]) * hidden * 4
+    fitting = streams + max(2 * layer + moments + attention, embedding)
+    writing = min(SHARD_BYTES, weight_bytes) + 2 * embedding
+    return _RUNTIME_BYTES + max(fitting, writing)

@@ -1,0 +1,240 @@
+"""The two residual streams: the source's, and the one of the model as converted so far.
+
+Legend: N windows that this process holds, T tokens per window, D hidden_size, F = H v features of all heads side by
+side.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transmla.checkpoint.destination import disk_errors
+from transmla.maths.attention import MlaWeights, gqa_attention, mla_attention
+from transmla.maths.losses import energy, stream_error
+from transmla.maths.refit import refit
+from transmla.model.source import SourceLayer
+from transmla.processes import ALONE, Processes
+
+
+@dataclass
+class Streams:
+    """Residual streams of the calibration windows, float32 on the CPU; windows move to the device one by one.
+
+    source_NTD:    what the source computes
+    converted_NTD: what the layers converted so far compute from the same tokens
+    num_heldout:   the last windows of all never enter a moment or a fit, they only measure
+    processes:     who holds which windows: this one, every size-th
+    num_windows:   of all processes together; default: those given here
+    folder:        activations go into a file there instead of memory (see `allocate`)
+    indices:       of the windows here among all
+    positions_NT:  int64, of the tokens in the windows here; default: 0..T-1
+    """
+
+    source_NTD: Tensor
+    converted_NTD: Tensor
+    num_heldout: int
+    device: torch.device
+    autocast: torch.dtype | None
+    processes: Processes = ALONE
+    num_windows: int = 0
+    folder: Path | None = None
+    indices: list[int] = field(default_factory=list)
+    positions_NT: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        if self.positions_NT.numel() and self.positions_NT.shape != self.source_NTD.shape[:2]:
+            raise ValueError(f"positions {list(self.positions_NT.shape)} of streams {list(self.source_NTD.shape)}")
+        if not self.positions_NT.numel():
+            self.positions_NT = torch.arange(self.source_NTD.shape[1]).expand(self.source_NTD.shape[:2])
+        self.num_windows = self.num_windows or len(self.source_NTD)
+        if len(self.indices) != len(self.source_NTD):  # not given; of the last windows a process may hold none
+            self.indices = self.processes.mine(self.num_windows)
+
+    @property
+    def num_fitted_of_all(self) -> int:
+        """Windows that are fitted to, in all processes together."""
+        return self.num_windows - self.num_heldout
+
+    @property
+    def num_fitted(self) -> int:
+        """Of them, how many are here: the first ones."""
+        return sum(index < self.num_fitted_of_all for index in self.indices)
+
+    def last(self, count: int) -> Streams:
+        """The last `count` windows of all processes, sharing memory with these; held-out ones are the last of them."""
+        start = self.num_windows - count
+        place = sum(index < start for index in self.indices)
+        return replace(
+            self,
+            source_NTD=self.source_NTD[place:],
+            converted_NTD=self.converted_NTD[place:],
+            num_windows=count,
+            indices=[index - start for index in self.indices[place:]],
+            positions_NT=self.positions_NT[place:],
+        )
+
+    def mean_heldout(self, loss_of: Callable[[int], Tensor]) -> float:
+        """Mean of a loss over the held-out windows of all processes; loss_of: place of a window here -> its loss."""
+        with torch.no_grad():
+            here = {
+                self.indices[place]: float(loss_of(place)) for place in range(self.num_fitted, len(self.source_NTD))
+            }
+        return _mean(list(self.processes.gather(here).values()))
+
+    def windows(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(place here, source [T, D], converted [T, D]) on the device, float32."""
+        for place in range(len(self.source_NTD)):
+            yield place, self.source_NTD[place].to(self.device), self.converted_NTD[place].to(self.device)
+
+    def positions(self, place: int | list[int]) -> Tensor:
+        """Of one window [T] or of several [B, T], on the device."""
+        return self.positions_NT[place].to(self.device)
+
+    def last_position(self) -> int:
+        """Of all windows of all processes."""
+        here = {index: int(positions_T[-1]) for index, positions_T in zip(self.indices, self.positions_NT, strict=True)}
+        return max(self.processes.gather(here).values())
+
+    def computing(self) -> torch.autocast:
+        """Context of forward passes: matmuls in the autocast dtype, streams and moments in float32."""
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+
+def allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
+    """Uninitialised float32 memory, or a file in `folder` that looks like it and vanishes with the process;
+    `DestinationError` if the disk is too small."""
+    if folder is None:
+        return torch.empty(shape)
+    with disk_errors(folder):
+        handle, name = tempfile.mkstemp(dir=folder, prefix="activations-")
+        try:
+            if hasattr(os, "posix_fallocate"):  # without its blocks, a full disk would be a bus error later
+                os.posix_fallocate(handle, 0, max(1, 4 * math.prod(shape)))
+            tensor = torch.from_file(name, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+        finally:
+            os.close(handle)
+            os.unlink(name)  # the mapping keeps it
+    return tensor
+
+
+@dataclass(frozen=True)
+class ConvertedHeads:
+    """Head outputs float32 [N, T, F] on the CPU; the largest mean square of one token's latent, and of its queries'
+    latent (0 where they have none)."""
+
+    out_NTF: Tensor
+    latent_peak: float
+    query_peak: float
+
+
+@dataclass(frozen=True)
+class StreamLoss:
+    """Squared error of the converted stream over squared size of the source's, mean over tokens."""
+
+    fitted: float
+    heldout: float
+
+
+def add_source_attention(layer: SourceLayer, streams: Streams) -> None:
+    """Source stream past the layer's attention: the target that the converted layer has to meet."""
+    for place, source_TD, _ in streams.windows():
+        with streams.computing():
+            heads_TF = gqa_attention(layer.input_layernorm(source_TD), layer.gqa, streams.positions(place))
+            out_TD = heads_TF @ layer.gqa.o_DHd.T
+        streams.source_NTD[place] += out_TD.float().cpu()
+
+
+def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> ConvertedHeads:
+    """Run the converted attention on the converted stream, without o_proj."""
+    mla = mla.to(dtype=torch.float32, device=streams.device)
+    heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.folder)
+    latents = [mla.kv_down_rD] if mla.q_down_qD is None else [mla.kv_down_rD, mla.q_down_qD]
+    peaks = [0.0, 0.0]
+    for place, _, converted_TD in streams.windows():
+        x_hat_TD = layer.input_layernorm(converted_TD)
+        with streams.computing():
+            heads_NTF[place] = mla_attention(x_hat_TD, mla, streams.positions(place)).float().cpu()
+            for number, down_kD in enumerate(latents):
+                found = float((x_hat_TD @ down_kD.T).float().square().mean(-1).max())
+                peaks[number] = max(peaks[number], found)
+    of_all = streams.processes.gather({streams.processes.rank: tuple(peaks)}).values()
+    return ConvertedHeads(heads_NTF, *(max(column) for column in zip(*of_all, strict=True)))
+
+
+def repair_output(o_DF: Tensor, heads_NTF: Tensor, streams: Streams, ridge: float) -> Tensor:
+    """o_proj refitted so that the converted stream meets the source's, tokens weighted by 1 / their energy.
+
+    Ridge regression in float64 from second moments; `add_source_attention` must have run. The weights are those of
+    the RMSNorm that reads the stream next: an error counts relative to its token.
+    """
+    features = o_DF.shape[1]
+    gram = torch.zeros(features, features, dtype=torch.float64, device=streams.device)
+    residual = torch.zeros(features, o_DF.shape[0], dtype=torch.float64, device=streams.device)
+    for place, target_TD, converted_TD in streams.windows():
+        if place >= streams.num_fitted:
+            break
+        heads_TF = heads_NTF[place].to(streams.device)
+        weighted_TF = heads_TF / energy(target_TD)[:, None]
+        error_TD = target_TD - converted_TD - heads_TF @ o_DF.T.to(heads_TF)
+        gram += (weighted_TF.T @ heads_TF).double()
+        residual += (weighted_TF.T @ error_TD).double()
+    streams.processes.sum_((gram, residual))
+    return refit(o_DF, gram, residual, ridge)
+
+
+def add_converted_attention(o_DF: Tensor, heads_NTF: Tensor, streams: Streams) -> None:
+    """Converted stream past the layer's attention."""
+    o_FD = o_DF.float().T.to(streams.device)
+    for place, _, _ in streams.windows():
+        with streams.computing():
+            out_TD = heads_NTF[place].to(streams.device) @ o_FD
+        streams.converted_NTD[place] += out_TD.float().cpu()
+
+
+def add_mlp(layer: SourceLayer, streams: Streams, only: str | None = None) -> None:
+    """Both streams past the layer's MLP; or "source" or "converted" alone."""
+    for place, source_TD, converted_TD in streams.windows():
+        both = {"source": (streams.source_NTD, source_TD), "converted": (streams.converted_NTD, converted_TD)}
+        for name, (stream_NTD, stream_TD) in both.items():
+            if only in (None, name):
+                with streams.computing():
+                    out_TD = layer.mlp(layer.post_attention_layernorm(stream_TD))
+                stream_NTD[place] += out_TD.float().cpu()
+
+
+def stream_loss(streams: Streams) -> StreamLoss:
+    """How far the converted stream is from the source's, on the windows fitted to and on the held-out ones."""
+    here = {
+        streams.indices[place]: float(stream_error(converted_TD, source_TD))
+        for place, source_TD, converted_TD in streams.windows()
+    }
+    losses = list(streams.processes.gather(here).values())
+    fitted, heldout = losses[: streams.num_fitted_of_all], losses[streams.num_fitted_of_all :]
+    return StreamLoss(_mean(fitted), _mean(heldout))
+
+
+def next_token_losses(streams: Streams, tokens_NT: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy per held-out window in nats, source and converted; head: stream [T, D] -> logits [T, V]."""
+    here: dict[int, tuple[float, ...]] = {}
+    for place, source_TD, converted_TD in streams.windows():
+        if place < streams.num_fitted:
+            continue
+        labels = tokens_NT[place, 1:].to(streams.device)
+        here[streams.indices[place]] = tuple(
+            float(torch.nn.functional.cross_entropy(head(stream_TD)[:-1].float(), labels))
+            for stream_TD in (source_TD, converted_TD)
+        )
+    losses = torch.tensor(list(streams.processes.gather(here).values()))
+    return losses[:, 0], losses[:, 1]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,1 @@
+"""`transmla report`: one page with tables and pictures of results."""

@@ -1,1 +1,0 @@
-"""Checkpoints that stock engines run: names, config and scaling of the written folder."""

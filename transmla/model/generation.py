@@ -1,0 +1,86 @@
+"""`transmla generate`: stream text from a converted model or a source, so that a person can try it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from queue import Empty
+from threading import Thread
+from typing import Any
+
+import torch
+
+from transmla.errors import TransmlaError
+from transmla.model.loading import load_any, load_tokenizer
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    chat: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece, as it is made.
+
+    model:       converted folder, or anything that `transmla.convert` takes as a source
+    temperature: 0 takes the most likely token;  top_p: nucleus to sample from;  seed: of the sampling
+    chat:        put the prompt through the model's chat template as a user's message
+    """
+    from transformers import TextIteratorStreamer
+
+    tokenizer = load_tokenizer(model)
+    loaded = load_any(model, dtype=dtype, device=device)
+    inputs = _inputs(tokenizer, prompt, chat).to(loaded.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=0.5)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    options: dict[str, Any] = sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options |= {"max_new_tokens": max_new_tokens, "streamer": streamer, "pad_token_id": tokenizer.eos_token_id}
+    failures: list[Exception] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                torch.manual_seed(seed)
+                loaded.generate(**inputs, **options)
+        except Exception as error:
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    while True:
+        try:
+            yield next(streamer)
+        except StopIteration:
+            break
+        except Empty:
+            continue
+    thread.join()
+    if failures:
+        raise TransmlaError(
+            "the model could not generate",
+            where=str(model),
+            why=f"{type(failures[0]).__name__}: {failures[0]}",
+            remedy="try a shorter prompt, fewer tokens or --dtype float32",
+        ) from failures[0]
+
+
+def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not tokenizer.chat_template:
+        raise TransmlaError(
+            "the model has no chat template",
+            where="--chat",
+            why="its tokenizer does not say how messages are written",
+            remedy="leave --chat out and write the prompt as plain text",
+        )
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )

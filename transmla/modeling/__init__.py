@@ -1,1 +1,0 @@
-"""The model class that ships inside every converted folder; importing this package loads nothing heavy."""

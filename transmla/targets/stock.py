@@ -1,0 +1,124 @@
+"""The written folder: tensor names, shapes and config.json of a dense deepseek_v3 model.
+
+What each engine insists on is listed beside the value. Everything is computed from the source's config and the
+target geometry, so it can be checked before anything is converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from transmla.geometry import MlaGeometry
+from transmla.maths.fold import EPS
+
+ARCHITECTURE = "DeepseekV3ForCausalLM"
+MODELING_FILE = "modeling_transmla.py"
+
+# carried over from the source's config as they are
+_KEPT = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+    "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def deepseek_v3_config(
+    source: Mapping[str, Any], target: MlaGeometry, theta: float, max_position_embeddings: int, dtype: str
+) -> dict[str, Any]:
+    """config.json of the converted folder; dtype is "float32", "bfloat16" or "float16"."""
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "model_type": "deepseek_v3",
+        # only used when the user asks for remote code; without it the stock class loads
+        "auto_map": {"AutoModelForCausalLM": f"modeling_transmla.{ARCHITECTURE}"},
+    }
+    config |= {key: source[key] for key in _KEPT if source.get(key) is not None}
+    config |= {
+        # vLLM and SGLang expect MHA here; the one latent is implied
+        "num_key_value_heads": target.num_attention_heads,
+        "q_lora_rank": target.q_lora_rank,
+        "kv_lora_rank": target.kv_lora_rank,
+        "qk_rope_head_dim": target.qk_rope_head_dim,
+        "qk_nope_head_dim": target.qk_nope_head_dim,
+        "qk_head_dim": target.qk_nope_head_dim + target.qk_rope_head_dim,
+        "v_head_dim": target.v_head_dim,
+        "rms_norm_eps": EPS,
+        "latent_norm_folded": True,
+        # what `transmla unfold` goes back to
+        "unfolded_rms_norm_eps": float(source.get("rms_norm_eps", EPS)),
+        "max_position_embeddings": max_position_embeddings,
+        "rope_theta": theta,
+        "rope_interleave": True,
+        # changes nothing, and steps round a wrong rotary kernel of vLLM on CPUs
+        "rope_scaling": identity_yarn(max_position_embeddings),
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        # all layers dense; an int >= 2 because vLLM adds to it and llama.cpp asserts more experts than groups
+        "first_k_dense_replace": target.num_hidden_layers,
+        "n_routed_experts": 2,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_intermediate_size": source["intermediate_size"],
+        "moe_layer_freq": 1,
+        # anything else rescales the residual stream in float16
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    return config
+
+
+def identity_yarn(max_position_embeddings: int) -> dict[str, Any]:
+    """YaRN with factor 1 and equal mscales: the plain frequencies and no attention factor."""
+    return {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": 1.0,
+        "original_max_position_embeddings": max_position_embeddings,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+
+
+def modeling_source() -> str:
+    """The text of `MODELING_FILE`, the class that ships inside every converted folder."""
+    return (resources.files("transmla.model") / MODELING_FILE).read_text("utf-8")
+
+
+def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the folder."""
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, rank, rope = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+    nope, value, q_rank = config["qk_nope_head_dim"], config["v_head_dim"], config.get("q_lora_rank")
+    queries: dict[str, tuple[int, ...]] = {"self_attn.q_proj.weight": (heads * (nope + rope), hidden)}
+    if q_rank:
+        queries = {
+            "self_attn.q_a_proj.weight": (q_rank, hidden),
+            "self_attn.q_a_layernorm.weight": (q_rank,),
+            "self_attn.q_b_proj.weight": (heads * (nope + rope), q_rank),
+        }
+    layer = queries | {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.kv_a_proj_with_mqa.weight": (rank + rope, hidden),
+        "self_attn.kv_a_layernorm.weight": (rank,),
+        "self_attn.kv_b_proj.weight": (heads * (nope + value), rank),
+        "self_attn.o_proj.weight": (hidden, heads * value),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for index in range(config["num_hidden_layers"]):
+        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return tensors | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}

@@ -1,0 +1,1 @@
+"""What both kinds of training share: losses and Adam with relative steps."""

@@ -1,0 +1,150 @@
+"""Adam on converted attention weights, windows dealt to processes, the same steps whatever their number.
+
+Legend: see transmla/maths/__init__.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.conversion.levels import Descent
+from transmla.maths.attention import MlaWeights
+from transmla.processes import Processes
+
+TRAINED = ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr", "o_DHv", "q_down_qD")
+# tokens that go forward and backward at once: more only costs memory on a CPU, and keeps a GPU busy
+TOKENS_ON_GPU, TOKENS_ELSEWHERE = 8192, 2048
+WARMUP = 0.1
+BETAS = (0.9, 0.95)
+
+
+def tokens_per_pass(device: torch.device) -> int:
+    return TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ELSEWHERE
+
+
+def trainable(mla: MlaWeights, device: torch.device) -> MlaWeights:
+    """A float32 copy on the device whose weights take gradients."""
+    moved = mla.to(dtype=torch.float32, device=device)
+    copies: dict[str, Any] = {name: leaf.detach().clone().requires_grad_() for name, leaf in _trained(moved)}
+    return replace(moved, **copies)
+
+
+def detached(mla: MlaWeights) -> MlaWeights:
+    """The weights without gradients, sharing memory."""
+    held: dict[str, Any] = {name: leaf.detach() for name, leaf in _trained(mla)}
+    return replace(mla, **held)
+
+
+def leaves(weights: Sequence[MlaWeights]) -> list[Tensor]:
+    return [leaf for mla in weights for _, leaf in _trained(mla)]
+
+
+def _trained(mla: MlaWeights) -> list[tuple[str, Tensor]]:
+    """Those that there are: only some queries have a latent."""
+    return [(name, getattr(mla, name)) for name in TRAINED if getattr(mla, name) is not None]
+
+
+class Descender:
+    """Adam with a step size relative to each matrix, warmed up and annealed; can be saved and restored."""
+
+    def __init__(self, weights: Sequence[MlaWeights], descent: Descent, num_windows: int, processes: Processes) -> None:
+        self.descent, self.processes = descent, processes
+        self.num_windows, self.batch = num_windows, min(descent.batch, num_windows)
+        self.num_steps = descent.num_steps(num_windows)
+        self.done = 0
+        # mean loss of every step so far, before the step
+        self.losses: list[float] = []
+        self._leaves = leaves(weights)
+        sizes = [float(leaf.detach().square().mean().sqrt()) for leaf in self._leaves]
+        groups = [{"params": [leaf], "lr": size} for leaf, size in zip(self._leaves, sizes, strict=True)]
+        self._adam = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, foreach=False, fused=_fused(self._leaves))
+        self._sizes = sizes
+
+    def steps(self, loss_of: Callable[[list[int]], Tensor], places: dict[int, int], at_once: int) -> Iterator[float]:
+        """Take the remaining steps; yields the mean loss of each. A loss or a gradient that is not finite is the end: a
+        step on it would leave no weight that is.
+
+        loss_of: places of windows of this process -> sum of their losses
+        places:  place here by index of the window, for the windows that this process holds
+        """
+        for indices in _batches(self.num_windows, self.batch, self.num_steps)[self.done :]:
+            here = [places[index] for index in indices if index in places]
+            total = torch.zeros((), device=self._leaves[0].device)
+            for start in range(0, len(here), at_once):
+                with torch.enable_grad():
+                    loss = loss_of(here[start : start + at_once]) / len(indices)
+                loss.backward()
+                total += loss.detach()
+            self.processes.sum_((total,))
+            if not math.isfinite(float(total)) or not self._step():
+                return
+            self.losses.append(float(total))
+            yield self.losses[-1]
+
+    def _step(self) -> bool:
+        """False: no step was taken, since a gradient is not finite."""
+        for leaf in self._leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        gradients = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
+        self.processes.sum_(gradients)
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            return False
+        rate = self.descent.rate * _annealed(self.done, self.num_steps)
+        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
+            group["lr"] = rate * size
+        self._adam.step()
+        self._adam.zero_grad()
+        self.done += 1
+        return True
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on, as tensors and plain values."""
+        tensors: dict[str, Tensor] = {}
+        for place, leaf in enumerate(self._leaves):
+            held = self._adam.state[leaf]
+            tensors |= {f"{place}.weight": leaf, f"{place}.m": held["exp_avg"], f"{place}.v": held["exp_avg_sq"]}
+        return tensors, {"done": self.done, "sizes": self._sizes, "losses": self.losses}
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Continue from a `state`."""
+        self.done, self._sizes, self.losses = int(values["done"]), list(values["sizes"]), list(values["losses"])
+        with torch.no_grad():
+            for place, leaf in enumerate(self._leaves):
+                leaf.copy_(tensors[f"{place}.weight"])
+                self._adam.state[leaf] = {
+                    "step": torch.tensor(float(self.done), device=leaf.device),
+                    "exp_avg": tensors[f"{place}.m"].to(leaf),
+                    "exp_avg_sq": tensors[f"{place}.v"].to(leaf),
+                }
+
+
+def _fused(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.device.type in ("cpu", "cuda") for tensor in tensors)
+
+
+def _annealed(step: int, num_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    warm = max(1, round(WARMUP * num_steps))
+    return min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+
+
+def _batches(num_windows: int, batch: int, num_steps: int) -> list[list[int]]:
+    """Indices of windows for each step.
+
+    Column c of the windows (index % batch) feeds place c of every batch, so that processes that hold every size-th
+    window have equal shares; the order within a column changes with each pass.
+    """
+    columns = [list(range(column, num_windows, batch)) for column in range(batch)]
+    generator = torch.Generator().manual_seed(0)
+    found: list[list[int]] = []
+    while len(found) < num_steps:
+        orders = [[column[k] for k in torch.randperm(len(column), generator=generator)] for column in columns]
+        found += [list(step) for step in zip(*orders, strict=False)]
+    return found[:num_steps]
