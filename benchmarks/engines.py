@@ -242,7 +242,7 @@ def main() -> None:
     pythons = dict(entry.split("=", 1) for entry in arguments.python)
     for folder in (arguments.out, arguments.work):
         folder.mkdir(parents=True, exist_ok=True)
-    from transmla.text.windows import read_text
+    from transmla.text.sources import read_text
 
     tokenizer = load_tokenizer(arguments.source)
     text = read_text(arguments.text, 40 * LENGTH * WINDOWS, evaluation=True)

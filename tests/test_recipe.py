@@ -8,7 +8,8 @@ import pytest
 from transmla import recipe as module
 from transmla.errors import RecipeError
 from transmla.recipe import CALIBRATION, REFINE_LEVELS, TOKENS, Healing, Recipe, find_recipe, list_recipes, load_recipe
-from transmla.text.windows import SHIPPED, parse_mix, read_text
+from transmla.text.mixes import parse_mix
+from transmla.text.sources import SHIPPED, read_text
 
 FULL = """
 source = "owner/name"

@@ -19,7 +19,7 @@ import transmla.model.loading
 from tests.families import MakeSource
 from transmla.cli import main
 from transmla.errors import DestinationError, GateError, RecipeError, SourceError, UnsupportedError
-from transmla.text.windows import read_text
+from transmla.text.sources import read_text
 from transmla.train.losses import divergence
 
 SETTINGS: dict[str, Any] = {

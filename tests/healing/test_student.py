@@ -11,8 +11,8 @@ from transmla.errors import DestinationError
 from transmla.healing.student import halve_frozen, select_trained, teach
 from transmla.healing.teacher import CachedTeacher, OnlineTeacher, record
 from transmla.healing.train import autocast
+from transmla.healing.windows import Windows, write_windows
 from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
-from transmla.text.documents import Windows, write_windows
 from transmla.text.packing import pack
 from transmla.train.losses import Objective
 

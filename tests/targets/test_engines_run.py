@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 import transmla
 from transmla.checkpoint.gguf.write import QUANTISER
 from transmla.model.loading import load_tokenizer
-from transmla.text.windows import read_text
+from transmla.text.sources import read_text
 
 pytestmark = pytest.mark.engines
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from transmla.errors import DataError
-from transmla.text.documents import Text, Windows, mixed, open_text, write_windows
+from transmla.healing.windows import Windows, write_windows
+from transmla.text.documents import Text, mixed, open_text
+from transmla.text.mixes import Part, parse_mix
 from transmla.text.packing import IGNORED, pack
-from transmla.text.windows import Part, parse_mix
 
 END = 2
 

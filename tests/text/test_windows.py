@@ -11,6 +11,7 @@ import torch
 
 from tests.families import lively_config, lively_model
 from transmla.errors import DataError
+from transmla.text.mixes import parse_mix
 from transmla.text.sampling import (
     BYTES_AT_ONCE,
     MOST_AT_ONCE,
@@ -20,15 +21,8 @@ from transmla.text.sampling import (
     sample_texts,
     texts_at_once,
 )
-from transmla.text.windows import (
-    calibration_tokens,
-    parse_mix,
-    read_text,
-    skipping_windows,
-    spread_positions,
-    windows,
-    with_sampled,
-)
+from transmla.text.sources import read_text
+from transmla.text.windows import calibration_tokens, skipping_windows, spread_positions, windows, with_sampled
 
 
 def test_shares_of_a_mix(tmp_path: Path) -> None:

@@ -24,23 +24,18 @@ from transmla.conversion.distil import BlockReport, distil_layers
 from transmla.conversion.fit import LayerReport, choose_theta, fit_layers, step_name
 from transmla.conversion.levels import LEVELS, Refinement, with_batch
 from transmla.conversion.plan import Plan, plan
-from transmla.conversion.run import Progress, Run, heldout_of
+from transmla.conversion.run import Run, heldout_of
 from transmla.conversion.search import Trial, find_latent
 from transmla.conversion.verify import Verification, Witness, verify
 from transmla.conversion.write import HeldoutNats, Measured, measure, write_companions, write_weights
 from transmla.devices import free_bytes
 from transmla.maths.closed_form import ClosedForm
 from transmla.processes import ALONE, Processes
+from transmla.progress import Progress, silent
 from transmla.targets.stock import deepseek_v3_config
+from transmla.text.mixes import needs_source, parse_mix
 from transmla.text.sampling import continue_from, sample_from
-from transmla.text.windows import (
-    CalibrationTokens,
-    calibration_tokens,
-    needs_source,
-    parse_mix,
-    shuffled,
-    with_sampled,
-)
+from transmla.text.windows import CalibrationTokens, calibration_tokens, shuffled, with_sampled
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ def convert(
     # all that can be refused has been refused before gigabytes are downloaded
     planned = plan(source, target, download=True, **settings)
     level = with_batch(refinement or LEVELS[planned.recipe.refine], planned.recipe.batch)
-    run = Run(planned, method or ClosedForm(), level, where, progress or (lambda *_: None), processes)
+    run = Run(planned, method or ClosedForm(), level, where, progress or silent, processes)
     run.block_layers = block_layers
     with torch.no_grad(), _writer(processes, target, shard_bytes) as writer:
         journal = _journal(target, _fingerprint(run), processes, restart)

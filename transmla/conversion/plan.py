@@ -18,7 +18,7 @@ from transmla.model.source import layer_tensor_names, source_config
 from transmla.recipe import Recipe, find_recipe, load_recipe
 from transmla.targets.engines import EngineVerdict, engine_verdicts
 from transmla.targets.stock import deepseek_v3_config, expected_tensors
-from transmla.text.windows import needs_source
+from transmla.text.mixes import needs_source
 
 # bits per cached value: bfloat16, and llama.cpp's q8_0 and q4_0 with their float16 scale per 32 values
 CACHE_BITS = {"bf16": 16.0, "8-bit": 8.5, "4-bit": 4.5}

@@ -5,7 +5,6 @@ Legend: N windows of this process, T tokens, D hidden_size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from transmla.devices import narrow_dtype
 from transmla.maths.closed_form import ClosedForm
 from transmla.model.source import SourceLayer, build_layer, layer_tensor_names, source_config, source_frequencies
 from transmla.processes import ALONE, Processes
+from transmla.progress import Progress, silent
 from transmla.text.windows import skipping_windows, spread_positions
 
-# (stage, done, total, remark)
-Progress = Callable[[str, int, int, str], None]
 # share of the calibration windows that only measure, and how many at most
 HELDOUT_SHARE, MAX_HELDOUT = 1 / 16, 8
 
@@ -53,7 +51,7 @@ class Run:
         self.config = source_config(source.config)
         self.frequencies = source_frequencies(self.config, self.plan.gqa, source.rope_frequency_factors)
         if not self.processes.first:
-            self.progress = lambda *_: None
+            self.progress = silent
 
     @property
     def compute(self) -> torch.dtype:

@@ -6,7 +6,6 @@ written tensors share no code, so a wrong layout, scale, name or config value ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from transmla.checkpoint.read import open_source
 from transmla.errors import VerificationError
 from transmla.maths.attention import MlaWeights, mla_attention
 from transmla.model.source import SourceLayer
+from transmla.progress import Progress
 from transmla.targets.stock import expected_tensors
 
 # Relative error of logits that the dtype of the stored weights explains, with a wide margin: measured 1e-4 (float32),
@@ -63,9 +63,7 @@ class Verification:
     num_tensors: int
 
 
-def verify(
-    folder: Path, witness: Witness, device: torch.device, progress: Callable[[str, int, int, str], None]
-) -> Verification:
+def verify(folder: Path, witness: Witness, device: torch.device, progress: Progress) -> Verification:
     """Compare the written folder with the converter; raises `VerificationError`, holds one layer at a time."""
     source = open_source(folder)
     expected = expected_tensors(source.config)

@@ -14,12 +14,13 @@ from transmla.conversion.plan import CACHE_BITS
 from transmla.devices import usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
-from transmla.evaluation.measure import Kept, Progress, Skipped, Subject, measure, window_length, windows_of
+from transmla.evaluation.measure import Kept, Skipped, Subject, measure, window_length, windows_of
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
 from transmla.evaluation.tasks import TaskResult, check_tasks, recoveries
 from transmla.model.loading import load_tokenizer
+from transmla.progress import Progress, silent
 from transmla.recipe import Recipe
 
 
@@ -131,7 +132,7 @@ def evaluate(
     if wanted.tasks:
         check_tasks(wanted.tasks, wanted.include_path or None)
     usable(device)
-    tell = progress or (lambda *_: None)
+    tell = progress or silent
     settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
     settings |= {str(name): _files(name) for name in (model, against) if name is not None}
     if gates and against is None:

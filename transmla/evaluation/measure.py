@@ -30,9 +30,9 @@ from transmla.evaluation.smoke import smoke
 from transmla.evaluation.suite import Suite
 from transmla.evaluation.tasks import needles, run_tasks
 from transmla.model.loading import is_converted, load_any, load_tokenizer
-from transmla.text.windows import CHARACTERS_PER_TOKEN, read_text
+from transmla.progress import Progress
+from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
 
-Progress = Callable[[str, int, int, str], None]
 # tokens per window when neither suite nor option says so
 DEFAULT_LENGTH = 1024
 

@@ -26,12 +26,11 @@ from transmla.devices import usable
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import cache_bytes
 from transmla.model.loading import is_converted, load, load_any
+from transmla.progress import Progress, silent
 
 PREFILL_CHUNK = 512
 # the machine's rates: sides of a square product, elements of a copied block
 PRODUCT, BLOCK = 2048, 2**26
-
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def bench(
     steps:    decoding steps per timing;  repeats: timings, after one that warms up
     stock:    also the stock transformers class of a converted folder
     """
-    tell = progress or (lambda *_: None)
+    tell = progress or silent
     where, number_format = usable(device), getattr(torch, dtype)
     models = _loaded(model, against, stock, number_format, where)
     longest = min(int(one.config.max_position_embeddings) for one in models.values())

@@ -27,6 +27,7 @@ from transmla.healing.student import halve_frozen, select_trained, teach, with_a
 from transmla.healing.train import Schedule, Trained, autocast, distil, learning_rate, schedule
 from transmla.model.loading import load, open_model
 from transmla.processes import Processes
+from transmla.progress import silent
 from transmla.recipe import Healing
 from transmla.targets.export import open_converted
 from transmla.targets.fold import unfold
@@ -83,7 +84,7 @@ def heal(
     nothing is written. A run that was interrupted leaves DESTINATION.partial, and the same call goes on from there.
     """
     started = time.monotonic()
-    tell = progress or (lambda *_: None)
+    tell = progress or silent
     parent = Path(model) if model is not None else conversion_of(recipe)
     opened = open_converted(parent)
     name = source or str(read_provenance(parent)["source"]["name"])

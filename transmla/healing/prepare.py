@@ -16,13 +16,15 @@ from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.read import Source
 from transmla.healing.student import Teacher, halve_frozen
 from transmla.healing.teacher import CachedTeacher, OnlineTeacher, Precision, record
+from transmla.healing.windows import Windows, write_windows
 from transmla.model.loading import load_source
 from transmla.processes import Processes
+from transmla.progress import Progress
 from transmla.recipe import Healing
-from transmla.text.documents import SELF, Progress, Windows, mixed, open_text, write_windows
+from transmla.text.documents import mixed, open_text
+from transmla.text.mixes import SELF, Part, parse_mix
 from transmla.text.packing import pack
 from transmla.text.sampling import TEXT_LENGTH, sample_texts
-from transmla.text.windows import Part, parse_mix
 
 # predictions that are kept of each token if the recipe does not say
 CACHED_TOP_K = 64

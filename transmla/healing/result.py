@@ -20,9 +20,9 @@ from transmla.healing.student import with_adapters
 from transmla.healing.train import Trained
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedForCausalLM
+from transmla.progress import Progress
 from transmla.recipe import Healing
 from transmla.targets.fold import fold_into, open_unfolded
-from transmla.text.documents import Progress
 
 
 def write_healed(

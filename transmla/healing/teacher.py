@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
-from transmla.text.documents import Progress, Windows
+from transmla.healing.windows import Windows
+from transmla.progress import Progress
 from transmla.train.losses import TopK, token_nats, tokens_at_once, top_k
 
 Precision = Callable[[], AbstractContextManager[Any]]

@@ -28,9 +28,10 @@ from transformers import (
 )
 
 from transmla.healing.curves import METRICS
+from transmla.healing.windows import Windows
 from transmla.processes import Processes
+from transmla.progress import Progress
 from transmla.recipe import Healing
-from transmla.text.documents import Progress, Windows
 from transmla.train.adam import LEAST_OF_ADAPTERS, RelativeAdam
 
 # largest step of Adam relative to the size of each row, by trained parameters, up to so many: benchmarks/heal.md

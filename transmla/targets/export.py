@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.errors import GeometryError, UnsupportedError
 from transmla.geometry import GPU_KERNELS
 from transmla.maths.pad import Widths, pad_attention
+from transmla.progress import Progress, silent
 from transmla.targets.engines import widths_of
 from transmla.targets.gguf import ARCHITECTURE, gguf_settings, gguf_tensors
 from transmla.targets.stock import MODELING_FILE, expected_tensors
 
-Progress = Callable[[str, int, int, str], None]
 TARGETS = ("gguf", "vllm")
 
 
@@ -75,7 +74,7 @@ def export(
             remedy="choose one of them",
         )
     source, target = open_converted(Path(model)), Path(out)
-    update = progress or (lambda *_: None)
+    update = progress or silent
     return _to_gguf(source, target, type, update) if to == "gguf" else _to_vllm(source, target, size, update)
 
 

@@ -24,11 +24,12 @@ from transmla.errors import UnsupportedError, VerificationError
 from transmla.maths.fold import EPS, fold_layer, latent_scale, residual_scale, unfold_layer
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
+from transmla.progress import Progress, silent
 from transmla.targets.export import open_converted
 from transmla.targets.stock import ARCHITECTURE, MODELING_FILE, expected_tensors, modeling_source
-from transmla.text.windows import CHARACTERS_PER_TOKEN, read_text, windows
+from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
+from transmla.text.windows import windows
 
-Progress = Callable[[str, int, int, str], None]
 NUM_WINDOWS, WINDOW = 4, 512
 # config keys that differ between the two forms, in the folded one
 _FOLDED = {
@@ -64,7 +65,7 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
         return unfold_layer(tensors, config["kv_lora_rank"], residual)
 
     with _writer(source, Path(out)) as writer:
-        _write(source, writer, made, dtype, layer, 1 / residual, progress or (lambda *_: None))
+        _write(source, writer, made, dtype, layer, 1 / residual, progress or silent)
         writer.commit()
     return Path(out)
 
@@ -85,7 +86,7 @@ def fold(
     """
     source = open_unfolded(Path(model))
     with _writer(source, Path(out)) as writer:
-        fold_into(writer, source, text=text, dtype=dtype, device=device, progress=progress or (lambda *_: None))
+        fold_into(writer, source, text=text, dtype=dtype, device=device, progress=progress or silent)
         writer.commit()
     return Path(out)
 

@@ -1,15 +1,4 @@
-"""Calibration text -> windows of token ids. Many kinds of text, one result.
-
-    self             sampled from the source model itself (needs the whole source in memory)
-    wikitext         an excerpt of WikiText-2 train that ships with the package
-    synthetic        what a small model answers to requests of many kinds, ships too: stories, code, letters, lists.
-                     Beside wikitext it keeps a conversion from forgetting all that is not an encyclopedia
-    continued        how the same model goes on where pieces of WikiText-2 train stop, without these; ships too
-    code             modules of Python's standard library, ships too
-    wikitext-valid, tinystories-valid   ship, too, but only to be evaluated on
-    FILE             .txt as it is; .jsonl, .json, .parquet, .csv by their `text` column
-    DATASET          hub id, optionally OWNER/NAME:CONFIG, its train split, streamed
-    A:3+B            several of these, three tokens of A for one of B
+"""Calibration text -> windows of token ids.
 
 Legend: N windows, T tokens per window.
 """
@@ -17,27 +6,15 @@ Legend: N windows, T tokens per window.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transmla.errors import DataError
-
-TEXT_COLUMN = "text"
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-# name -> file in transmla/data; validation texts are kept out of calibration
-SHIPPED = {
-    "wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt", "continued": "continued.txt",
-    "code": "code.txt",
-}  # fmt: skip
-SHIPPED_VALIDATION = {"wikitext-valid": "wikitext2-valid-excerpt.txt", "tinystories-valid": "tinystories-valid.txt"}
-# characters read per token asked for: enough for any language and tokenizer worth calibrating with
-CHARACTERS_PER_TOKEN = 12
+from transmla.text.mixes import SELF, parse_mix
+from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
 
 
 @dataclass(frozen=True)
@@ -47,68 +24,6 @@ class CalibrationTokens:
     ids_NT: Tensor
     name: str
     digest: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """One text of a mix and how often it is drawn from."""
-
-    name: str
-    weight: float = 1.0
-
-
-def parse_mix(text: str, where: str) -> tuple[Part, ...]:
-    """ "A:3+B" -> parts; a weight is what stands behind the last colon, if that is a number; a dataset whose
-    configuration is a number needs one: OWNER/NAME:2023:1.
-
-    where: the option that it was given to, for the `DataError` about what is no mix
-    """
-    parts = []
-    # a file may have a plus in its path
-    for word in [text] if os.path.isfile(os.path.expanduser(text)) else text.split("+"):
-        name, colon, weight = word.rpartition(":")
-        parts.append(Part(name, float(weight)) if colon and _is_number(weight) else Part(word))
-    if any(not 0 < part.weight < float("inf") or not part.name for part in parts):
-        raise DataError(
-            f"{text!r} is no mix of texts",
-            where=where,
-            why="every part has a name and a positive weight",
-            remedy="write A+B or A:3+B:1",
-        )
-    return tuple(parts)
-
-
-def needs_source(mix: str, sampled: int) -> bool:
-    """Whether the source itself has to write calibration text, for which all of it is in memory."""
-    return sampled > 0 or any(part.name == "self" for part in parse_mix(mix, "--calibration"))
-
-
-def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> str:
-    """Text of a file, a dataset or a shipped excerpt, at most `max_characters`; raises `DataError`.
-
-    evaluation: the text is only measured on, so the shipped validation texts may be read
-    """
-    path = Path(name).expanduser()
-    if name in SHIPPED_VALIDATION and not evaluation:
-        raise DataError(
-            f"{name} is a validation text",
-            where=name,
-            why="what a model was calibrated on cannot be used to measure it",
-            remedy="calibrate with another text, for example wikitext or self",
-        )
-    if shipped := (SHIPPED | SHIPPED_VALIDATION).get(name):
-        return (resources.files("transmla.data") / shipped).read_text("utf-8")[:max_characters]
-    if path.is_file() and path.suffix.lower() not in TABLES:
-        return _read_plain(path, max_characters)
-    if path.is_file() or ("/" in name and not path.is_dir()):
-        return _read_table(name, path, max_characters)
-    known = SHIPPED | SHIPPED_VALIDATION if evaluation else ("self", *SHIPPED)
-    raise DataError(
-        f"no text {name!r}",
-        where=name,
-        why=f"it is neither a file, nor a dataset id (owner/name), nor one of: {', '.join(known)}",
-        remedy="pass a file (.txt, .jsonl, .parquet, .csv), a dataset id or one of these names",
-    )
 
 
 def windows(
@@ -156,7 +71,7 @@ def calibration_tokens(
             name,
         )
     name = parts[0].name
-    if name == "self":
+    if name == SELF:
         ids_NT = sampler(max(2, num_tokens // window), window)
         return _named(ids_NT, name)
     text = read_text(name, max(num_tokens, 2 * window) * CHARACTERS_PER_TOKEN)
@@ -220,51 +135,3 @@ def with_sampled(text: CalibrationTokens, sampled_NT: Tensor, num_heldout: int) 
     fitted, heldout = text.ids_NT[:-num_heldout], text.ids_NT[-num_heldout:]
     mixed = _mixed([_named(fitted, text.name), _named(sampled_NT, f"{sampled_NT.numel():,} sampled tokens")])
     return _named(torch.cat([mixed.ids_NT, heldout]), mixed.name)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_plain(path: Path, max_characters: int) -> str:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(max_characters)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "cannot read the text file",
-            where=str(path),
-            why=str(error),
-            remedy="pass a readable UTF-8 text file",
-        ) from error
-
-
-def _read_table(name: str, path: Path, max_characters: int) -> str:
-    import datasets
-
-    try:
-        if path.is_file():
-            rows = datasets.load_dataset(
-                TABLES[path.suffix.lower()], data_files=str(path), split="train", streaming=True
-            )
-        else:
-            dataset, _, config = name.partition(":")
-            rows = datasets.load_dataset(dataset, config or None, split="train", streaming=True)
-        texts, length = [], 0
-        for row in rows:
-            texts.append(row[TEXT_COLUMN])
-            length += len(texts[-1]) + 2
-            if length > max_characters:
-                break
-    except Exception as error:  # datasets raises whatever its readers raise
-        raise DataError(
-            f"cannot read the dataset {name}",
-            where=name,
-            why=f"{type(error).__name__}: {error}",
-            remedy=f"check the name, the connection and that it has a `{TEXT_COLUMN}` column and a train split",
-        ) from error
-    return "\n\n".join(texts)[:max_characters]

@@ -1,0 +1,121 @@
+"""Where text comes from: what ships with the package, files, tables and datasets.
+
+wikitext         an excerpt of WikiText-2 train
+synthetic        what a small model answers to requests of many kinds: stories, code, letters, lists. Beside wikitext
+                 it keeps a conversion from forgetting all that is not an encyclopedia
+continued        how the same model continues pieces of WikiText-2 train, without these pieces
+code             modules of Python's standard library
+wikitext-valid, tinystories-valid   for evaluation only
+FILE             .txt as it is; .jsonl, .json, .parquet, .csv row by row
+DATASET          hub id, optionally OWNER/NAME:CONFIG; its train split, streamed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from transmla.errors import DataError
+
+TEXT_COLUMN = "text"
+# suffix of a table -> its format, as `datasets` calls it
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# name -> file in transmla/data
+SHIPPED = {
+    "wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt", "continued": "continued.txt",
+    "code": "code.txt",
+}  # fmt: skip
+SHIPPED_VALIDATION = {"wikitext-valid": "wikitext2-valid-excerpt.txt", "tinystories-valid": "tinystories-valid.txt"}
+# characters read per token asked for: enough for any language and tokenizer worth calibrating with
+CHARACTERS_PER_TOKEN = 12
+
+
+def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> str:
+    """Text of a file, a dataset or a shipped excerpt, at most `max_characters`; raises `DataError`.
+
+    evaluation: the text is only measured on, so the shipped validation texts may be read
+    """
+    path = Path(name).expanduser()
+    if name in SHIPPED_VALIDATION and not evaluation:
+        raise DataError(
+            f"{name} is a validation text",
+            where=name,
+            why="what a model was calibrated on cannot be used to measure it",
+            remedy="calibrate with another text, for example wikitext or self",
+        )
+    if shipped := (SHIPPED | SHIPPED_VALIDATION).get(name):
+        return (resources.files("transmla.data") / shipped).read_text("utf-8")[:max_characters]
+    if path.is_file() and path.suffix.lower() not in TABLES:
+        return _read_plain(path, max_characters)
+    if path.is_file() or ("/" in name and not path.is_dir()):
+        return _read_column(name, max_characters)
+    known = SHIPPED | SHIPPED_VALIDATION if evaluation else ("self", *SHIPPED)
+    raise DataError(
+        f"no text {name!r}",
+        where=name,
+        why=f"it is neither a file, nor a dataset id (owner/name), nor one of: {', '.join(known)}",
+        remedy="pass a file (.txt, .jsonl, .parquet, .csv), a dataset id or one of these names",
+    )
+
+
+def is_table(name: str) -> bool:
+    """Whether `name` is read row by row: a table file, or anything that looks like a dataset id."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path.suffix.lower() in TABLES
+    return "/" in name
+
+
+def rows(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table file, or of the train split of a dataset, streamed; raises `DataError`."""
+    import datasets
+
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            kind = TABLES[path.suffix.lower()]
+            found = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        else:
+            dataset, _, config = name.partition(":")
+            found = datasets.load_dataset(dataset, config or None, split="train", streaming=True)
+        yield from found
+    except Exception as error:  # datasets raises whatever its readers raise
+        raise DataError(
+            f"cannot read the dataset {name}",
+            where=name,
+            why=f"{type(error).__name__}: {error}",
+            remedy="check the name, the connection and that it has a train split; files are .txt, .jsonl, .parquet or "
+            ".csv",
+        ) from error
+
+
+def _read_column(name: str, max_characters: int) -> str:
+    texts, length = [], 0
+    for row in rows(name):
+        if not isinstance(row.get(TEXT_COLUMN), str):
+            raise DataError(
+                f"cannot read the dataset {name}",
+                where=name,
+                why=f"it has no column `{TEXT_COLUMN}` of strings, but: {', '.join(sorted(row))}",
+                remedy=f"use data with a `{TEXT_COLUMN}` column",
+            )
+        texts.append(row[TEXT_COLUMN])
+        length += len(texts[-1]) + 2
+        if length > max_characters:
+            break
+    return "\n\n".join(texts)[:max_characters]
+
+
+def _read_plain(path: Path, max_characters: int) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(max_characters)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "cannot read the text file",
+            where=str(path),
+            why=str(error),
+            remedy="pass a readable UTF-8 text file",
+        ) from error
