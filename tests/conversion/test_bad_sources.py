@@ -1,4 +1,4 @@
-"""What cannot be converted is refused before or during the work, in words, and nothing is left behind."""
+"""Sources that cannot be converted are refused before or during the work, in words, and nothing is left behind."""
 
 import json
 import pickle
@@ -11,14 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conversion.made import check
 from tests.families import MakeSource
 from transmla.conversion.flow import convert
 from transmla.conversion.plan import plan
 from transmla.errors import (
-    DataError,
-    DestinationError,
-    GeometryError,
-    RecipeError,
     SourceError,
     TransmlaError,
     UnsupportedError,
@@ -77,7 +74,6 @@ def as_pickle(folder: Path) -> None:
 
 
 K_PROJ, UP_PROJ = "model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.up_proj.weight"
-
 # name: (what was done to a good folder, error, where, words of the message)
 SOURCES: dict[str, tuple[Change, type[TransmlaError], str, tuple[str, ...]]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), SourceError, "", ("model.safetensors",)),
@@ -173,12 +169,6 @@ def broken(lively: MakeSource, tmp_path: Path) -> Callable[[Change], Path]:
     return make
 
 
-def check(error: TransmlaError, where: str, words: tuple[str, ...]) -> None:
-    assert all((error.what, error.where, error.why, error.remedy))
-    assert where in error.where, error.where
-    assert all(word in str(error) for word in words), str(error)
-
-
 @pytest.mark.parametrize("name", SOURCES)
 def test_sources_that_plan_refuses(broken: Callable[[Change], Path], name: str) -> None:
     change, kind, where, words = SOURCES[name]
@@ -206,59 +196,6 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         plan(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("settings", "kind", "words"),
-    [
-        ({"latent": 0}, GeometryError, ("nearest", "--latent 1")),
-        ({"latent": 49}, GeometryError, ("nearest", "--latent 48", "hidden_size 48")),
-        ({"rope": 7}, GeometryError, ("nearest", "--rope 6")),
-        ({"rope": 14}, GeometryError, ("nearest", "--rope 12", "6 pairs per head")),
-        ({"latnet": 16}, RecipeError, ("'latnet'", "did you mean 'latent'?")),
-        ({"dtype": "int8"}, RecipeError, ("'int8'", "bfloat16")),
-        ({"theta": -1.0}, RecipeError, ("theta", "positive")),
-        ({"window": 0}, RecipeError, ("window", "positive")),
-        ({"context": 257}, RecipeError, ("257 positions", "--context 256")),
-        ({"recipe": "no-such-recipe"}, RecipeError, ("no-such-recipe",)),
-    ],
-    ids=str,
-)
-def test_settings_that_plan_refuses(
-    lively: MakeSource, settings: dict[str, Any], kind: type[TransmlaError], words: tuple[str, ...]
-) -> None:
-    with pytest.raises(kind) as caught:
-        plan(str(lively()), **settings)
-    check(caught.value, "", words)
-    assert caught.value.exit_code == {GeometryError: 6, RecipeError: 10}[kind]
-
-
-def test_unknown_key_of_a_recipe_file(lively: MakeSource, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.toml"
-    recipe.write_text("ropes = 4\n", encoding="utf-8")
-    with pytest.raises(RecipeError) as caught:
-        plan(str(lively()), recipe=recipe)
-    check(caught.value, str(recipe), ("'ropes'", "did you mean 'rope'?"))
-
-
-def test_existing_destination(lively: MakeSource, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("", encoding="utf-8")
-    for attempt in (plan, convert):
-        with pytest.raises(DestinationError) as caught:
-            attempt(str(lively()), out)
-        check(caught.value, str(out), ("exists already", "nothing is ever overwritten"))
-        assert caught.value.exit_code == 8
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
-
-
-def test_disk_too_small(lively: MakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
-    with pytest.raises(DestinationError) as caught:
-        convert(str(lively()), tmp_path / "out")
-    check(caught.value, str(tmp_path / "out"), ("disk is too small", "GiB are needed", "free some space"))
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [K_PROJ, UP_PROJ, "lm_head.weight"])
 def test_weights_that_are_not_finite(
@@ -271,20 +208,6 @@ def test_weights_that_are_not_finite(
         convert(str(folder), tmp_path / "out", calibration=str(text_file), tokens=512, window=64)
     check(caught.value, name, ("NaN or infinity", "model.safetensors"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-
-
-def test_text_too_short(lively: MakeSource, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("Once upon a time.", encoding="utf-8")
-    with pytest.raises(DataError) as caught:
-        convert(str(lively()), tmp_path / "out", calibration=str(tmp_path / "short.txt"), window=64)
-    check(caught.value, "short.txt", ("too short", "two windows of 64 tokens", "longer text"))
-    assert caught.value.exit_code == 7
-    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
-
-
-def test_no_such_text(lively: MakeSource, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="neither a file"):
-        convert(str(lively()), tmp_path / "out", calibration="nothing")
 
 
 def test_no_tokenizer(broken: Callable[[Change], Path], tmp_path: Path) -> None:
