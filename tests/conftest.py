@@ -10,8 +10,30 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 from tests.families import MakeSource, lively_source
+
+# TRANSMLA_TEST_NARROW=0: as on CPUs that do not multiply bfloat16; 1: as on those that do, if need be emulated
+if (narrow := os.environ.get("TRANSMLA_TEST_NARROW")) is not None:
+    torch.cpu._is_avx512_bf16_supported = lambda: narrow == "1"
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that there is. What a test compares with is computed in float64 on the CPU."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
