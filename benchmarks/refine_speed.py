@@ -18,11 +18,11 @@ import torch
 
 import transmla
 from transmla.conversion.block import BlockDistiller
+from transmla.conversion.descent import tokens_per_pass
 from transmla.conversion.levels import LEVELS, Descent
 from transmla.conversion.run import Run
 from transmla.maths.attention import MlaWeights, inverse_frequencies
 from transmla.maths.closed_form import ClosedForm
-from transmla.train.descent import tokens_per_pass
 
 
 def random_weights(run: Run) -> MlaWeights:

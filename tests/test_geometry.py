@@ -105,17 +105,6 @@ def test_latent_is_bounded_by_keys_and_values_and_by_hidden_size() -> None:
         mla_geometry(STORIES_260K, 65, 8)
 
 
-def test_heads_see_at_most_the_latent() -> None:
-    target = mla_geometry(STORIES_260K, 24, 8, nope=24, value=16)
-    assert (target.qk_nope_head_dim, target.v_head_dim, target.cache_values()) == (24, 16, 32)
-    for given, option in (({"nope": 25}, "--nope 24"), ({"value": 7}, "--value 8")):
-        with pytest.raises(GeometryError) as caught:
-            mla_geometry(STORIES_260K, 24, 8, **given)
-        assert option in caught.value.remedy
-    # a latent smaller than a head leaves heads as they are
-    assert mla_geometry(STORIES_260K, 4, 8, nope=8).qk_nope_head_dim == 8
-
-
 def test_geometry_of_a_config() -> None:
     assert gqa_geometry(CONFIG, "config.json") == GqaGeometry(2, 48, 6, 2, 12)
     # older configs: no head_dim; MHA: no num_key_value_heads

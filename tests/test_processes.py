@@ -28,7 +28,7 @@ from transmla.conversion.flow import convert
 from transmla.conversion.levels import Descent, Refinement
 torch.set_num_threads(1)
 run.narrow_dtype = lambda device: None  # rounding to bfloat16 would hide what is tested
-refinement = Refinement(Descent(2.0, 2, 3e-3), Descent(4.0, 2, 3e-3), closed_form_tokens=640)
+refinement = Refinement(Descent(4.0, 2, 3e-3), closed_form_tokens=640)
 report = convert(
     sys.argv[1], sys.argv[2], latent=12, rope=8, theta=10000.0, calibration=sys.argv[3], tokens=1024, window=64,
     refinement=refinement, block_layers=int(sys.argv[4]), restart=sys.argv[5] == "restart",

@@ -130,16 +130,13 @@ def mla_geometry(
     latent: int | None,
     rope: int | None,
     q_latent: int | None = None,
-    nope: int | None = None,
-    value: int | None = None,
 ) -> MlaGeometry:
     """The target geometry, or a `GeometryError` that names the nearest possible size.
 
     latent: kv_lora_rank, 1 .. min(2 * num_key_value_heads * head_dim, hidden_size)
     rope:   qk_rope_head_dim, even, 2 .. head_dim
     q_latent: q_lora_rank, 1 .. hidden_size; None: queries without a latent
-    nope, value: qk_nope_head_dim and v_head_dim, head_dim .. latent: a head can see no more of the latent than its rank
-    The first two may be None: `default_sizes`; the last two: head_dim.
+    The first two may be None: `default_sizes`.
     """
     if latent is None or rope is None:
         latent, rope = _complete(source, latent, rope)
@@ -165,22 +162,14 @@ def mla_geometry(
             f"--q-latent {min(max(q_latent, 1), source.hidden_size)}",
             "--q-latent",
         )
-    for size, name, option in ((nope, "qk_nope_head_dim", "--nope"), (value, "v_head_dim", "--value")):
-        if size is not None and not source.head_dim <= size <= max(source.head_dim, latent):
-            raise _impossible(
-                f"{name} {size} is impossible",
-                f"heads have {source.head_dim} values in the source, and can see at most the {latent} of the latent",
-                f"{option} {min(max(size, source.head_dim), max(source.head_dim, latent))}",
-                option,
-            )
     return MlaGeometry(
         num_hidden_layers=source.num_hidden_layers,
         hidden_size=source.hidden_size,
         num_attention_heads=source.num_attention_heads,
         kv_lora_rank=latent,
         qk_rope_head_dim=rope,
-        qk_nope_head_dim=nope or source.head_dim,
-        v_head_dim=value or source.head_dim,
+        qk_nope_head_dim=source.head_dim,
+        v_head_dim=source.head_dim,
         q_lora_rank=q_latent,
     )
 

@@ -79,8 +79,6 @@ class Recipe:
     budget: float | None = None  # perplexity increase that "auto" may cost, 0.02 is 2 %
     rope: int | None = None  # qk_rope_head_dim
     q_latent: int | None = None  # q_lora_rank; None: queries without a latent
-    nope: int | None = None  # qk_nope_head_dim; None: the source's head_dim
-    value: int | None = None  # v_head_dim; None: the source's head_dim
     refine: str = "fast"  # how much gradient refinement: off, fast, full
     batch: int | None = None  # windows per step of it; None: the level's
     theta: float | str = "auto"  # rope_theta of the target

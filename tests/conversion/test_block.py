@@ -74,7 +74,7 @@ def test_only_the_first_windows_are_trained_on(fitted: Any) -> None:
     seen: list[int] = []
 
     class Watched(BlockDistiller):
-        def losses(self, places: list[int], weights: Any) -> list[torch.Tensor]:
+        def losses(self, places: list[int], weights: Any) -> tuple[torch.Tensor, torch.Tensor]:
             seen.extend(places)
             return super().losses(places, weights)
 

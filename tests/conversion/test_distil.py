@@ -50,7 +50,7 @@ def test_windows_that_the_closed_form_has_not_seen(
     closed_form_tokens: int | None, distil_unseen: bool, found: int
 ) -> None:
     """They come first, and they are enough if they are twice those that it has seen, or else as many as that."""
-    refinement = Refinement(None, Descent(1.0, 1, 1e-3), closed_form_tokens, distil_unseen)
+    refinement = Refinement(Descent(1.0, 1, 1e-3), closed_form_tokens, distil_unseen)
     streams: Any = SimpleNamespace(
         num_windows=20, num_heldout=2, num_fitted_of_all=18, source_NTD=torch.empty(20, 10, 1)
     )
@@ -59,7 +59,7 @@ def test_windows_that_the_closed_form_has_not_seen(
 
 
 def test_more_text_is_never_less_training() -> None:
-    run: Any = SimpleNamespace(refinement=Refinement(None, Descent(1.0, 1, 1e-3), 80, True))
+    run: Any = SimpleNamespace(refinement=Refinement(Descent(1.0, 1, 1e-3), 80, True))
     counts = []
     for windows in range(3, 60):
         streams = SimpleNamespace(
@@ -75,7 +75,7 @@ def test_layers_that_fit_count_the_windows_of_a_step(monkeypatch: pytest.MonkeyP
     streams: Any = SimpleNamespace(source_NTD=torch.empty(2, 64, 1))
 
     def found(batch: int) -> int:
-        refinement = Refinement(None, Descent(1.0, batch, 1e-3))
+        refinement = Refinement(Descent(1.0, batch, 1e-3))
         run: Any = SimpleNamespace(
             plan=plan("stories260k"), refinement=refinement, device=torch.device("cpu"), compute=torch.float32
         )

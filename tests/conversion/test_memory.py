@@ -12,8 +12,10 @@ import torch
 from tests.conversion.made import QUICK, Convert, digest, weights
 from tests.families import THETA, MakeSource
 from transmla.checkpoint.read import Source
+from transmla.conversion import block
 from transmla.conversion import run as run_module
 from transmla.errors import DestinationError
+from transmla.model import source as source_module
 
 
 class LiveBytes:
@@ -26,11 +28,12 @@ class LiveBytes:
 
         def counted(source: Source, name: str, **kwargs: Any) -> torch.Tensor:
             # a tensor's memory dies with the array that lends it, whoever made views of it
-            array = read(source, name, **kwargs).numpy().copy()
+            tensor = read(source, name, **kwargs)
+            array = tensor.view(torch.uint8).numpy().copy()
             kind = "layer" if ".layers." in name else "other"
             self._add(kind, array.nbytes)
             weakref.finalize(array, self._add, kind, -array.nbytes)
-            return torch.from_numpy(array)
+            return torch.from_numpy(array).view(tensor.dtype)
 
         monkeypatch.setattr(Source, "read", counted)
 
@@ -57,29 +60,29 @@ def test_one_layer_in_memory(lively: MakeSource, run: Convert, monkeypatch: pyte
 
 def test_holding_on_to_layers_would_show(lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
     source = lively(layers=8)
-    live, kept, build = LiveBytes(monkeypatch), [], run_module.build_layer
+    live, kept, build = LiveBytes(monkeypatch), [], source_module.build_layer
 
     def keep(*args: Any) -> Any:
         kept.append(build(*args))
         return kept[-1]
 
-    monkeypatch.setattr(run_module, "build_layer", keep)
+    monkeypatch.setattr(source_module, "build_layer", keep)
     run(source, theta=THETA)
     assert live.peak["layer"] >= 8 * layer_bytes(source)
 
 
 def test_blocks_bound_the_memory(lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight layers never more than a block of two."""
-    alive, peaks, read = [0], [0], run_module.Run.frozen_layer
+    alive, peaks, made = [0], [0], block.FrozenLayer.of
 
-    def counted(run: Any, index: int) -> Any:
-        layer = read(run, index)
+    def counted(layer: Any, dtype: Any) -> Any:
+        layer = made(layer, dtype)
         alive[0] += 1
         peaks[-1] = max(peaks[-1], alive[0])
         weakref.finalize(layer, lambda: alive.__setitem__(0, alive[0] - 1))
         return layer
 
-    monkeypatch.setattr(run_module.Run, "frozen_layer", counted)
+    monkeypatch.setattr(block.FrozenLayer, "of", counted)
     run(lively(layers=8), refine="fast", refinement=QUICK, block_layers=2)
     peaks.append(0)
     run(lively(layers=8), "whole", refine="fast", refinement=QUICK)

@@ -34,7 +34,7 @@ def test_windows_of_a_step(lively: MakeSource, run: Convert) -> None:
 def test_a_refinement_that_is_no_gain_is_said_to_be_none(
     lively: MakeSource, run: Convert, descent: Descent, end: str
 ) -> None:
-    report = run(lively(), theta=THETA, refine="fast", refinement=Refinement(None, descent))
+    report = run(lively(), theta=THETA, refine="fast", refinement=Refinement(descent))
     written = io.StringIO()
     show_conversion(report, 0, Console(file=written, width=200))
     assert end in written.getvalue() and "not taken: no better than before" in written.getvalue()
@@ -70,7 +70,7 @@ def test_the_distilled_loss_is_that_of_the_written_model(
 
 def test_refinement_is_worth_it(lively: MakeSource, run: Convert) -> None:
     nats = {}
-    for name, refinement in (("off", Refinement(None, None)), ("on", QUICK)):
+    for name, refinement in (("off", Refinement(None)), ("on", QUICK)):
         heldout = run(lively(), name, tokens=2048, latent=12, rope=8, refinement=refinement).heldout
         nats[name] = heldout.converted - heldout.source
     assert nats["on"] < 0.8 * nats["off"]

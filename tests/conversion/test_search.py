@@ -1,28 +1,21 @@
 """`--latent auto`: the smallest size within the budget, found with few conversions."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from transmla.conversion.flow import convert
-from transmla.conversion.levels import LEVELS
+from transmla.conversion.measure import HeldoutNats
 from transmla.conversion.plan import plan
-from transmla.conversion.run import Run
 from transmla.conversion.search import find_latent
-from transmla.conversion.write import HeldoutNats
 from transmla.errors import GateError, RecipeError
 from transmla.geometry import latent_candidates
-from transmla.maths.closed_form import ClosedForm
+from transmla.progress import silent
 
-
-def run_with(budget: float) -> Run:
-    import torch
-
-    planned = plan("stories260k", latent="auto", budget=budget)
-    return Run(planned, ClosedForm(), LEVELS["off"], torch.device("cpu"), lambda *_: None)
+SIZES = latent_candidates(plan("stories260k", latent="auto", budget=0.1).gqa, None)
 
 
 @dataclass
@@ -31,29 +24,23 @@ class Falling:
 
     asked: int = 0
 
-    def __call__(self, candidate: Run) -> HeldoutNats:
+    def __call__(self, latent: int) -> HeldoutNats:
         self.asked += 1
-        return HeldoutNats(1.0, 1.0 + 1.0 / candidate.plan.mla.kv_lora_rank, 4)
+        return HeldoutNats(1.0, 1.0 + 1.0 / latent, 4)
 
 
 @pytest.mark.parametrize("budget", [0.03, 0.05, 0.1, 0.5])
 def test_it_is_the_smallest_within_the_budget(budget: float) -> None:
     fit, forgotten = Falling(), []
-    run, tried = find_latent(run_with(budget), fit, lambda one: forgotten.append(one.plan.mla.kv_lora_rank))
-    assert sorted([*forgotten, run.plan.mla.kv_lora_rank]) == sorted(trial.kv_lora_rank for trial in tried)
-    sizes = latent_candidates(run.plan.gqa, run.plan.recipe.rope)
-    expected = next(size for size in sizes if fit(replace_latent(run, size)).converted - 1 <= math.log1p(budget))
-    assert run.plan.mla.kv_lora_rank == expected
-    assert len(tried) <= len(sizes).bit_length()
-
-
-def replace_latent(run: Run, size: int) -> Run:
-    return replace(run, plan=replace(run.plan, mla=replace(run.plan.mla, kv_lora_rank=size)))
+    latent, tried = find_latent(SIZES, budget, fit, forgotten.append, silent)
+    assert sorted([*forgotten, latent]) == sorted(trial.kv_lora_rank for trial in tried)
+    assert latent == next(size for size in SIZES if fit(size).converted - 1 <= math.log1p(budget))
+    assert len(tried) <= len(SIZES).bit_length()
 
 
 def test_no_size_within_the_budget() -> None:
     with pytest.raises(GateError, match="no latent stays within") as caught:
-        find_latent(run_with(1e-6), Falling(), lambda _: None)
+        find_latent(SIZES, 1e-6, Falling(), lambda _: None, silent)
     assert caught.value.exit_code == 5 and "the best that was measured" in caught.value.why
 
 

@@ -30,10 +30,8 @@ def test_error_is_none_where_nothing_is_lost() -> None:
     """One key/value head at full width: exact with the source's theta, not with another."""
     _, layer = model_and_layer(kv_heads=1)
     streams = random_streams(windows=8, tokens=20, heldout=3)
-    moments = observe(layer, streams, 16, two_streams=False)
-    errors = [
-        output_error(layer, moments, streams, (12, 12), theta, ClosedForm(two_streams=False))
-        for theta in (10000.0, 100.0)
-    ]
+    streams.converted_NTD = streams.source_NTD
+    moments = observe(layer, streams, 16)
+    errors = [output_error(layer, moments, streams, (12, 12), theta, ClosedForm()) for theta in (10000.0, 100.0)]
     assert errors[0] < 1e-8 and errors[1] > 1e-2
     assert torch.is_grad_enabled()

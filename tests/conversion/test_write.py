@@ -12,6 +12,7 @@ from tests.families import MakeSource
 from tests.maths.weights import relative
 from transmla.conversion.flow import default_destination
 from transmla.conversion.plan import plan
+from transmla.maths.closed_form import ClosedForm
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -41,7 +42,7 @@ def test_the_output_explains_itself(lively: MakeSource, run: Convert) -> None:
     assert made["source"]["files"] == {"model.safetensors": digest(source)}
     assert made["recipe"] | {"latent": 16, "rope": 8, "seed": 5, "window": 64, "dtype": "float32"} == made["recipe"]
     assert made["geometry"]["gqa"]["num_key_value_heads"] == 2 and made["geometry"]["mla"]["kv_lora_rank"] == 16
-    assert made["method"]["refit_output"] is True and made["method"]["split"]["complex_component"] is True
+    assert made["method"]["output_ridge"] == ClosedForm().output_ridge
     assert {"transmla", "torch", "transformers", "safetensors", "python"} <= made["versions"].keys()
     assert made["calibration"]["tokens"] == 512 and len(made["calibration"]["sha256"]) == 64
     assert made["rope_theta"]["chosen"] == report.theta

@@ -9,22 +9,46 @@ import torch
 from torch import Tensor
 
 from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, relative
+from transmla.maths import rotary_split as module
 from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies, rotate
 from transmla.maths.reference import gqa_naive, mla_naive
-from transmla.maths.rotary_split import RotarySplit, SplitOptions, mean_turn, nearest_pairs, rotary_split
+from transmla.maths.rotary_split import RotarySplit, mean_turn, nearest_pairs, rotary_split
 
-PLAIN = SplitOptions(query_weighted=False)
 # rank pressure under which no pair is left to the latent for turning with another frequency
 ALL_PAIRS = 10.0
 
 
-def split(
-    gqa: GqaWeights, rope: int, theta: float = THETA, options: SplitOptions = SplitOptions(), **changes: Any
-) -> RotarySplit:
+def split(gqa: GqaWeights, rope: int, theta: float = THETA, pressure: float = 0.3, **changes: Any) -> RotarySplit:
     seen = moments(gqa, **changes)
     return rotary_split(
-        gqa, gqa.k_GdD, seen.converted_DD, seen.query_Hdd, seen.importance_H, seen.distance_HS, rope, theta, options
+        gqa, gqa.k_GdD, seen.converted_DD, seen.query_Hdd, seen.importance_H, seen.distance_HS, rope, theta, pressure
     )
+
+
+def not_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left over is read as if it did not turn."""
+    leftover = module._leftover
+    monkeypatch.setattr(module, "_leftover", lambda still_P, *rest: leftover(torch.ones_like(still_P), *rest))
+
+
+def not_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pair that gains from turning counts alike, whatever the queries ask of it."""
+
+    def by_gain(query_Hdd: Tensor, importance_H: Tensor, gain_HP: Tensor, num_groups: int) -> Tensor:
+        return (gain_HP.unflatten(0, (num_groups, -1)).mean(dim=1) > 0).double()
+
+    monkeypatch.setattr(module, "_pair_weights", by_gain)
+
+
+def real_component(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real direction per bucket instead of a complex one."""
+
+    def top(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor) -> Tensor:
+        weighted = (omega_GB[..., None] * z_GBD).flatten(0, 1)
+        gram = (weighted @ moment_DD.to(weighted.dtype) @ weighted.mH).real
+        return torch.linalg.eigh(gram)[1][:, -1].to(torch.complex128).unflatten(0, omega_GB.shape)
+
+    monkeypatch.setattr(module, "_top_component", top)
 
 
 def at_distance(gqa: GqaWeights, distance: int, size: int = 30) -> dict[str, Tensor]:
@@ -56,16 +80,20 @@ def test_one_key_head_at_full_width_leaves_nothing_over() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(("rope", "theta"), [(8, THETA), (4, THETA), (2, 50.0), (8, 3.0)])
-@pytest.mark.parametrize("options", [SplitOptions(), SplitOptions(complex_component=False), PLAIN])
-def test_rotary_part_and_leftover_add_up(groups: int, rope: int, theta: float, options: SplitOptions) -> None:
+@pytest.mark.parametrize("variant", [None, real_component, not_weighted])
+def test_rotary_part_and_leftover_add_up(
+    monkeypatch: pytest.MonkeyPatch, groups: int, rope: int, theta: float, variant: Any
+) -> None:
     """At distance 0 nothing turns: the two parts together are the source's score, whatever was chosen."""
+    if variant is not None:
+        variant(monkeypatch)
     gqa = gqa_weights(groups=groups)
-    found = split(gqa, rope, theta, options, **at_distance(gqa, 0))
+    found = split(gqa, rope, theta, **at_distance(gqa, 0))
     source, both = scores(gqa, found, lively(24, seed=6), lively(24, seed=7), distance=0)
     assert relative(both, source) < 1e-12
 
 
-def test_a_head_of_one_distance_is_exact_there() -> None:
+def test_a_head_of_one_distance_is_exact_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leftovers keep the phase of the distance that the head attends to."""
     gqa = gqa_weights(groups=2)
     x_D, y_D = lively(24, seed=6), lively(24, seed=7)
@@ -74,17 +102,18 @@ def test_a_head_of_one_distance_is_exact_there() -> None:
     assert relative(both, source) < 1e-12
     source, both = scores(gqa, found, x_D, y_D, distance=3)
     assert relative(both, source) > 0.05
-    found = split(gqa, 8, options=SplitOptions(shrink=False), **at_distance(gqa, 2))
+    not_shrunk(monkeypatch)
+    found = split(gqa, 8, **at_distance(gqa, 2))
     source, both = scores(gqa, found, x_D, y_D, distance=2)
     assert relative(both, source) > 0.05
 
 
-def test_leftover_is_the_complex_formula() -> None:
+def test_leftover_is_the_complex_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """leftover k = c_p (z_p - captured z_p) on complex numbers, for any keys."""
     gqa = gqa_weights(groups=2)
-    options = replace(PLAIN, rank_pressure=ALL_PAIRS)
-    whole = split(gqa, 4, options=options, **at_distance(gqa, 0)).leftover_HdK
-    shrunk = split(gqa, 4, options=options).leftover_HdK
+    not_weighted(monkeypatch)
+    whole = split(gqa, 4, pressure=ALL_PAIRS, **at_distance(gqa, 0)).leftover_HdK
+    shrunk = split(gqa, 4, pressure=ALL_PAIRS).leftover_HdK
     turn_HP = mean_turn(moments(gqa).distance_HS, gqa.inv_freq_P)
     k_K = lively(16, seed=8)
     rest_HP = torch.complex(*(whole @ k_K).chunk(2, dim=1))
@@ -128,12 +157,15 @@ def test_one_rotary_key_per_group_is_grouped_query_attention() -> None:
 
 
 @pytest.mark.parametrize("query_weighted", [True, False])
-def test_complex_component_carries_most(query_weighted: bool) -> None:
+def test_complex_component_carries_most(monkeypatch: pytest.MonkeyPatch, query_weighted: bool) -> None:
     """Of the weighted energy of a bucket, a complex direction carries at least as much as a real one."""
     gqa, carried = gqa_weights(groups=2), []
+    if not query_weighted:
+        not_weighted(monkeypatch)
     for is_complex in (True, False):
-        options = SplitOptions(complex_component=is_complex, query_weighted=query_weighted, rank_pressure=ALL_PAIRS)
-        k_rope_eD = split(gqa, 2, options=options).k_rope_eD
+        if not is_complex:
+            real_component(monkeypatch)
+        k_rope_eD = split(gqa, 2, pressure=ALL_PAIRS).k_rope_eD
         carried.append(float((k_rope_eD @ moments(gqa).converted_DD * k_rope_eD).sum()))
     assert carried[0] > 1.01 * carried[1]
     if query_weighted:
@@ -146,19 +178,23 @@ def test_complex_component_carries_most(query_weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("query_weighted", [True, False])
-def test_pairs_that_would_turn_wrongly_stay_in_the_latent(query_weighted: bool) -> None:
+def test_pairs_that_would_turn_wrongly_stay_in_the_latent(
+    monkeypatch: pytest.MonkeyPatch, query_weighted: bool
+) -> None:
     """One target pair of frequency 1: a slow pair would turn with it over long distances, and not at distance 0."""
     gqa = gqa_weights(groups=2)
     slowest = len(gqa.inv_freq_P) - 1
-    options = SplitOptions(query_weighted=query_weighted, shrink=False)
+    not_shrunk(monkeypatch)
+    if not query_weighted:
+        not_weighted(monkeypatch)
 
     def loses_something(found: RotarySplit) -> bool:
         """Whether the leftover of head 0 differs from its whole slowest pair."""
         own = found.leftover_HdK[0, slowest]
         return bool((own - torch.eye(len(own), dtype=own.dtype)[slowest]).abs().max() > 1e-9)
 
-    assert loses_something(split(gqa, 2, options=options, **at_distance(gqa, 0)))
-    assert not loses_something(split(gqa, 2, options=options, **at_distance(gqa, 3)))
+    assert loses_something(split(gqa, 2, **at_distance(gqa, 0)))
+    assert not loses_something(split(gqa, 2, **at_distance(gqa, 3)))
 
 
 def test_queries_decide_what_is_carried() -> None:

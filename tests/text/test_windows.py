@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,9 @@ def test_continuations_start_with_pieces_of_the_text() -> None:
 def test_sampled_windows_are_never_held_out() -> None:
     text = windows(list(range(1000)), 100, 10, name="text")
     sampled = torch.arange(5000, 5060).view(6, 10)
-    found = with_sampled(text, sampled, 3)
+    text = replace(text, num_heldout=3)
+    found = with_sampled(text, sampled)
+    assert found.num_heldout == 3
     assert torch.equal(found.ids_NT[-3:], text.ids_NT[-3:]) and len(found.ids_NT) == 16
     kinds = (found.ids_NT[:-3, 0] >= 5000).tolist()
     assert sum(kinds) == 6 and True in kinds[:4] and True in kinds[-4:]

@@ -50,7 +50,11 @@ class Source:
         """A tensor in memory of its own, in `dtype` (default: as stored; GGUF blocks: float32)."""
         self._check_readable(name)
         stored = self._store.view(name)
-        tensor = stored.to(device=device, dtype=dtype or stored.dtype, copy=True).contiguous()
+        wanted = dtype or stored.dtype
+        if torch.device(device).type == "cpu":
+            tensor = stored.to(dtype=wanted, copy=True).contiguous()
+        else:  # moved before it is cast: narrow numbers cross the bus
+            tensor = stored.to(device=device).to(dtype=wanted).contiguous()
         return self._finite(name, stored, tensor) if check_finite else tensor
 
     def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:

@@ -28,18 +28,6 @@ def _geometry_options(command: Any) -> Any:
             help="q_lora_rank: queries through a latent of their own, as in DeepSeek-V3. [default: none]",
         ),
         option(
-            "--nope",
-            type=int,
-            metavar="N",
-            help="qk_nope_head_dim: wider heads see more of the latent, up to its rank. [default: head_dim]",
-        ),
-        option(
-            "--value",
-            type=int,
-            metavar="V",
-            help="v_head_dim: likewise for values, up to the latent's rank. [default: head_dim]",
-        ),
-        option(
             "--budget",
             metavar="X%",
             help="With --latent auto: perplexity on held-out calibration text that the conversion may cost.",

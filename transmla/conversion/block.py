@@ -11,37 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from transmla.conversion.descent import Descender, detached, tokens_per_pass, trainable
 from transmla.conversion.levels import Descent
 from transmla.conversion.streams import Streams
 from transmla.maths.attention import MlaWeights, mla_attention
-from transmla.maths.losses import kl_divergence, stream_error
-from transmla.train.descent import Descender, detached, tokens_per_pass, trainable
-
-# seconds between two saved states: a killed run loses at most this much
-SAVE_EVERY = 120.0
-
-Piece = Callable[[Tensor], Tensor]
+from transmla.model.source import Head, SourceLayer
+from transmla.train.losses import distillation_loss, predictions_of, stream_error
 
 
 @dataclass(frozen=True)
 class FrozenLayer:
     """What is not attention of a layer, on the device; the MLP in the dtype of the products."""
 
-    input_layernorm: Piece
-    post_attention_layernorm: Piece
-    mlp: Piece
+    input_layernorm: Callable[[Tensor], Tensor]
+    post_attention_layernorm: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
 
-
-@dataclass(frozen=True)
-class Head:
-    """Final norm (stream -> normed, float32) and lm_head [V, D] in the dtype of the products."""
-
-    norm: Piece
-    weight_VD: Tensor
+    @classmethod
+    def of(cls, layer: SourceLayer, dtype: torch.dtype) -> FrozenLayer:
+        mlp: Any = layer.mlp
+        return cls(layer.input_layernorm, layer.post_attention_layernorm, mlp.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -88,24 +82,27 @@ class BlockDistiller:
         num_windows = num_windows or streams.num_fitted_of_all
         self.descender = Descender(self.trained, descent, num_windows, streams.processes)
 
-    def losses(self, places: list[int], weights: Sequence[MlaWeights]) -> list[Tensor]:
-        """Of windows of this process, each the mean over its tokens."""
+    def losses(self, places: list[int], weights: Sequence[MlaWeights]) -> tuple[Tensor, Tensor]:
+        """Of windows of this process, each the mean over its tokens: their sum, to descend on, and each of them."""
         streams = self._streams
         target_BTD = streams.source_NTD[places].to(streams.device)
         with streams.computing():
             stream_BTD = streams.converted_NTD[places].to(streams.device)
             found_BTD = through(self._block, weights, stream_BTD, streams.positions(places))
         if self._head is None:
-            return [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
-        head = self._head
-        return [
-            kl_divergence(head.norm(found_TD), head.norm(target_TD), head.weight_VD)
-            for found_TD, target_TD in zip(found_BTD, target_BTD, strict=True)
-        ]
+            errors = [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
+            losses_B = torch.stack(errors)
+            return losses_B.sum(), losses_B.detach()
+        batch, tokens, _ = target_BTD.shape
+        found_ND, target_ND = (self._head.norm(stream_BTD).flatten(0, 1) for stream_BTD in (found_BTD, target_BTD))
+        teacher = predictions_of(target_ND, self._head.weight_VD)
+        weights_N = torch.full((batch * tokens,), 1 / tokens, device=streams.device)
+        loss, found_N = distillation_loss(found_ND, self._head.weight_VD, teacher, weights_N)
+        return loss, found_N.view(batch, tokens).mean(1)
 
     def heldout(self) -> float:
         """Mean loss over the held-out windows of all processes, with the weights as they are now."""
-        return self._streams.mean_heldout(lambda place: self.losses([place], self.trained)[0])
+        return self._streams.mean_heldout(lambda place: self.losses([place], self.trained)[1][0])
 
     def run(self, loss_before: float, after_step: Callable[[float], None]) -> DistilledBlock:
         """Take all steps that remain; weights that do not lower the held-out loss are not taken.
@@ -114,11 +111,7 @@ class BlockDistiller:
         """
         places = {index: place for place, index in enumerate(self._streams.indices)}
         at_once = max(1, tokens_per_pass(self._streams.device) // self._streams.source_NTD.shape[1])
-
-        def total(here: list[int]) -> Tensor:
-            return torch.stack(self.losses(here, self.trained)).sum()
-
-        for loss in self.descender.steps(total, places, at_once):
+        for loss in self.descender.steps(lambda here: self.losses(here, self.trained)[0], places, at_once):
             after_step(loss)
         after = self.heldout()
         if not after < loss_before:

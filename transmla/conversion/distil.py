@@ -1,4 +1,5 @@
-"""Blocks of fitted layers against the source, first block to last; one block of all layers where memory allows.
+"""The refinement: blocks of fitted layers against the source, first block to last; one block of all layers where memory
+allows.
 
 Legend: see transmla/conversion/streams.py.
 """
@@ -12,19 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
-from transmla.checkpoint.journal import Journal
-from transmla.conversion.block import SAVE_EVERY, BlockDistiller, DistilledBlock, through
-from transmla.conversion.fit import layer_name, num_closed, packed, unpacked
+from transmla.conversion.block import BlockDistiller, DistilledBlock, FrozenLayer, through
+from transmla.conversion.descent import tokens_per_pass
+from transmla.conversion.fit import num_closed
+from transmla.conversion.kept import DISTILLED, FITTED
 from transmla.conversion.levels import Descent
 from transmla.conversion.run import Run
 from transmla.conversion.streams import Streams, add_mlp, add_source_attention
 from transmla.devices import free_bytes
-from transmla.maths.attention import MlaWeights
-from transmla.text.windows import CalibrationTokens
-from transmla.train.descent import tokens_per_pass
 
 # points of the curve of training losses that is kept
 MOST_STRETCHES = 32
+# seconds between two saved states: a killed run loses at most this much
+SAVE_EVERY = 120.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class BlockReport:
         return self.loss_after < self.loss_before
 
 
-def distil_layers(run: Run, streams: Streams, text: CalibrationTokens, journal: Journal) -> tuple[BlockReport, ...]:
-    """Train the layers of the journal against the source; the streams must be behind the last layer.
+def distil_layers(run: Run, streams: Streams) -> tuple[BlockReport, ...]:
+    """Train the fitted layers against the source; the streams must be behind the last layer.
 
     The distilled weights go into the journal beside the fitted ones. Blocks that it holds are taken over if they are
     of the same division, since the input of a block is what the blocks before it give.
@@ -62,8 +63,8 @@ def distil_layers(run: Run, streams: Streams, text: CalibrationTokens, journal: 
     if descent is None:
         return ()
     total = run.plan.mla.num_hidden_layers
-    size = run.processes.from_first(_layers_at_once(run, streams, journal))
-    ids_NT = text.ids_NT[streams.indices]
+    size = _layers_at_once(run, streams)
+    ids_NT = run.text.ids_NT[streams.indices]
     run.embed(ids_NT, streams.converted_NTD)
     if size < total:
         run.embed(ids_NT, streams.source_NTD)
@@ -72,58 +73,56 @@ def distil_layers(run: Run, streams: Streams, text: CalibrationTokens, journal: 
         indices = range(first, min(first + size, total))
         if size < total:
             for index in indices:
-                layer = run.layer(index)
+                layer = run.model.layer(index)
                 add_source_attention(layer, streams)
                 add_mlp(layer, streams, only="source")
                 del layer  # before the next one is read
-        reports.append(_distil_block(run, indices, size, streams, descent, journal))
+        reports.append(_distil_block(run, indices, size, streams, descent))
     return tuple(reports)
 
 
-def _layers_at_once(run: Run, streams: Streams, journal: Journal) -> int:
-    """Layers per block: as asked for, else as an unfinished conversion began, else all that fit. What began larger than
-    what fits now is only kept if no block of it is left to train."""
+def _layers_at_once(run: Run, streams: Streams) -> int:
+    """Layers per block: as asked for, else as an unfinished conversion began, else all that fit.
+
+    Blocks of an unfinished conversion that are larger than what fits now are only kept if all of them are finished.
+    """
     total = run.plan.mla.num_hidden_layers
-    began = journal.values(layer_name(run, 0, "division"))
+    division = run.kept.values("division")
+    began = None if division is None else int(division["at_once"])
     size = run.block_layers or layers_that_fit(run, streams)
     if began is not None and not run.block_layers:
-        done = [journal.values(layer_name(run, index, "distilled")) for index in range(total)]
-        finished = all(values is not None and values["at_once"] == began["at_once"] for values in done)
-        size = began["at_once"] if finished else min(size, began["at_once"])
-    size = min(total, size)
-    if run.processes.first and (began is None or began["at_once"] != size):
-        journal.save(layer_name(run, 0, "division"), {}, {"at_once": size})
+        done = [run.kept.layer_values(index, DISTILLED) for index in range(total)]
+        finished = all(values is not None and values["at_once"] == began for values in done)
+        size = began if finished else min(size, began)
+    size = run.processes.from_first(min(total, size))
+    if began != size:
+        run.kept.save("division", {"at_once": size})
     return size
 
 
-def _distil_block(
-    run: Run, indices: range, at_once: int, streams: Streams, descent: Descent, journal: Journal
-) -> BlockReport:
+def _distil_block(run: Run, indices: range, at_once: int, streams: Streams, descent: Descent) -> BlockReport:
     """One block, and the converted stream past it if another one follows."""
     final = indices.stop == run.plan.mla.num_hidden_layers
-    report = run.processes.from_first(_finished(run, indices, at_once, journal))
+    report = _finished(run, indices, at_once)
     if report is not None and final:
         return report
-    block = [run.frozen_layer(index) for index in indices]
+    block = [FrozenLayer.of(run.model.layer(index), run.compute) for index in indices]
     if report is not None:
-        weights = load_layers(run, indices, journal, "distilled")
+        weights = run.kept.layers(indices, DISTILLED)
     else:
-        given = load_layers(run, indices, journal, "fitted")
-        head = run.head() if final else None
+        head = run.model.head(run.compute) if final else None
+        given = run.kept.layers(indices, FITTED)
         distiller = BlockDistiller(block, given, streams, head, descent, num_trained_on(run, streams))
-        found = _train(run, distiller, indices, _state_name(run, indices, at_once), journal)
+        found = _train(run, distiller, indices, _state_name(indices, at_once))
         weights = found.weights
         descender = distiller.descender
         ends = (indices[0], indices[-1])
         losses = (found.loss_before, found.loss_after)
         counts = (descender.done, descender.num_steps, descender.num_windows)
         report = BlockReport(*ends, *losses, *counts, stretches(descender.losses))
-        if run.processes.first:
-            for index, mla in zip(indices, weights, strict=True):
-                journal.save(
-                    layer_name(run, index, "distilled"), packed(mla), {"block": vars(report), "at_once": at_once}
-                )
-            journal.drop(_state_name(run, indices, at_once))
+        for index, mla in zip(indices, weights, strict=True):
+            run.kept.save_layer(index, DISTILLED, mla, {"block": vars(report), "at_once": at_once})
+        run.kept.drop(_state_name(indices, at_once))
     if not final:
         for place, _, converted_TD in streams.windows():
             with streams.computing():
@@ -132,38 +131,40 @@ def _distil_block(
     return report
 
 
-def _finished(run: Run, indices: range, at_once: int, journal: Journal) -> BlockReport | None:
+def _finished(run: Run, indices: range, at_once: int) -> BlockReport | None:
     """What the journal says of the block, if all of its layers are from that division."""
-    kept = [journal.values(layer_name(run, index, "distilled")) for index in indices]
+    kept = [run.kept.layer_values(index, DISTILLED) for index in indices]
     found = [BlockReport(**values["block"]) for values in kept if values is not None and values["at_once"] == at_once]
     return found[0] if len(found) == len(kept) else None
 
 
 def num_trained_on(run: Run, streams: Streams) -> int:
-    """Windows of all processes that are distilled on, the first ones: those that the closed form has not seen are."""
-    fitted, unseen = streams.num_fitted_of_all, streams.num_windows - num_closed(run, streams)
-    return max(unseen, min(fitted, 2 * (fitted - unseen))) if run.refinement.distil_unseen else fitted
+    """Windows of all processes that are distilled on, the first ones."""
+    return run.refinement.num_distilled(streams.num_windows, streams.num_heldout, num_closed(run, streams))
 
 
-def _train(run: Run, distiller: BlockDistiller, indices: range, name: str, journal: Journal) -> DistilledBlock:
+def _train(run: Run, distiller: BlockDistiller, indices: range, state_name: str) -> DistilledBlock:
     """All steps, from a saved state if there is one; the state is saved every few minutes."""
     descender = distiller.descender
-    state = run.processes.from_first(journal.load(name))
+    state = run.kept.load(state_name)
     before = distiller.heldout() if state is None else state[1]["loss_before"]
     if state is not None:
         descender.restore(*state)
     del state  # as large as the weights and their moments
     saved = time.monotonic()
-    unit = "nats" if indices.stop == run.plan.mla.num_hidden_layers else "of the stream"
+    final = indices.stop == run.plan.mla.num_hidden_layers
+    whole = len(indices) == run.plan.mla.num_hidden_layers
+    stage = "distil" if whole else f"distil layers {indices[0]}-{indices[-1]}"
     mean = before
 
     def after_step(loss: float) -> None:
         nonlocal saved, mean
         mean = 0.9 * mean + 0.1 * loss
-        run.progress(_stage(run, indices), descender.done, descender.num_steps, f"loss {mean:.4f} {unit}")
+        shown = f"loss {mean:.4f} nats" if final else f"stream error {mean:.2%}"
+        run.progress(stage, descender.done, descender.num_steps, shown)
         if run.processes.first and time.monotonic() - saved > SAVE_EVERY:
             tensors, values = descender.state()
-            journal.save(name, tensors, values | {"loss_before": before})
+            run.kept.save(state_name, values | {"loss_before": before}, tensors)
             saved = time.monotonic()
 
     return distiller.run(before, after_step)
@@ -176,22 +177,8 @@ def stretches(losses: Sequence[float], most: int = MOST_STRETCHES) -> list[float
     return [sum(losses[start:end]) / (end - start) for start, end in itertools.pairwise(edges)]
 
 
-def _state_name(run: Run, indices: range, at_once: int) -> str:
-    return layer_name(run, indices[0], f"to-{indices[-1]:05d}-of-{at_once}-state")
-
-
-def _stage(run: Run, indices: range) -> str:
-    whole = len(indices) == run.plan.mla.num_hidden_layers
-    return "distil" if whole else f"distil layers {indices[0]}-{indices[-1]}"
-
-
-def load_layers(run: Run, indices: range, journal: Journal, stage: str) -> list[MlaWeights]:
-    """Weights of layers from the journal, on the device."""
-    found = []
-    for index in indices:
-        kept = run.processes.from_first(journal.load(layer_name(run, index, stage)))
-        found.append(unpacked(kept[0], run))
-    return found
+def _state_name(indices: range, at_once: int) -> str:
+    return f"layer-{indices[0]:05d}-to-{indices[-1]:05d}-of-{at_once}-state"
 
 
 def layers_that_fit(run: Run, streams: Streams) -> int:

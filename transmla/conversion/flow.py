@@ -1,7 +1,7 @@
-"""The flow: plan -> calibrate, split, factor, repair, refine (layer by layer) -> distil -> measure -> write -> verify.
+"""The flow: plan -> text -> theta -> closed form, layer by layer -> distil -> measure -> write -> verify.
 
-Each step is a file of its own: fitting.py, distilling.py, writing.py, verification.py. Between them the layers lie in a
-journal beside the destination, so a conversion that was killed goes on where it was.
+Each step is a file of this folder. Between them the layers lie in a journal beside the destination, so that a
+conversion that was killed continues from there.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.destination import partial_of
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.write import SHARD_BYTES, CheckpointWriter
+from transmla.conversion.calibration import calibration_text
 from transmla.conversion.distil import BlockReport, distil_layers
-from transmla.conversion.fit import LayerReport, choose_theta, fit_layers, step_name
+from transmla.conversion.fit import LayerReport, fit_layers
+from transmla.conversion.kept import KeptLayers
 from transmla.conversion.levels import LEVELS, Refinement, with_batch
+from transmla.conversion.measure import HeldoutNats, Measured, measure
 from transmla.conversion.plan import Plan, plan
-from transmla.conversion.run import Run, heldout_of
+from transmla.conversion.run import Run
 from transmla.conversion.search import Trial, find_latent
+from transmla.conversion.theta import choose_theta
 from transmla.conversion.verify import Verification, Witness, verify
-from transmla.conversion.write import HeldoutNats, Measured, measure, write_companions, write_weights
+from transmla.conversion.write import write_companions, write_weights
 from transmla.devices import free_bytes
+from transmla.geometry import latent_candidates
 from transmla.maths.closed_form import ClosedForm
+from transmla.model.source import SourceModel
 from transmla.processes import ALONE, Processes
 from transmla.progress import Progress, silent
 from transmla.targets.stock import deepseek_v3_config
-from transmla.text.mixes import needs_source, parse_mix
-from transmla.text.sampling import continue_from, sample_from
-from transmla.text.windows import CalibrationTokens, calibration_tokens, shuffled, with_sampled
+from transmla.text.mixes import parse_mix
+from transmla.text.windows import CalibrationTokens
 
 
 @dataclass(frozen=True)
@@ -64,22 +67,6 @@ def convert(
     source: str,
     destination: str | Path | None = None,
     *,
-    latent: int | str | None = None,
-    budget: float | None = None,
-    rope: int | None = None,
-    q_latent: int | None = None,
-    nope: int | None = None,
-    value: int | None = None,
-    refine: str | None = None,
-    batch: int | None = None,
-    calibration: str | None = None,
-    tokens: int | None = None,
-    sampled: int | None = None,
-    window: int | None = None,
-    context: int | None = None,
-    theta: float | str | None = None,
-    dtype: str | None = None,
-    seed: int | None = None,
     recipe: str | Path | None = None,
     device: str = "cpu",
     offload: float | None = None,
@@ -89,71 +76,51 @@ def convert(
     refinement: Refinement | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    **settings: Any,
 ) -> ConversionReport:
     """Convert a GQA, MHA or MQA checkpoint to multi-head latent attention and write it as one folder.
 
     source:      Hugging Face folder, .gguf file, hub id, recipe name, or "stories260k" (ships with the package)
     destination: new folder; default NAME-mla-LATENT-ROPE in the working directory. Nothing is overwritten
-    latent:      kv_lora_rank, cached values per token and layer;  rope: qk_rope_head_dim, cached beside them
-    q_latent:    q_lora_rank: queries through a latent of their own, as in DeepSeek-V3; default: none, nothing is lost
-    nope, value: qk_nope_head_dim and v_head_dim; default: head_dim. Up to the latent, wider heads are capacity for the
-                 refinement that the cache does not pay for, but queries and output projection do
-    budget:      with latent="auto": the smallest latent is taken whose perplexity on the held-out calibration windows
-                 is at most 1 + budget times the source's
-    refine:      "off" (closed form alone), "fast" or "full": gradient steps on the calibration tokens
-    batch:       windows per refinement step, default 1; processes share them, so no more than these are busy
-    calibration: text file, table with a `text` column, dataset id, "wikitext", "synthetic", "continued" or "code" (they
-                 ship with the package) or "self"; several share the tokens, "A:3+B" three to one. Default: a mix of
-                 those that ship, see `CALIBRATION`
-    tokens:      calibration tokens in all, default 180,224, for "full" 573,440, for "off" 131,072;  window: tokens per
-                 window
-    sampled:     tokens more, which the source itself writes as continuations of pieces of the calibration text; in
-                 whole windows; needs the whole source in memory
-    context:     positions that half of the windows are spread over, by one gap each: distances beyond the window count,
-                 too. At most, and by default, the source's context, but no more than 8,192
-    theta:       rope_theta of the target, or "auto": chosen by the measured error of a few layers
-    dtype:       of the written weights: auto (as the source), float32, bfloat16, float16
-    device:      where the arithmetic runs;  seed: of the order of the windows, of gaps and of sampled text
+    recipe:      path or name of a recipe; its values give way to the settings
+    device:      where the arithmetic runs
     offload:     GiB that calibration activations may take in the memory of a process; if they need more, they go
                  into a file beside the destination. Default: half of the free memory
     block_layers: layers that are distilled at once; default: all that fit into half of the free memory
-    restart:     delete an unfinished conversion to the same destination instead of going on with it
-    method, refinement: variants of the closed form and of the refinement, see `ClosedForm` and `Refinement`
+    restart:     delete an unfinished conversion to the same destination instead of continuing it
+    method, refinement: numbers of the closed form and of the refinement, see `ClosedForm` and `Refinement`
     progress:    called as progress(stage, done, total, remark)
+    settings:    any field of `transmla.recipe.Recipe` but `heal`: latent, rope, refine, calibration, tokens, dtype ...
 
     Under `accelerate launch` or torchrun all processes call this; they share the windows, and process 0 writes.
     Raises the errors of `transmla.errors`; the destination exists only if all went well. A conversion that was
-    interrupted leaves its finished steps in DESTINATION.partial, and the same call goes on from there.
+    interrupted leaves its finished steps in DESTINATION.partial, and the same call continues from there.
     """
     started = time.monotonic()
-    settings: dict[str, Any] = {
-        "latent": latent, "budget": budget, "rope": rope, "q_latent": q_latent, "nope": nope, "value": value,
-        "refine": refine, "batch": batch, "calibration": calibration, "tokens": tokens, "sampled": sampled,
-        "window": window, "context": context, "theta": theta, "dtype": dtype, "seed": seed, "recipe": recipe,
-    }  # fmt: skip
-    planned = plan(source, **settings)
+    planned = plan(source, recipe=recipe, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)
     processes = Processes.current(device)
     where = processes.device(device)
     # all that can be refused has been refused before gigabytes are downloaded
-    planned = plan(source, target, download=True, **settings)
+    planned = plan(source, target, recipe=recipe, download=True, **settings)
     level = with_batch(refinement or LEVELS[planned.recipe.refine], planned.recipe.batch)
-    run = Run(planned, method or ClosedForm(), level, where, progress or silent, processes)
-    run.block_layers = block_layers
+    method = method or ClosedForm()
+    tell = (progress or silent) if processes.first else silent
+    model = SourceModel(planned.source, planned.family, planned.gqa, where)
     with torch.no_grad(), _writer(processes, target, shard_bytes) as writer:
-        journal = _journal(target, _fingerprint(run), processes, restart)
-        run.check_outer_weights()
-        text = _tokens(run, journal)
-        run.folder = _offload_folder(run, text, target, offload)
+        journal = _journal(target, _fingerprint(planned, method, level), processes, restart)
+        if processes.first:
+            model.check_ends()
+        text = calibration_text(planned, journal, processes, where, tell)
+        run = Run(
+            planned, model, text, KeptLayers(journal, planned.mla, processes, where), method, level, where, processes,
+            tell, _offload_folder(planned, text, processes, target, offload), block_layers,
+        )  # fmt: skip
         if planned.recipe.latent == "auto":
-            run, tried, fitted = _searched(run, text, journal)
+            run, tried, fitted = _searched(run)
         else:
-            tried, fitted = (), _fit(run, text, journal)
-        scales, verified = processes.from_first(
-            _write(replace(run, processes=ALONE), fitted, tried, text, journal, writer, processes.size)
-            if writer is not None
-            else None
-        )
+            tried, fitted = (), _fit(run)
+        scales, verified = processes.from_first(_write(run, fitted, tried, writer) if writer is not None else None)
     written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return ConversionReport(
         run.plan, target, fitted.theta, fitted.theta_losses, fitted.layers, fitted.blocks, scales,
@@ -172,49 +139,48 @@ class _Fitted:
     measured: Measured
 
 
-def _fit(run: Run, text: CalibrationTokens, journal: Journal) -> _Fitted:
+def _fit(run: Run) -> _Fitted:
     """All that comes before writing; steps that the journal holds are not taken again."""
-    theta, theta_losses = choose_theta(run, text, journal)
-    streams = run.streams(text.ids_NT, run.positions(text.ids_NT))
-    layers = fit_layers(run, streams, theta, journal)
-    blocks = distil_layers(run, streams, text, journal)
-    return _Fitted(theta, theta_losses, layers, blocks, measure(run, streams, text, journal))
+    theta, theta_losses = choose_theta(run)
+    streams = run.streams()
+    layers = fit_layers(run, streams, theta)
+    blocks = distil_layers(run, streams)
+    return _Fitted(theta, theta_losses, layers, blocks, measure(run, streams))
 
 
-def _searched(run: Run, text: CalibrationTokens, journal: Journal) -> tuple[Run, tuple[Trial, ...], _Fitted]:
+def _searched(run: Run) -> tuple[Run, tuple[Trial, ...], _Fitted]:
     """The smallest latent within the budget. The journal keeps what each size came to, but the layers of one only."""
     found: dict[int, _Fitted] = {}
 
-    def fit(candidate: Run) -> HeldoutNats:
-        kept = run.processes.from_first(journal.values(step_name(candidate, "trial")))
-        if kept is not None:
+    def fit(latent: int) -> HeldoutNats:
+        candidate = run.with_latent(latent)
+        if (kept := candidate.kept.values("trial")) is not None:
             return HeldoutNats(**kept)
-        fitted = found[candidate.plan.mla.kv_lora_rank] = _fit(candidate, text, journal)
-        if run.processes.first:
-            journal.save(step_name(candidate, "trial"), {}, asdict(fitted.measured.heldout))
-        return fitted.measured.heldout
+        found[latent] = _fit(candidate)
+        candidate.kept.save("trial", asdict(found[latent].measured.heldout))
+        return found[latent].measured.heldout
 
-    def forget(candidate: Run) -> None:
-        if run.processes.first:
-            journal.drop(step_name(candidate, "layer-*"))
+    def forget(latent: int) -> None:
+        run.with_latent(latent).kept.forget_layers()
 
-    chosen, tried = find_latent(run, fit, forget)
-    return chosen, tried, found.get(chosen.plan.mla.kv_lora_rank) or _fit(chosen, text, journal)
+    recipe = run.plan.recipe
+    assert recipe.budget is not None
+    sizes = latent_candidates(run.plan.gqa, recipe.rope)
+    latent, tried = find_latent(sizes, recipe.budget, fit, forget, run.progress)
+    chosen = run.with_latent(latent)
+    return chosen, tried, found.get(latent) or _fit(chosen)
 
 
 def _write(
-    run: Run,
-    fitted: _Fitted,
-    tried: tuple[Trial, ...],
-    text: CalibrationTokens,
-    journal: Journal,
-    writer: CheckpointWriter,
-    num_processes: int,
+    run: Run, fitted: _Fitted, tried: tuple[Trial, ...], writer: CheckpointWriter
 ) -> tuple[tuple[float, ...], Verification]:
     """The folder, verified and given its name; returns the latent scales and what verification found."""
-    planned = run.plan
-    witness = Witness(text.ids_NT[-1], run.embedded(text.ids_NT[-1]))
-    scales = write_weights(run, witness, fitted.measured, journal, writer)
+    planned, text, num_processes = run.plan, run.text, run.processes.size
+    # only this process reads from now on
+    run = replace(run, processes=ALONE, kept=replace(run.kept, processes=ALONE))
+    (embedded_TD,) = run.model.embed(text.ids_NT[-1:])
+    witness = Witness(text.ids_NT[-1], embedded_TD)
+    scales = write_weights(run, witness, fitted.measured, writer)
     config = deepseek_v3_config(
         planned.source.config, planned.mla, fitted.theta, planned.max_position_embeddings, planned.dtype
     )
@@ -228,11 +194,7 @@ def _write(
             "context": planned.calibration_context,
             "sha256": text.digest,
         },
-        "computed": {
-            "device": run.device.type,
-            "forward_dtype": str(run.compute),
-            "processes": num_processes,
-        },
+        "computed": {"device": run.device.type, "forward_dtype": str(run.compute), "processes": num_processes},
         "heldout": asdict(fitted.measured.heldout),
         "tried": [vars(trial) for trial in tried],
         "layers": [vars(layer) | {"latent_scale": scale} for layer, scale in zip(fitted.layers, scales, strict=True)],
@@ -274,57 +236,10 @@ def _journal(target: Path, settings: dict[str, Any], processes: Processes, resta
     return opened
 
 
-def _tokens(run: Run, journal: Journal) -> CalibrationTokens:
-    """Calibration windows, made by process 0 once: an interrupted conversion goes on with those that it had, since
-    what a model or a hub writes need not be the same twice."""
-    recipe = run.plan.recipe
-    run.progress("tokens", 0, 1, recipe.mix)
-    text = None
-    if run.processes.first:
-        if kept := journal.load("text"):
-            values = kept[1]
-            text = CalibrationTokens(kept[0]["ids_NT"], values["name"], values["digest"])
-            run.num_heldout = values["num_heldout"]
-        else:
-            text = _made(run)
-            values = {"name": text.name, "digest": text.digest, "num_heldout": run.num_heldout}
-            journal.save("text", {"ids_NT": text.ids_NT}, values, alone=needs_source(recipe.mix, recipe.sampled))
-    run.num_heldout = run.processes.from_first(run.num_heldout)
-    found: CalibrationTokens = run.processes.from_first(text)
-    run.progress("tokens", 1, 1, f"{found.ids_NT.numel():,} tokens")
-    return found
-
-
-def _made(run: Run) -> CalibrationTokens:
-    """Calibration windows from the texts of the recipe, and sampled ones among them."""
-    recipe, source = run.plan.recipe, run.plan.source
-    window = min(recipe.window, run.plan.max_position_embeddings)
-
-    def model() -> Any:
-        from transmla.model.loading import load_source
-
-        return load_source(source, dtype=run.compute, device=str(run.device))
-
-    def tell(done: int, total: int) -> None:
-        run.progress("sample", done, total, "tokens")
-
-    def sampler(num_windows: int, length: int) -> Tensor:
-        return sample_from(model(), num_windows, length, seed=recipe.seed, progress=tell)
-
-    made = calibration_tokens(recipe.mix, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
-    found = shuffled(made, recipe.seed)
-    if num_sampled := -(-recipe.sampled // window):
-        run.num_heldout = heldout_of(len(found.ids_NT))
-        prompts_NT = found.ids_NT[: -run.num_heldout]
-        sampled_NT = continue_from(model(), prompts_NT, num_sampled, seed=recipe.seed, progress=tell)
-        found = with_sampled(found, sampled_NT, run.num_heldout)
-    return found
-
-
-def _fingerprint(run: Run) -> dict[str, Any]:
+def _fingerprint(planned: Plan, method: ClosedForm, refinement: Refinement) -> dict[str, Any]:
     """All that the steps in the journal depend on, but for the sizes, which are in their names; the windows of the
     calibration text are a step themselves."""
-    planned, recipe = run.plan, run.plan.recipe
+    recipe = planned.recipe
     texts = [Path(part.name).expanduser() for part in parse_mix(recipe.mix, "--calibration")]
     return {
         "source": planned.resolved.name,
@@ -337,8 +252,8 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         "context": planned.calibration_context,
         "seed": recipe.seed,
         "theta": recipe.theta,
-        "method": asdict(run.method),
-        "refinement": asdict(run.refinement),
+        "method": asdict(method),
+        "refinement": asdict(refinement),
     }
 
 
@@ -347,10 +262,12 @@ def _stamp(file: Path) -> list[int]:
     return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
-def _offload_folder(run: Run, text: CalibrationTokens, target: Path, offload: float | None) -> Path | None:
-    """Where the activations of this process go: None for memory."""
-    sizes = run.plan.mla
+def _offload_folder(
+    planned: Plan, text: CalibrationTokens, processes: Processes, target: Path, offload: float | None
+) -> Path | None:
+    """Where the activations of a process go: None for memory."""
+    sizes = planned.mla
     width = 2 * sizes.hidden_size + sizes.num_attention_heads * sizes.v_head_dim
-    num_bytes = text.ids_NT.numel() / run.processes.size * width * 4
+    num_bytes = text.ids_NT.numel() / processes.size * width * 4
     limit = free_bytes(torch.device("cpu")) / 2 if offload is None else offload * 2**30
     return partial_of(target) if num_bytes > limit else None

@@ -18,7 +18,7 @@ class Descent:
     windows: int | None = None
 
     def num_steps(self, num_windows: int) -> int:
-        """Over so many windows."""
+        """Steps over `num_windows` windows."""
         in_all = self.passes * num_windows
         if self.windows is not None:
             in_all = min(in_all, max(num_windows, self.windows))
@@ -27,30 +27,40 @@ class Descent:
 
 @dataclass(frozen=True)
 class Refinement:
-    """layerwise: each layer against the source's stream, while the streams pass it; None leaves it out
-    distil:     blocks of layers against the source's predictions (a last block) or its stream (others)
-    closed_form_tokens: calibration tokens that the closed form sees if distillation follows, which mends what more of
-                them would have brought; None: all
-    distil_unseen: distil on windows that the closed form has not seen, if they are as many as twice those that it has:
-                it knows these by heart, and there is less to learn from them. Else as many more of these as that takes
+    """distil: blocks of layers against the source's predictions (the last block) or its stream (earlier ones); None:
+            the closed form alone
+    closed_form_tokens: calibration tokens that the closed form sees if distillation follows, which makes up for the
+            rest; None: all
+    distil_unseen: distil on windows that the closed form has not seen, if they are at least twice as many as those that
+            it has: it knows its own windows by heart, and there is less to learn from them. With fewer unseen windows,
+            some of its own are added
     """
 
-    layerwise: Descent | None
     distil: Descent | None
     closed_form_tokens: int | None = 65536
     distil_unseen: bool = False
 
+    def num_closed(self, num_windows: int, num_heldout: int, window: int) -> int:
+        """Windows that the closed form sees, held-out ones included."""
+        if self.closed_form_tokens is None or self.distil is None:
+            return num_windows
+        return min(num_windows, max(1, self.closed_form_tokens // window) + num_heldout)
+
+    def num_distilled(self, num_windows: int, num_heldout: int, num_closed: int) -> int:
+        """Windows that are distilled on: the first ones, which the closed form has not seen."""
+        fitted, unseen = num_windows - num_heldout, num_windows - num_closed
+        return max(unseen, min(fitted, 2 * (fitted - unseen))) if self.distil_unseen else fitted
+
 
 LEVELS: dict[str, Refinement] = {
-    "off": Refinement(None, None),
-    "fast": Refinement(None, Descent(passes=1.0, batch=1, rate=1e-3), closed_form_tokens=49152, distil_unseen=True),
-    "full": Refinement(None, Descent(passes=4.0, batch=1, rate=1e-3, windows=940), closed_form_tokens=65536),
+    "off": Refinement(None),
+    "fast": Refinement(Descent(passes=1.0, batch=1, rate=1e-3), closed_form_tokens=49152, distil_unseen=True),
+    "full": Refinement(Descent(passes=4.0, batch=1, rate=1e-3, windows=940), closed_form_tokens=65536),
 }
 
 
 def with_batch(level: Refinement, batch: int | None) -> Refinement:
-    """The same with so many windows per step; None: as it is."""
-    if batch is None:
+    """The same level with `batch` windows per step; None: unchanged."""
+    if batch is None or level.distil is None:
         return level
-    layerwise, distil = (descent and replace(descent, batch=batch) for descent in (level.layerwise, level.distil))
-    return replace(level, layerwise=layerwise, distil=distil)
+    return replace(level, distil=replace(level.distil, batch=batch))

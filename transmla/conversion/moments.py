@@ -29,12 +29,11 @@ class _Attended:
     attended_DD: Tensor
 
 
-def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams: bool = True) -> Moments:
+def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
     """Moments of one layer over the fitted windows, before the streams pass it.
 
     num_attended: windows whose attention matrices are looked at (quadratic in the window); the others
                   only enter the moments of the input
-    two_streams:  False: the converted stream counts as equal to the source's
     """
     size = streams.source_NTD.shape[2]
     heads, head_dim, _ = layer.gqa.q_HdD.shape
@@ -51,7 +50,7 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int, two_streams
         if place >= streams.num_fitted:
             break
         x_TD = layer.input_layernorm(source_TD)
-        x_hat_TD = layer.input_layernorm(converted_TD) if two_streams else x_TD
+        x_hat_TD = layer.input_layernorm(converted_TD)
         converted_DD += (x_hat_TD.T @ x_hat_TD).double()
         cross_DD += (x_TD.T @ x_hat_TD).double()
         if streams.indices[place] not in looked_at:

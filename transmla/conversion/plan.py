@@ -120,15 +120,7 @@ def plan(
     candidates = _candidates(gqa, settings)
     wanted = candidates[-1] if candidates else settings.latent
     assert not isinstance(wanted, str)
-    for latent_tried in (*candidates[:1], wanted):  # heads that the smallest one allows are possible for all
-        mla = mla_geometry(gqa, latent_tried, settings.rope, settings.q_latent, settings.nope, settings.value)
-    if settings.refine == "off" and (mla.qk_nope_head_dim, mla.v_head_dim) != (gqa.head_dim, gqa.head_dim):
-        raise RecipeError(
-            "wider heads and no refinement",
-            where="--nope / --value / --refine",
-            why="only the refinement makes use of what a wider head sees",
-            remedy="leave out --nope and --value, or --refine off",
-        )
+    mla = mla_geometry(gqa, wanted, settings.rope, settings.q_latent)
     _check_tensors(opened, family, gqa)
     dtype = _output_dtype(opened, family, settings.dtype)
     context, notes = _context(opened)
@@ -189,7 +181,7 @@ def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
 def with_latent(planned: Plan, latent: int) -> Plan:
     """The same conversion at another kv_lora_rank."""
     recipe = planned.recipe
-    mla = mla_geometry(planned.gqa, latent, recipe.rope, recipe.q_latent, recipe.nope, recipe.value)
+    mla = mla_geometry(planned.gqa, latent, recipe.rope, recipe.q_latent)
     config = _target_config(planned.source.config, mla, planned.max_position_embeddings, planned.dtype)
     return replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla), engines=engine_verdicts(config))
 

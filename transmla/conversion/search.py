@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from transmla.conversion.plan import with_latent
-from transmla.conversion.run import Run
-from transmla.conversion.write import HeldoutNats
+from transmla.conversion.measure import HeldoutNats
 from transmla.errors import GateError
-from transmla.geometry import latent_candidates
+from transmla.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -22,24 +20,24 @@ class Trial:
 
 
 def find_latent(
-    run: Run, fit: Callable[[Run], HeldoutNats], forget: Callable[[Run], None]
-) -> tuple[Run, tuple[Trial, ...]]:
-    """The run with the smallest latent within the budget, by bisection (more rank, less loss), and all that was tried.
+    sizes: Sequence[int],
+    budget: float,
+    fit: Callable[[int], HeldoutNats],
+    forget: Callable[[int], None],
+    progress: Progress,
+) -> tuple[int, tuple[Trial, ...]]:
+    """The smallest kv_lora_rank within the budget, by bisection (more rank, less loss), and all that were tried.
 
-    fit:    a whole conversion but for the writing;  forget: of a size that will not be the result, what `fit` has kept
+    sizes:  candidates, ascending;  budget: relative increase of perplexity
+    fit:    a whole conversion at that size but for the writing
+    forget: what `fit` has kept of a size that will not be the result
     Raises `GateError` if even the largest size is above the budget.
     """
-    budget = run.plan.recipe.budget
-    assert budget is not None
-    sizes = latent_candidates(run.plan.gqa, run.plan.recipe.rope)
     tried: list[Trial] = []
 
-    def at(place: int) -> Run:
-        return replace(run, plan=with_latent(run.plan, sizes[place]))
-
     def within(place: int) -> bool:
-        run.progress("try latents", len(tried), len(sizes).bit_length(), f"rank {sizes[place]}")
-        found = fit(at(place))
+        progress("try latents", len(tried), len(sizes).bit_length(), f"rank {sizes[place]}")
+        found = fit(sizes[place])
         tried.append(Trial(sizes[place], math.exp(found.converted - found.source)))
         return tried[-1].ratio <= 1 + budget
 
@@ -48,10 +46,10 @@ def find_latent(
         middle = (low + high) // 2
         if within(middle):
             if high < len(sizes):
-                forget(at(high))
+                forget(sizes[high])
             high = middle
         else:
-            forget(at(middle))
+            forget(sizes[middle])
             low = middle + 1
     if low == len(sizes):
         best = min(tried, key=lambda trial: trial.ratio)
@@ -61,4 +59,4 @@ def find_latent(
             why=f"the best that was measured is {best.ratio - 1:+.1%} at kv_lora_rank {best.kv_lora_rank}",
             remedy="allow more, refine more (--refine full, more --tokens) or give the rotary key more (--rope)",
         )
-    return at(low), tuple(tried)
+    return sizes[low], tuple(tried)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
 from transmla.maths.attention import MlaWeights, gqa_attention, mla_attention
-from transmla.maths.losses import energy, stream_error
 from transmla.maths.refit import refit
 from transmla.model.source import SourceLayer
 from transmla.processes import ALONE, Processes
+from transmla.train.losses import energy, stream_error
 
 
 @dataclass

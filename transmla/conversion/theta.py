@@ -1,6 +1,6 @@
 """Choosing rope_theta of the target: a pass over a few layers of the source that tries candidates and measures.
 
-Legend: N windows, T tokens, D hidden_size.
+Legend: see transmla/conversion/streams.py.
 """
 
 from __future__ import annotations
@@ -8,16 +8,66 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transmla.conversion.streams import Streams
+from transmla.conversion.moments import observe
+from transmla.conversion.run import Run
+from transmla.conversion.streams import Streams, add_mlp, add_source_attention
+from transmla.families import rope_parameters
 from transmla.maths.attention import gqa_attention, mla_attention
 from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
 from transmla.model.source import SourceLayer
+from transmla.processes import ALONE
+from transmla.text.windows import spread_positions
 
 # Exponents k of the candidates theta ** k; e / d as an exponent keeps exactly the fastest pairs of the source.
 EXPONENTS = (1.0, 0.85, 0.7)
 # A candidate has to beat the source's own theta by this factor: the survey is small, texts can be longer than what it
 # sees, and a smaller theta has fewer slow pairs for what lies beyond.
 MARGIN = 0.95
+# windows of the survey
+NUM_SURVEYED = 6
+
+
+def choose_theta(run: Run) -> tuple[float, dict[float, list[float]]]:
+    """rope_theta of the target and, if it was chosen here, the losses of all candidates by surveyed layer."""
+    wanted = run.plan.recipe.theta
+    if not isinstance(wanted, str):
+        return float(wanted), {}
+    if (kept := run.kept.values("theta")) is not None:
+        return kept["chosen"], {float(theta): losses for theta, losses in kept["losses"].items()}
+    mla = run.plan.mla
+    own = float(rope_parameters(run.plan.source.config)["rope_theta"])
+    losses: dict[float, list[float]] = {
+        theta: [] for theta in candidates(own, run.plan.gqa.head_dim, mla.qk_rope_head_dim)
+    }
+    streams = _surveyed_streams(run)
+    surveyed = surveyed_layers(mla.num_hidden_layers)
+    for index in range(max(surveyed) + 1):
+        layer = run.model.layer(index)
+        if index in surveyed:
+            moments = observe(layer, streams, streams.num_fitted)
+            sizes = (mla.kv_lora_rank, mla.qk_rope_head_dim)
+            for theta, found in losses.items():
+                found.append(output_error(layer, moments, streams, sizes, theta, run.method))
+        add_source_attention(layer, streams)
+        add_mlp(layer, streams, only="source")
+        del layer  # before the next one is read
+        run.progress("choose theta", index + 1, max(surveyed) + 1, "")
+    chosen: float = run.processes.from_first(choose(losses))
+    run.kept.save("theta", {"chosen": chosen, "losses": {str(theta): found for theta, found in losses.items()}})
+    return chosen, losses
+
+
+def _surveyed_streams(run: Run) -> Streams:
+    """The source's stream of a few windows, as both streams, in every process: they are not worth dealing out."""
+    every = max(1, len(run.text.ids_NT) // NUM_SURVEYED)
+    surveyed_NT = run.text.ids_NT[::every][:NUM_SURVEYED]
+    # windows with and without a gap among the fitted ones, and among the last two, which measure
+    skipping_N = torch.arange(len(surveyed_NT)) % 2 == 1
+    seed = run.plan.recipe.seed
+    positions_NT = spread_positions(skipping_N, surveyed_NT.shape[1], run.plan.calibration_context, seed)
+    streams = run.streams_of(surveyed_NT, positions_NT, max(1, len(surveyed_NT) // 3), ALONE)
+    streams.converted_NTD = streams.source_NTD
+    return streams
 
 
 def candidates(theta: float, head_dim: int, qk_rope_head_dim: int) -> tuple[float, ...]:

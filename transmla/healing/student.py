@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from transmla.healing.teacher import Lesson
 from transmla.model.modeling_transmla import UnfoldedForCausalLM
-from transmla.train.losses import Objective, distillation_loss, hidden_loss, token_nats
+from transmla.text.packing import IGNORED
+from transmla.train.losses import Objective, distillation_loss, stream_error, token_nats
 
 # modules of the latent attention that adapters are put on
 LATENT_PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -49,33 +50,29 @@ class Student(UnfoldedForCausalLM):
         )
         normed_BTD = out.last_hidden_state
         lesson = self.teacher(input_ids, position_ids, index)
-        losses, divergences = [], []
-        for window, labels_T in enumerate(labels):
-            loss, divergence = distillation_loss(
-                normed_BTD[window],
-                self.lm_head.weight,
-                lambda tokens, window=window: lesson.predictions(window, tokens),  # type: ignore[misc]
-                labels_T,
-                self.objective,
-            )
-            losses.append(loss)
-            divergences.append(divergence)
-        loss = torch.stack(losses).mean()
+        # a loss is the mean over windows of the mean over the tokens that count
+        counted_BT = (labels != IGNORED).float()
+        share_BT = counted_BT / counted_BT.sum(1, keepdim=True).clamp_min(1)
+        normed_ND, labels_N = normed_BTD.flatten(0, 1), labels.flatten()
+        loss, divergence_N = distillation_loss(
+            normed_ND, self.lm_head.weight, lesson.predictions, (share_BT / len(labels)).flatten(), labels_N,
+            self.objective,
+        )  # fmt: skip
         if self.hidden_weight > 0:
             pairs = zip(out.hidden_states[1:-1], lesson.streams[1:-1], strict=True)
-            loss = loss + self.hidden_weight * torch.stack([hidden_loss(own, wanted) for own, wanted in pairs]).mean()
+            loss = loss + self.hidden_weight * torch.stack([stream_error(own, wanted) for own, wanted in pairs]).mean()
         if torch.is_grad_enabled():
             return {"loss": loss}
-        size = self.config.vocab_size
-        nats = [
-            token_nats(own_TD, self.lm_head, labels_T, size)
-            for own_TD, labels_T in zip(normed_BTD, labels, strict=True)
-        ]
+
+        def by_window(found_N: Tensor) -> Tensor:
+            return torch.where(counted_BT > 0, found_N.view_as(share_BT) * share_BT, 0.0).sum(1)
+
+        nats_N = token_nats(normed_ND, self.lm_head, labels_N, self.config.vocab_size)
         return {
             "loss": loss,
-            "divergence": torch.stack(divergences),
-            "nats": torch.stack(nats),
-            "source_nats": torch.stack([lesson.nats(window, labels_T) for window, labels_T in enumerate(labels)]),
+            "divergence": by_window(divergence_N),
+            "nats": by_window(nats_N),
+            "source_nats": lesson.nats(labels),
         }
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transmla.checkpoint.destination import disk_errors
 from transmla.healing.windows import Windows
 from transmla.progress import Progress
-from transmla.train.losses import TopK, token_nats, tokens_at_once, top_k
+from transmla.text.packing import IGNORED
+from transmla.train.losses import Predictions, TopK, parts, token_nats, top_k
 
 Precision = Callable[[], AbstractContextManager[Any]]
 # files of kept predictions per folder
@@ -27,13 +28,14 @@ PER_FOLDER = 1000
 
 @dataclass(frozen=True)
 class Lesson:
-    """predictions: (window, tokens) -> logits [n, V] or `TopK`;  streams: residual streams [B, T, D], if asked for
-    nats: (window, its labels [T]) -> mean next-token loss of the source, a float32 scalar
+    """predictions: tokens of all windows, one window after the other -> logits [n, V] or `TopK`
+    streams: residual streams [B, T, D], if asked for
+    nats:    labels [B, T] -> mean next-token loss of the source on each window, float32 [B]
     """
 
-    predictions: Callable[[int, slice], Tensor | TopK]
+    predictions: Predictions
     streams: Sequence[Tensor]
-    nats: Callable[[int, Tensor], Tensor]
+    nats: Callable[[Tensor], Tensor]
 
 
 class OnlineTeacher:
@@ -52,19 +54,20 @@ class OnlineTeacher:
             out = self._model.get_decoder()(
                 input_ids=ids_BT, position_ids=positions_BT, use_cache=False, output_hidden_states=self._wants_streams
             )
-        normed_BTD = out.last_hidden_state
+        normed_ND = out.last_hidden_state.flatten(0, 1)
 
-        def logits(normed_ND: Tensor) -> Tensor:
+        def logits(some_ND: Tensor) -> Tensor:
             with torch.no_grad(), self._precision():
-                found: Tensor = self._model.get_output_embeddings()(normed_ND)
+                found: Tensor = self._model.get_output_embeddings()(some_ND)
             return found
 
-        def predictions(window: int, tokens: slice) -> Tensor | TopK:
-            logits_NV = logits(normed_BTD[window, tokens])
+        def predictions(tokens: slice) -> Tensor | TopK:
+            logits_NV = logits(normed_ND[tokens])
             return logits_NV if self._k is None else top_k(logits_NV, self._k, self._temperature)
 
-        def nats(window: int, labels_T: Tensor) -> Tensor:
-            return token_nats(normed_BTD[window], logits, labels_T, self.vocabulary)
+        def nats(labels_BT: Tensor) -> Tensor:
+            nats_N = token_nats(normed_ND, logits, labels_BT.flatten(), self.vocabulary)
+            return nats_N.view_as(labels_BT).sum(1) / (labels_BT != IGNORED).sum(1).clamp_min(1)
 
         return Lesson(predictions, out.hidden_states or (), nats)
 
@@ -76,13 +79,11 @@ class CachedTeacher:
         self._folder, self._device = folder, device
 
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
-        kept = [self._load(int(index)) for index in index_B]
-
-        def predictions(window: int, tokens: slice) -> TopK:
-            found = kept[window][0]
-            return TopK(found.probabilities_NK[tokens], found.ids_NK[tokens])
-
-        return Lesson(predictions, (), lambda window, _: kept[window][1])
+        kept = [self._load(index) for index in index_B.tolist()]
+        probabilities_NK = torch.cat([found.probabilities_NK for found, _ in kept])
+        ids_NK = torch.cat([found.ids_NK for found, _ in kept])
+        nats_B = torch.stack([nats for _, nats in kept])
+        return Lesson(lambda tokens: TopK(probabilities_NK[tokens], ids_NK[tokens]), (), lambda _: nats_B)
 
     def _load(self, index: int) -> tuple[TopK, Tensor]:
         with np.load(record_path(self._folder, index), allow_pickle=False) as found:
@@ -111,10 +112,8 @@ def record(
                 row[name][None].to(device) for name in ("input_ids", "position_ids", "labels")
             )
             lesson = teacher(ids_1T, positions_1T, row["index"][None])
-            length = ids_1T.shape[1]
-            at_once = tokens_at_once(teacher.vocabulary)
-            parts = [lesson.predictions(0, slice(start, start + at_once)) for start in range(0, length, at_once)]
-            kept = [part for part in parts if isinstance(part, TopK)]
+            found = [lesson.predictions(part) for part in parts(ids_1T.shape[1], teacher.vocabulary, device)]
+            kept = [part for part in found if isinstance(part, TopK)]
             probabilities_TK = torch.cat([part.probabilities_NK for part in kept])
             ids_TK = torch.cat([part.ids_NK for part in kept])
             partial = path.with_suffix(".partial")
@@ -125,7 +124,7 @@ def record(
                         file,
                         probabilities=probabilities_TK.cpu().numpy().astype(np.float16),
                         ids=ids_TK.cpu().numpy().astype(np.int32),
-                        nats=np.float32(lesson.nats(0, labels_1T[0]).item()),
+                        nats=np.float32(lesson.nats(labels_1T).item()),
                     )
                 partial.rename(path)
         tell("source's predictions", number + 1, len(mine), "")

@@ -3,7 +3,7 @@
 Shape legend: see transmla/maths/__init__.py. K = G d.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from transmla.maths.attention import GqaWeights, MlaWeights
 from transmla.maths.low_rank import Block, joint_low_rank
 from transmla.maths.refit import stream_map
-from transmla.maths.rotary_split import RotarySplit, SplitOptions, rotary_split
+from transmla.maths.rotary_split import RANK_PRESSURE, RotarySplit, rotary_split
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,18 @@ class Moments:
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """Which parts of the closed form are used; measured side by side in benchmarks/variants.md.
+    """The numbers that the closed form is tuned by; measured in benchmarks/variants.md.
 
-    split:         see `SplitOptions`
-    two_streams:   aim at the source's keys and values from the converted stream, repairing earlier layers
-    attention_weighted: weight key errors by the attention that tokens receive and value errors by what they
-                  add up to under attention; False: all tokens alike
-    key_weight:   of key errors against value errors; above 1 because errors of attended keys add up, too
-    sweeps:       alternating refits of latent and what reads it, see `joint_low_rank`; on little text they run off
-    plain_share:  share of the plain moment in the attended one, against noise in few windows
-    refit_output:  refit o_proj so that the converted stream meets the source's
+    rank_pressure: see `rotary_split`
+    key_weight:    of key errors against value errors; above 1 because errors of attended keys add up, too
+    plain_share:   share of the plain moment in the attended one, against noise in few windows
     stream_ridge:  pull of the stream estimate towards the identity, relative to the mean input energy
     output_ridge:  pull of the refitted o_proj towards the source's, relative to the mean head energy
     """
 
-    split: SplitOptions = field(default_factory=SplitOptions)
-    two_streams: bool = True
-    attention_weighted: bool = True
+    rank_pressure: float = RANK_PRESSURE
     key_weight: float = 8.0
-    sweeps: int = 0
     plain_share: float = 0.3
-    refit_output: bool = True
     stream_ridge: float = 1e-3
     output_ridge: float = 1e-2
 
@@ -85,12 +76,10 @@ def fit_layer(
 ) -> FittedLayer:
     """Latent attention of the given sizes that stands in for `gqa` (float64) on the converted stream."""
     groups = len(gqa.k_GdD)
-    if method.two_streams:
-        estimate_DD = stream_map(moments.converted_DD, moments.cross_DD, method.stream_ridge)
-        q_HdD, k_GdD, v_GdD = (weight @ estimate_DD for weight in (gqa.q_HdD, gqa.k_GdD, gqa.v_GdD))
-        gqa = replace(gqa, q_HdD=q_HdD)
-    else:
-        k_GdD, v_GdD = gqa.k_GdD, gqa.v_GdD
+    # aim at the source's queries, keys and values from the converted stream, which repairs earlier layers
+    estimate_DD = stream_map(moments.converted_DD, moments.cross_DD, method.stream_ridge)
+    q_HdD, k_GdD, v_GdD = (weight @ estimate_DD for weight in (gqa.q_HdD, gqa.k_GdD, gqa.v_GdD))
+    gqa = replace(gqa, q_HdD=q_HdD)
     split = rotary_split(
         gqa,
         k_GdD,
@@ -100,17 +89,14 @@ def fit_layer(
         moments.distance_HS,
         qk_rope_head_dim,
         theta,
-        method.split,
+        method.rank_pressure,
     )
-    received_DD = attended_DD = moments.converted_DD
-    if method.attention_weighted:
-        received_DD = moments.received_DD
-        attended_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
+    # key errors count by the attention that tokens receive, value errors by what they add up to under attention
+    attended_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
     low = joint_low_rank(
-        Block(k_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), received_DD),
+        Block(k_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), moments.received_DD),
         Block(v_GdD.flatten(0, 1), _value_metric(gqa.o_DHd, groups, v_GdD.shape[1]), attended_DD),
         kv_lora_rank,
-        method.sweeps,
     )
     keys_Kr, values_Kr = low.decoders
     v_up_Gdr = values_Kr.unflatten(0, v_GdD.shape[:2])

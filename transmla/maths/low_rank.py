@@ -2,7 +2,7 @@
 
 Minimises sum over blocks b of || M_b^(1/2) (Y_b - U_b W) C_b^(1/2) ||^2 over the shared encoder W [r, D] and the
 decoders U_b (two-sided whitening, method section 3). With one common C the minimum is a truncated SVD; with a C
-per block, sweeps of two exact least-squares problems go down from there.
+per block the encoder is that of their mean, and each decoder is the best for its own.
 
 Loses: the returned loss, which for a common C is the dropped energy (tested).
 Shape legend: see transmla/maths/__init__.py.
@@ -39,24 +39,38 @@ def symmetric_power(matrix: Tensor, power: float, floor: float = 1e-12) -> Tenso
     return (vectors * values**power) @ vectors.T
 
 
-def joint_low_rank(keys: Block, values: Block, rank: int, sweeps: int = 0) -> LowRank:
+def joint_low_rank(keys: Block, values: Block, rank: int) -> LowRank:
     """The best rank-`rank` encoder for both blocks, in float64.
 
-    sweeps: alternating refits when the two moments differ; each can only lower the loss.
     Latent coordinates have unit mean square under the mean of the two moments.
     """
     roots = [symmetric_power(block.metric_kk, 0.5, floor=0.0) @ block.target_kD for block in (keys, values)]
     moments = [_regular(block.moment_DD) for block in (keys, values)]
     common = (moments[0] + moments[1]) / 2
-    _, _, right = torch.linalg.svd(torch.cat(roots) @ symmetric_power(common, 0.5), full_matrices=False)
-    encoder = right[:rank] @ symmetric_power(common, -0.5)
-    for _ in range(sweeps):
-        encoder = _refit_encoder(encoder, roots, moments)
+    encoder = top_encoder(torch.cat(roots), common, rank)
     encoder = encoder / (encoder @ common * encoder).sum(1, keepdim=True).clamp_min(1e-300).sqrt()
     decoders = tuple(
         decode(block.target_kD, moment, encoder) for block, moment in zip((keys, values), moments, strict=True)
     )
     return LowRank(encoder, decoders, _relative_loss(encoder, roots, moments))
+
+
+def top_encoder(root_kD: Tensor, moment_DD: Tensor, rank: int) -> Tensor:
+    """Rows [r, D] that span what the `rank` largest singular directions of R C^(1/2) read of x; of any length.
+
+    With R C^(1/2) = U S V^T these are V^T C^(-1/2) = S^-1 U^T R, and U are the eigenvectors of R C R^T, which is far
+    smaller than C where few keys and values are made of a wide stream.
+    """
+    if rank <= len(root_kD) < len(moment_DD):
+        values, vectors = torch.linalg.eigh(root_kD @ moment_DD @ root_kD.T)
+        # below that, rows would be nothing but rounding
+        if bool(values[-rank] > 1e-12 * values[-1]):
+            return vectors[:, -rank:].flip(1).T @ root_kD
+    lower_DD = torch.linalg.cholesky(moment_DD)
+    seen_kD = root_kD @ lower_DD
+    _, vectors = torch.linalg.eigh(seen_kD.T @ seen_kD)
+    found: Tensor = torch.linalg.solve_triangular(lower_DD.T, vectors[:, -rank:].flip(1), upper=True)
+    return found.T
 
 
 def decode(target_kD: Tensor, moment_DD: Tensor, encoder_rD: Tensor) -> Tensor:
@@ -65,26 +79,6 @@ def decode(target_kD: Tensor, moment_DD: Tensor, encoder_rD: Tensor) -> Tensor:
     gram = projected_rD @ encoder_rD.T
     solution: Tensor = torch.linalg.solve(_regular(gram, 1e-10), projected_rD @ target_kD.T)
     return solution.T
-
-
-def _refit_encoder(encoder_rD: Tensor, roots: list[Tensor], moments: list[Tensor]) -> Tensor:
-    """Encoder that is best for the decoders of `encoder_rD`.
-
-    Stationarity is A_1 W C_1 + A_2 W C_2 = B with A_b = U_b^T U_b; both pairs are diagonalised at once.
-    """
-    decoders = [decode(root, moment, encoder_rD) for root, moment in zip(roots, moments, strict=True)]
-    right_side = sum(u.T @ y @ c for u, y, c in zip(decoders, roots, moments, strict=True))
-    a, left = _diagonalise(*(_regular(u.T @ u, 1e-10) for u in decoders))
-    c, right = _diagonalise(*moments)
-    solution: Tensor = left @ ((left.T @ right_side @ right) / (a[:, None] * c + 1)) @ right.T
-    return solution
-
-
-def _diagonalise(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """(w, P) with P^T second P = 1 and P^T first P = diag(w)."""
-    inverse = torch.linalg.inv(torch.linalg.cholesky(second))
-    values, vectors = torch.linalg.eigh(inverse @ first @ inverse.T)
-    return values, inverse.T @ vectors
 
 
 def _relative_loss(encoder_rD: Tensor, roots: list[Tensor], moments: list[Tensor]) -> float:

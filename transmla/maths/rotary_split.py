@@ -17,21 +17,7 @@ from torch import Tensor
 
 from transmla.maths.attention import GqaWeights, inverse_frequencies
 
-
-@dataclass(frozen=True)
-class SplitOptions:
-    """Variants of the split; measured side by side in benchmarks/variants.md.
-
-    complex_component: a complex component per bucket; False: a real one (RoRoPE, arXiv 2502.07864, section 4.1)
-    query_weighted:    weight pairs by the energy and importance of the queries that read them
-    shrink:            multiply leftovers by their mean turn; False: leave them as if they did not turn
-    rank_pressure:     added to every pair's gain from being rotary, since whatever is not competes for rank
-    """
-
-    complex_component: bool = True
-    query_weighted: bool = True
-    shrink: bool = True
-    rank_pressure: float = 0.3
+RANK_PRESSURE = 0.3
 
 
 @dataclass(frozen=True)
@@ -67,7 +53,7 @@ def rotary_split(
     distance_HS: Tensor,
     qk_rope_head_dim: int,
     theta: float,
-    options: SplitOptions = SplitOptions(),
+    rank_pressure: float = RANK_PRESSURE,
 ) -> RotarySplit:
     """The rotary half of the conversion, in float64.
 
@@ -77,6 +63,7 @@ def rotary_split(
     query_Hdd:    second moment of the unrotated queries, E[q q^T]
     importance_H: how strongly a squared score error of a head reaches the output
     distance_HS:  attended distances of each head, rows sum to one
+    rank_pressure: added to every pair's gain from being rotary, since whatever is not competes for rank
     """
     num_groups, head_dim, _ = k_GdD.shape
     pairs, heads_per_group = head_dim // 2, len(gqa.q_HdD) // num_groups
@@ -84,11 +71,8 @@ def rotary_split(
     bucket_P = nearest_pairs(gqa.inv_freq_P, inv_freq_M)
     still_HP = mean_turn(distance_HS, gqa.inv_freq_P)
     mismatch_HP = 2 - 2 * mean_turn(distance_HS, gqa.inv_freq_P - inv_freq_M[bucket_P]).real
-    gain_HP = 1 - still_HP.abs() ** 2 - mismatch_HP + options.rank_pressure
-    omega_GP = _pair_weights(query_Hdd, importance_H, gain_HP, num_groups, options)
-    if not options.shrink:
-        still_HP = torch.ones_like(still_HP)
-
+    gain_HP = 1 - still_HP.abs() ** 2 - mismatch_HP + rank_pressure
+    omega_GP = _pair_weights(query_Hdd, importance_H, gain_HP, num_groups)
     z_GPD, q_HPD = _as_complex(k_GdD), _as_complex(gqa.q_HdD)
     component_GP = torch.zeros(num_groups, pairs, dtype=torch.complex128, device=k_GdD.device)
     reader_GP = torch.zeros_like(component_GP)
@@ -99,7 +83,7 @@ def rotary_split(
         omega_GB = omega_GP[:, bucket]
         if not bool(omega_GB.any()):
             continue
-        a_GB = _top_component(z_GPD[:, bucket], omega_GB, moment_DD, options.complex_component)
+        a_GB = _top_component(z_GPD[:, bucket], omega_GB, moment_DD)
         reader_GP[:, bucket] = a_GB.conj() * omega_GB
         component_GP[:, bucket] = torch.where(omega_GB > 0, a_GB / omega_GB, 0)
         k_rope_MD[m] = torch.einsum("GB,GBD->D", reader_GP[:, bucket], z_GPD[:, bucket])
@@ -112,26 +96,21 @@ def rotary_split(
     return RotarySplit(_as_real(k_rope_MD), _as_real(q_rope_HMD), leftover, inv_freq_M)
 
 
-def _pair_weights(
-    query_Hdd: Tensor, importance_H: Tensor, gain_HP: Tensor, num_groups: int, options: SplitOptions
-) -> Tensor:
+def _pair_weights(query_Hdd: Tensor, importance_H: Tensor, gain_HP: Tensor, num_groups: int) -> Tensor:
     """Omega [G, P]: root of the summed importance of a pair over the heads that read it; 0 where turning with the
     target's frequency is further from the pair's own turning than standing still is."""
-    if not options.query_weighted:
-        mean_gain_GP = gain_HP.unflatten(0, (num_groups, -1)).mean(dim=1)
-        return (mean_gain_GP > 0).double()
     energy_Hd = query_Hdd.diagonal(dim1=1, dim2=2)
     real, imag = energy_Hd.chunk(2, dim=1)
     weight_HP = importance_H[:, None] * (real + imag) * gain_HP
     return weight_HP.unflatten(0, (num_groups, -1)).sum(dim=1).clamp_min(0).sqrt()
 
 
-def _top_component(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor, complex_component: bool) -> Tensor:
+def _top_component(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor) -> Tensor:
     """Unit vector a [G, B] with the largest a^H S a, S = Omega W C W^H Omega (method, section 2)."""
     weighted = (omega_GB[..., None] * z_GBD).flatten(0, 1)
     gram = weighted @ moment_DD.to(weighted.dtype) @ weighted.mH
-    _, vectors = torch.linalg.eigh(gram if complex_component else gram.real)
-    return vectors[:, -1].to(torch.complex128).unflatten(0, omega_GB.shape)
+    _, vectors = torch.linalg.eigh(gram)
+    return vectors[:, -1].unflatten(0, omega_GB.shape)
 
 
 def _captured(component_GP: Tensor, reader_GP: Tensor, bucket_P: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
-"""One layer of the source model, built from a row of the family table and nothing but its own tensors.
+"""The source model, read piece by piece: one layer at a time, embeddings, final norm and head.
 
-The norms and the MLP are the Hugging Face modules as they are; the attention is read as plain weights.
+A layer is built from a row of the family table and nothing but its own tensors. The norms and the MLP are the Hugging
+Face modules as they are; the attention is read as plain weights.
 
-Legend: D hidden_size, H query heads, G key/value heads, d head_dim, P = d / 2.
+Legend: T tokens, D hidden_size, V vocabulary, H query heads, G key/value heads, d head_dim, P = d / 2.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from transmla.checkpoint.read import Source
 from transmla.families import Family, rope_parameters
 from transmla.geometry import GqaGeometry
 from transmla.maths.attention import GqaWeights, inverse_frequencies
@@ -33,6 +35,61 @@ class SourceLayer:
     mlp: Callable[[Tensor], Tensor]
     # what is not attention, by its name inside the layer: norms and MLP are written as they are
     other_tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Final norm (stream -> normed, float32) and lm_head [V, D] in the dtype of the products."""
+
+    norm: Callable[[Tensor], Tensor]
+    weight_VD: Tensor
+
+
+class SourceModel:
+    """Reads what is asked for, onto `device`; keeps nothing of it."""
+
+    def __init__(self, source: Source, family: Family, geometry: GqaGeometry, device: torch.device) -> None:
+        self.source, self.family, self.geometry, self.device = source, family, geometry, device
+        self.config: Any = source_config(source.config)
+        self._frequencies = source_frequencies(self.config, geometry, source.rope_frequency_factors)
+
+    @property
+    def head_name(self) -> str:
+        """The tensor that predicts: the embedding, if the two are tied."""
+        own = self.family.lm_head in self.source.tensors and not self.source.config.get("tie_word_embeddings")
+        return self.family.lm_head if own else self.family.embed_tokens
+
+    @property
+    def eps(self) -> float:
+        """Epsilon of the RMS norms."""
+        return float(self.source.config["rms_norm_eps"])
+
+    def layer(self, index: int) -> SourceLayer:
+        """One layer, float32."""
+        names = layer_tensor_names(self.family, self.config, index)
+        tensors = {name: self.source.read(name, dtype=torch.float32, device=self.device) for name in names}
+        return build_layer(self.family, self.config, self.geometry, index, tensors, *self._frequencies)
+
+    def norm(self) -> Tensor:
+        """Weight of the final norm, float32 [D]."""
+        return self.source.read(self.family.norm, dtype=torch.float32, device=self.device)
+
+    def head(self, dtype: torch.dtype) -> Head:
+        """Final norm and lm_head, the latter in `dtype`."""
+        norm_D, eps = self.norm(), self.eps
+        head_VD = self.source.read(self.head_name, dtype=dtype, device=self.device)
+        return Head(lambda x_TD: torch.nn.functional.rms_norm(x_TD, norm_D.shape, norm_D, eps), head_VD)
+
+    def embed(self, ids_NT: Tensor) -> Iterator[Tensor]:
+        """Embeddings window by window, float32 [T, D] on the CPU; only rows of tokens that occur are read."""
+        ids, places_NT = ids_NT.unique(return_inverse=True)
+        rows = self.source.rows(self.family.embed_tokens, ids).float()
+        return (rows[places_T] for places_T in places_NT)
+
+    def check_ends(self) -> None:
+        """Read what is not in a layer once; `SourceError` if a value there is not finite."""
+        for name in {self.family.embed_tokens, self.head_name, self.family.norm}:
+            self.source.read(name)
 
 
 def source_config(config: Mapping[str, Any]) -> PreTrainedConfig:

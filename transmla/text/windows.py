@@ -16,14 +16,26 @@ from transmla.errors import DataError
 from transmla.text.mixes import SELF, parse_mix
 from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
 
+# share of the windows that only measure, and how many at most
+HELDOUT_SHARE, MAX_HELDOUT = 1 / 16, 8
+
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """ids_NT: int64 [N, T]; name: what it was made of; digest: sha256 of the ids, for the provenance file."""
+    """ids_NT:   int64 [N, T]
+    name:        what it was made of;  digest: SHA-256 of the ids, for the provenance file
+    num_heldout: the last windows that only measure; default: a sixteenth, at most 8
+    """
 
     ids_NT: Tensor
     name: str
     digest: str
+    num_heldout: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.num_heldout:
+            default = min(MAX_HELDOUT, max(1, round(len(self.ids_NT) * HELDOUT_SHARE)))
+            object.__setattr__(self, "num_heldout", default)
 
 
 def windows(
@@ -90,8 +102,8 @@ def _mixed(texts: list[CalibrationTokens], name: str | None = None) -> Calibrati
     return _named(ids_NT, name or "+".join(text.name for text in texts))
 
 
-def _named(ids_NT: Tensor, name: str) -> CalibrationTokens:
-    return CalibrationTokens(ids_NT, name, hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest())
+def _named(ids_NT: Tensor, name: str, num_heldout: int = 0) -> CalibrationTokens:
+    return CalibrationTokens(ids_NT, name, hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest(), num_heldout)
 
 
 def shuffled(text: CalibrationTokens, seed: int) -> CalibrationTokens:
@@ -130,8 +142,8 @@ def spread_positions(skipping_N: Tensor, window: int, context: int, seed: int) -
     return positions_NT + torch.where(skipping_N[:, None] & behind_NT, gap_N[:, None], 0)
 
 
-def with_sampled(text: CalibrationTokens, sampled_NT: Tensor, num_heldout: int) -> CalibrationTokens:
+def with_sampled(text: CalibrationTokens, sampled_NT: Tensor) -> CalibrationTokens:
     """Sampled windows among those of the text, spread evenly; the held-out ones stay the last, and real text."""
-    fitted, heldout = text.ids_NT[:-num_heldout], text.ids_NT[-num_heldout:]
+    fitted, heldout = text.ids_NT[: -text.num_heldout], text.ids_NT[-text.num_heldout :]
     mixed = _mixed([_named(fitted, text.name), _named(sampled_NT, f"{sampled_NT.numel():,} sampled tokens")])
-    return _named(torch.cat([mixed.ids_NT, heldout]), mixed.name)
+    return _named(torch.cat([mixed.ids_NT, heldout]), mixed.name, text.num_heldout)

@@ -13,19 +13,25 @@ LEAST, LEAST_OF_ADAPTERS = 1e-3, 0.02
 
 
 class RelativeAdam(torch.optim.Optimizer):
-    """Adam (1412.6980), each step times the root mean square of the row that it changes (as Adafactor does with whole
-    matrices, 1804.04235, section 8).
+    """Adam (1412.6980), each step times the size of what it changes: the root mean square of a row or of a matrix (as
+    in Adafactor, 1804.04235, section 8). One rate then fits matrices, and models, of all sizes. A vector is one row.
 
-    Rows of one matrix can be of very different sizes here: latent and rotary rows of kv_a_proj_with_mqa, keys and
-    values of kv_b_proj. One rate then fits all of them, and models of all sizes. A vector is one row.
-
-    params: groups may have `least`, the size of rows that are smaller;  lr: share of a row that a step may change
+    params: groups may have `each`, "row": every row by its own size as it is now, for matrices whose rows are of very
+            different sizes, as the latent and rotary rows of kv_a_proj_with_mqa; or "matrix": by the size that the
+            matrix had at first. And `least`, the size of rows that are smaller
+    lr:     share of its size that a step may change
     """
 
     def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-12, least: float = LEAST
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-12,
+        each: str = "row",
+        least: float = LEAST,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "least": least})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "each": each, "least": least})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -40,16 +46,31 @@ class RelativeAdam(torch.optim.Optimizer):
         return loss
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        first, second = group["betas"]
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        steps = float(state["step"])
+        state = self._state_of(parameter, group["each"])
+        rate = float(group["lr"])
+        if group["each"] == "matrix":
+            _adam(parameter, gradient, state, rate * float(state["size"]), group)
+            return
+        update = torch.zeros_like(parameter)
+        _adam(update, gradient, state, 1.0, group)
         size = parameter.square().mean(-1, keepdim=True).sqrt_().clamp_min_(group["least"])
-        update = mean / (square / (1 - second**steps)).sqrt_().add_(group["eps"])
-        parameter.sub_(update * size, alpha=float(group["lr"]) / (1 - first**steps))
+        parameter.addcmul_(update, size.expand_as(parameter), value=rate)
+
+    def _state_of(self, parameter: Tensor, each: str) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            if each == "matrix":
+                state["size"] = float(parameter.square().mean().sqrt())
+        return state
+
+
+def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], rate: float, group: dict[str, Any]) -> None:
+    """One step of ordinary Adam in place, moments and all in one pass over memory."""
+    first, second = group["betas"]
+    state["step"] += 1
+    torch._fused_adam_(
+        [parameter], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+        lr=rate, beta1=first, beta2=second, weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip

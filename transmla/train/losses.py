@@ -1,21 +1,25 @@
-"""Losses of a student against its teacher's predictions, from the inputs of both heads: logits of few tokens at a time.
+"""What training minimises: the distance from a teacher's predictions, and from its residual streams.
 
-Legend: N tokens, D hidden_size, V vocabulary, K kept logits.
+Logits exist for a few tokens at a time: the gradient is computed along with the loss.
+Legend: N tokens of any number of texts, D hidden_size, V vocabulary, K kept logits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from transmla.text.packing import IGNORED
+
+# Rows of logits at once: on a CPU what fits into the caches of a core (twice as fast as 512), on a GPU what keeps it
+# busy.
+ROWS_ON_CPU, LOGITS_ON_GPU = 128, 2**26
+
 Head = Callable[[Tensor], Tensor]
-# logits that are in memory at once
-NUM_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,19 @@ class TopK:
     ids_NK: Tensor
 
 
+# tokens -> their logits [n, V], or the largest of them
+Predictions = Callable[[slice], Tensor | TopK]
+
+
 def top_k(logits_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The k most likely tokens and what they have of the whole distribution."""
+    """The k most likely tokens and their probabilities in the whole distribution."""
     probabilities = (logits_NV.float() / temperature).softmax(-1).topk(k, dim=-1)
     return TopK(probabilities.values, probabilities.indices)
 
 
 def divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of each token [N] in nats, times temperature^2."""
-    student, teacher = ((x.float() / temperature).log_softmax(-1) for x in (student_NV, teacher_NV))
+    student, teacher = ((_wide(x) / temperature).log_softmax(-1) for x in (student_NV, teacher_NV))
     return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
 
 
@@ -53,106 +61,145 @@ def divergence_top_k(student_NV: Tensor, teacher: TopK, temperature: float = 1.0
     Merging tokens can only lower a divergence (data processing inequality), so this is a lower bound, and equal to
     `divergence` for K = V.
     """
-    student = (student_NV.float() / temperature).log_softmax(-1).gather(-1, teacher.ids_NK)
+    student = (_wide(student_NV) / temperature).log_softmax(-1).gather(-1, teacher.ids_NK)
     kept = torch.xlogy(teacher.probabilities_NK, teacher.probabilities_NK) - teacher.probabilities_NK * student
-    # what is left, never quite nothing: the logarithm of a rounded 1 - 1 is no number
+    # what is left, never quite nothing: the logarithm of a rounded 1 - 1 is not a number
     rest, own = ((1 - mass).clamp_min(1e-7) for mass in (teacher.probabilities_NK.sum(-1), student.exp().sum(-1)))
     return (kept.sum(-1) + rest * (rest.log() - own.log())) * temperature**2
 
 
-def tokens_at_once(vocabulary: int) -> int:
-    """Tokens whose logits are in memory together."""
-    return max(16, NUM_LOGITS // vocabulary)
+def parts(num_tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Slices of tokens whose logits are in memory together."""
+    rows = ROWS_ON_CPU if device.type == "cpu" else max(16, LOGITS_ON_GPU // vocabulary)
+    return (slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows))
+
+
+def predictions_of(normed_ND: Tensor, head_VD: Tensor) -> Predictions:
+    """The logits of a teacher from the inputs of its head, in the dtype of the head."""
+    return lambda part: normed_ND[part].to(head_VD.dtype) @ head_VD.T
 
 
 def distillation_loss(
     student_ND: Tensor,
     head_VD: Tensor,
-    teacher: Callable[[slice], Tensor | TopK],
-    labels_N: Tensor,
-    objective: Objective,
+    teacher: Predictions,
+    weights_N: Tensor,
+    labels_N: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, divergence alone) as means over the tokens that count, float32.
+    """(loss, divergence of each token [N]): float32, or float64 for a float64 head.
 
     student_ND: inputs of the student's head, the only thing that gets a gradient: heads are not trained
-    head_VD:    lm_head
+    head_VD:    lm_head; the products run in its dtype, or in that of autocast, the softmax in float32
     teacher:    tokens -> their logits [n, V] or `TopK`
-    labels_N:   the next token of each, -100 where nothing is to be learned, in which case the token does not count
-    Logits exist for a few tokens at a time: the gradient is computed along with the loss.
+    weights_N:  of each token in the loss, which is the weighted sum; 0 where nothing is to be learned
+    labels_N:   the next token of each, for a cross-entropy; -100 has weight 0 there, too
     """
-    found: tuple[Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
-        student_ND, head_VD, teacher, labels_N, objective
+    found: tuple[Tensor, Tensor] = _Distillation.apply(  # type: ignore[no-untyped-call]
+        student_ND, head_VD, teacher, weights_N, labels_N, objective or Objective()
     )
     return found
 
 
-class _Loss(torch.autograd.Function):
+class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         student_ND: Tensor,
         head_VD: Tensor,
-        teacher: Callable[[slice], Tensor | TopK],
-        labels_N: Tensor,
+        teacher: Predictions,
+        weights_N: Tensor,
+        labels_N: Tensor | None,
         objective: Objective,
     ) -> tuple[Tensor, Tensor]:
-        wants_gradient = student_ND.requires_grad
-        grad_ND = torch.zeros_like(student_ND) if wants_gradient else None
-        total = student_ND.new_zeros((), dtype=torch.float32)
-        diverged = torch.zeros_like(total)
-        counted = labels_N != -100
-        num = counted.sum().clamp_min(1)
-        at_once = tokens_at_once(len(head_VD))
-        for start in range(0, len(student_ND), at_once):
-            part = slice(start, min(start + at_once, len(student_ND)))
-            if not counted[part].any():
-                continue
-            logits_nV = student_ND[part] @ head_VD.T
-            with torch.set_grad_enabled(wants_gradient):
-                logits_nV.requires_grad_(wants_gradient)
-                loss, kl = _chunk(logits_nV, teacher(part), labels_N[part], objective)
-            if grad_ND is not None:
-                (grad_nV,) = torch.autograd.grad(loss, logits_nV)
-                grad_ND[part] = grad_nV @ head_VD
-            total += loss.detach()
-            diverged += kl.detach()
-        ctx.save_for_backward(grad_ND / num if grad_ND is not None else None)
-        diverged = diverged / num
-        ctx.mark_non_differentiable(diverged)
-        return total / num, diverged
+        wants_gradient = ctx.needs_input_grad[0]
+        kind = student_ND.device.type
+        products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head_VD.dtype
+        head_VD = head_VD.to(products)
+        grad_ND = torch.empty_like(student_ND) if wants_gradient else None
+        found_N = torch.zeros(len(student_ND), dtype=_wide(head_VD[:0]).dtype, device=student_ND.device)
+        loss = found_N.new_zeros(())
+        for part in parts(len(student_ND), len(head_VD), student_ND.device):
+            wanted = teacher(part)
+            with torch.autocast(kind, enabled=False):
+                logits_nV = _wide(student_ND[part].to(products) @ head_VD.T)
+                labels_n = None if labels_N is None else labels_N[part]
+                loss_n, found_N[part], grad_nV = _with_gradient(logits_nV, wanted, labels_n, objective, wants_gradient)
+                weights_n = weights_N[part].to(loss_n.dtype)
+                # a token of weight 0 may have a loss that is not finite
+                loss += torch.where(weights_n != 0, loss_n * weights_n, 0.0).sum()
+                if grad_ND is not None and grad_nV is not None:
+                    weighted_nV = torch.where(weights_n[:, None] != 0, grad_nV.mul_(weights_n[:, None]), 0.0)
+                    grad_ND[part] = (weighted_nV.to(products) @ head_VD).to(grad_ND.dtype)
+        ctx.save_for_backward(grad_ND)
+        ctx.mark_non_differentiable(found_N)
+        return loss, found_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0], None, None, None, None
+        return grad_ND * grads[0], None, None, None, None, None
 
 
-def _chunk(student_NV: Tensor, teacher: Tensor | TopK, labels_N: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Sums over the tokens that count."""
-    logits_NV = student_NV.float()
-    against = divergence_top_k if isinstance(teacher, TopK) else divergence
-    found_N = against(logits_NV, teacher, objective.temperature)  # type: ignore[arg-type]
-    kl = torch.where(labels_N != -100, found_N, 0.0).sum()
-    loss = (1 - objective.cross_entropy) * kl
-    if objective.cross_entropy:
-        text = torch.nn.functional.cross_entropy(logits_NV, labels_N, ignore_index=-100, reduction="sum")
-        loss = loss + objective.cross_entropy * text
-    return loss, kl
+def _with_gradient(
+    logits_NV: Tensor, teacher: Tensor | TopK, labels_N: Tensor | None, objective: Objective, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss and divergence of each token, and the gradient of the loss in the logits, if it is wanted."""
+    heat, text = objective.temperature, objective.cross_entropy if labels_N is not None else 0.0
+    gradient = None
+    if isinstance(teacher, TopK):
+        with torch.set_grad_enabled(wants_gradient):
+            logits_NV.requires_grad_(wants_gradient)
+            diverged_N = divergence_top_k(logits_NV, teacher, heat)
+            if wants_gradient:
+                (gradient,) = torch.autograd.grad(diverged_N.sum(), logits_NV)
+        logits_NV, diverged_N = logits_NV.detach(), diverged_N.detach()
+    else:
+        both = (logits_NV, _wide(teacher))
+        own_NV, wanted_NV = ((x_NV if heat == 1 else x_NV / heat).log_softmax(-1) for x_NV in both)
+        likely_NV = wanted_NV.exp()
+        diverged_N = (likely_NV * wanted_NV.sub_(own_NV)).sum(-1) * heat**2
+        if wants_gradient:
+            gradient = own_NV.exp_().sub_(likely_NV).mul_(heat)
+    if not text:
+        return diverged_N, diverged_N, gradient
+    assert labels_N is not None
+    likely_NV = logits_NV.log_softmax(-1)
+    chosen_N1 = labels_N.clamp_min(0)[:, None]
+    nats_N = -likely_NV.gather(-1, chosen_N1).squeeze(-1)
+    if gradient is not None:
+        of_text = likely_NV.exp_().scatter_add_(-1, chosen_N1, -torch.ones_like(likely_NV[:, :1]))
+        gradient = gradient.mul_(1 - text).add_(of_text, alpha=text)
+    return (1 - text) * diverged_N + text * nats_N, diverged_N, gradient
 
 
 @torch.no_grad()
 def token_nats(normed_ND: Tensor, head: Head, labels_N: Tensor, vocabulary: int) -> Tensor:
-    """Mean next-token loss over the tokens that count, a float32 scalar."""
-    total = torch.zeros((), dtype=torch.float32, device=normed_ND.device)
-    at_once = tokens_at_once(vocabulary)
-    for start in range(0, len(normed_ND), at_once):
-        logits_nV = head(normed_ND[start : start + at_once]).float()
-        labels_n = labels_N[start : start + at_once]
-        total += torch.nn.functional.cross_entropy(logits_nV, labels_n, ignore_index=-100, reduction="sum")
-    return total / (labels_N != -100).sum().clamp_min(1)
+    """Next-token loss of each token [N], float32; 0 where the label is -100."""
+    found = [
+        torch.nn.functional.cross_entropy(
+            head(normed_ND[part]).float(), labels_N[part], ignore_index=IGNORED, reduction="none"
+        )
+        for part in parts(len(normed_ND), vocabulary, normed_ND.device)
+    ]
+    return torch.cat(found)
 
 
-def hidden_loss(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """Squared error over the teacher's squared size, mean over tokens: what a norm behind it would see."""
-    error_N = (student_ND.float() - teacher_ND.float()).square().sum(-1)
-    return (error_N / teacher_ND.float().square().sum(-1).clamp_min(math.ldexp(1.0, -60))).mean()
+def stream_error(found_TD: Tensor, target_TD: Tensor) -> Tensor:
+    """Squared distance of each token's stream over the token's own energy, mean over tokens, float32 or wider.
+
+    What reads the stream is a norm, so an error counts relative to its token; otherwise a handful of tokens with
+    massive activations would own the loss.
+    """
+    found_TD, target_TD = _wide(found_TD), _wide(target_TD)
+    return ((found_TD - target_TD).square().mean(-1) / energy(target_TD)).mean()
+
+
+def energy(stream_TD: Tensor) -> Tensor:
+    """Mean square of each token [T], not quite zero: a token whose embedding is zero may stay so through all layers."""
+    return stream_TD.square().mean(-1).clamp_min(torch.finfo(stream_TD.dtype).tiny)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

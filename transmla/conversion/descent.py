@@ -16,12 +16,12 @@ from torch import Tensor
 from transmla.conversion.levels import Descent
 from transmla.maths.attention import MlaWeights
 from transmla.processes import Processes
+from transmla.train.adam import RelativeAdam
 
 TRAINED = ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr", "o_DHv", "q_down_qD")
 # tokens that go forward and backward at once: more only costs memory on a CPU, and keeps a GPU busy
 TOKENS_ON_GPU, TOKENS_ELSEWHERE = 8192, 2048
 WARMUP = 0.1
-BETAS = (0.9, 0.95)
 
 
 def tokens_per_pass(device: torch.device) -> int:
@@ -61,10 +61,7 @@ class Descender:
         # mean loss of every step so far, before the step
         self.losses: list[float] = []
         self._leaves = leaves(weights)
-        sizes = [float(leaf.detach().square().mean().sqrt()) for leaf in self._leaves]
-        groups = [{"params": [leaf], "lr": size} for leaf, size in zip(self._leaves, sizes, strict=True)]
-        self._adam = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, foreach=False, fused=_fused(self._leaves))
-        self._sizes = sizes
+        self._adam = RelativeAdam(self._leaves, lr=descent.rate, each="matrix")
 
     def steps(self, loss_of: Callable[[list[int]], Tensor], places: dict[int, int], at_once: int) -> Iterator[float]:
         """Take the remaining steps; yields the mean loss of each. A loss or a gradient that is not finite is the end: a
@@ -96,9 +93,8 @@ class Descender:
         self.processes.sum_(gradients)
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             return False
-        rate = self.descent.rate * _annealed(self.done, self.num_steps)
-        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
-            group["lr"] = rate * size
+        for group in self._adam.param_groups:
+            group["lr"] = self.descent.rate * _annealed(self.done, self.num_steps)
         self._adam.step()
         self._adam.zero_grad()
         self.done += 1
@@ -107,26 +103,23 @@ class Descender:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next step depends on, as tensors and plain values."""
         tensors: dict[str, Tensor] = {}
-        for place, leaf in enumerate(self._leaves):
-            held = self._adam.state[leaf]
-            tensors |= {f"{place}.weight": leaf, f"{place}.m": held["exp_avg"], f"{place}.v": held["exp_avg_sq"]}
-        return tensors, {"done": self.done, "sizes": self._sizes, "losses": self.losses}
+        held = [self._adam.state[leaf] for leaf in self._leaves]
+        for place, (leaf, one) in enumerate(zip(self._leaves, held, strict=True)):
+            tensors |= {f"{place}.weight": leaf, f"{place}.m": one["exp_avg"], f"{place}.v": one["exp_avg_sq"]}
+        return tensors, {"done": self.done, "sizes": [one["size"] for one in held], "losses": self.losses}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Continue from a `state`."""
-        self.done, self._sizes, self.losses = int(values["done"]), list(values["sizes"]), list(values["losses"])
+        self.done, self.losses = int(values["done"]), list(values["losses"])
         with torch.no_grad():
-            for place, leaf in enumerate(self._leaves):
+            for place, (leaf, size) in enumerate(zip(self._leaves, values["sizes"], strict=True)):
                 leaf.copy_(tensors[f"{place}.weight"])
                 self._adam.state[leaf] = {
                     "step": torch.tensor(float(self.done), device=leaf.device),
+                    "size": float(size),
                     "exp_avg": tensors[f"{place}.m"].to(leaf),
                     "exp_avg_sq": tensors[f"{place}.v"].to(leaf),
                 }
-
-
-def _fused(tensors: Sequence[Tensor]) -> bool:
-    return all(tensor.device.type in ("cpu", "cuda") for tensor in tensors)
 
 
 def _annealed(step: int, num_steps: int) -> float:

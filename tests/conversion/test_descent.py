@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.maths.weights import mla_weights
+from transmla.conversion.descent import Descender, _annealed, _batches, leaves, trainable
 from transmla.conversion.levels import Descent
 from transmla.processes import ALONE
-from transmla.train.descent import Descender, _annealed, _batches, leaves, trainable
 
 CPU = torch.device("cpu")
 
