@@ -19,6 +19,9 @@ import transmla.model.loading
 from tests.families import MakeSource
 from transmla.cli import main
 from transmla.errors import DestinationError, GateError, RecipeError, SourceError, UnsupportedError
+from transmla.healing.flow import _require_gain
+from transmla.healing.train import Trained
+from transmla.processes import ALONE
 from transmla.text.sources import read_text
 from transmla.train.losses import divergence
 
@@ -168,6 +171,39 @@ def test_what_does_not_help_is_not_written(converted: Path, text_file: Path, tmp
     with pytest.raises(GateError, match="healing did not help") as caught:
         transmla.heal(converted, tmp_path / "out", data=str(text_file), **SETTINGS | {"rate": 30.0})
     assert "lower --rate" in caught.value.remedy and not list(tmp_path.iterdir())
+
+
+def outcome(losses: tuple[float, float], nats: tuple[float, float]) -> Trained:
+    """losses: before and at the best step;  nats: likewise, of the held-out text"""
+    log = [{"step": step, "eval_loss": loss} for step, loss in zip((0, 10), losses, strict=True)]
+    before, after = ({"text": {"nats": one, "recovery": 0.9, "recovery_error": 0.009}} for one in nats)
+    return Trained({}, log, 10, 1, 1e-3, 64, before, after)
+
+
+@pytest.mark.parametrize(
+    ("losses", "nats", "why"),
+    [
+        ((1.0, 0.5), (2.0, 1.9), None),
+        ((1.0, 0.5), (2.0, 2.005), None),  # within its error
+        ((1.0, 0.5), (2.0, 2.1), "perplexity rose from 7.389 to 8.166"),
+        ((1.0, 1.0), (2.0, 1.9), "1.0000 before and 1.0000 at best"),
+        ((1.0, float("inf")), (2.0, 1.9), "1.0000 at best"),
+        ((1.0, float("nan")), (2.0, 1.9), "1.0000"),
+        ((1.0, 0.5), (2.0, float("nan")), "perplexity rose"),
+    ],
+)
+def test_a_gain_is_nearer_to_the_source_and_no_worse_on_the_text(
+    tmp_path: Path, losses: tuple[float, float], nats: tuple[float, float], why: str | None
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    if why is None:
+        _require_gain(outcome(losses, nats), work, ALONE)
+    else:
+        with pytest.raises(GateError, match="healing did not help") as caught:
+            _require_gain(outcome(losses, nats), work, ALONE)
+        assert why in caught.value.why
+    assert work.is_dir() == (why is None)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,16 @@ def test_streams_are_matched_layer_by_layer(source: Any, windows: Windows) -> No
     assert weighted == pytest.approx(plain + 2 * float(errors.mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_state_that_predicts_nothing_has_no_finite_loss(source: Any, windows: Windows, value: float) -> None:
+    """A flat distribution may be nearer to the source than a wrecked model is; still it is no gain."""
+    student = teach(unfolded(source.config), OnlineTeacher(source, autocast("float32", CPU)), Objective())
+    with torch.no_grad():
+        assert torch.isfinite(student(**batch(windows))["loss"])
+        student.model.norm.weight.fill_(value)
+        assert student(**batch(windows))["loss"] == torch.inf
+
+
 def test_the_source_is_no_part_of_the_student(source: Any, windows: Windows) -> None:
     model = unfolded(source.config)
     names = list(model.state_dict())

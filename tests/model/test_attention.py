@@ -100,7 +100,8 @@ def test_equals_stock_class(folder: Path, ours: Load, ids: torch.Tensor, changes
 
 def test_unfolded_checkpoint_with_query_latent(ids: torch.Tensor, routes: list[bool]) -> None:
     config = tiny_config(latent_norm_folded=False, q_lora_rank=20)
-    stock, model = lively_model(config), DeepseekV3ForCausalLM(config)
+    # each its own config: a class notes there how it computes experts
+    stock, model = lively_model(config), DeepseekV3ForCausalLM(tiny_config(latent_norm_folded=False, q_lora_rank=20))
     stock.train(False)
     model.train(False)
     model.load_state_dict(stock.state_dict())

@@ -15,16 +15,11 @@ from transformers import AutoConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
 
 from transmla.checkpoint.read import open_source
-from transmla.errors import VerificationError
 from transmla.maths.attention import MlaWeights, mla_attention
 from transmla.model.source import SourceLayer
 from transmla.progress import Progress
+from transmla.targets.comparison import TOLERANCES, WITNESS_TOKENS, compare_logits
 from transmla.targets.stock import expected_tensors
-
-# Relative error of logits that the dtype of the stored weights explains, with a wide margin: measured 1e-4 (float32),
-# 2e-3 (float16) and 1e-2 (bfloat16), above 0.5 for any wrong layout.
-TOLERANCES = {"float32": 5e-3, "float16": 5e-2, "bfloat16": 1e-1}
-WITNESS_TOKENS = 128
 
 
 class Witness:
@@ -90,16 +85,7 @@ def verify(folder: Path, witness: Witness, device: torch.device, progress: Progr
         # read whole, although few rows are compared: what is not finite is refused here
         source.read("model.embed_tokens.weight")
         head_KD = source.read("lm_head.weight")[witness.vocabulary_K].to(device, torch.float32)
-        found_TK = (norm(hidden_1TD[0]) @ head_KD.T).double()
-    own_TK = witness.logits_TK.to(device).double()
-    error = float(((found_TK - own_TK).square().sum(-1) / own_TK.square().sum(-1)).mean().sqrt())
+        found_TK = norm(hidden_1TD[0]) @ head_KD.T
     stored = str(config.dtype).removeprefix("torch.")
-    tolerance = TOLERANCES[stored]
-    if not error <= tolerance:
-        raise VerificationError(
-            "the written checkpoint does not compute what was converted",
-            where=str(folder),
-            why=f"relative error of logits {error:.2e}, allowed {tolerance:.0e} in {stored}",
-            remedy="nothing was kept; try --dtype float32, and please report this with the source's config.json",
-        )
-    return Verification(error, tolerance, len(expected))
+    error = compare_logits(folder, found_TK, witness.logits_TK.to(device), stored)
+    return Verification(error, TOLERANCES[stored], len(expected))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ METRICS = ("divergence", "nats", "source_nats", "recovery", "recovery_error")
 
 
 def healing_curve(log: list[dict[str, Any]], tokens_per_step: int, texts: list[str]) -> dict[str, Any]:
-    """train: loss by step;  heldout: `METRICS` of each text by step. Divergences and nats are per token."""
+    """train: loss by step;  heldout: `METRICS` of each text by step. Divergences and nats are per token; a loss is None
+    where the model predicted nothing."""
     train = [
         {key: entry[key] for key in ("step", "loss", "grad_norm") if key in entry}
         | {"tokens": entry["step"] * tokens_per_step}
@@ -22,7 +24,9 @@ def healing_curve(log: list[dict[str, Any]], tokens_per_step: int, texts: list[s
         if "loss" in entry
     ]
     heldout = [
-        {"step": entry["step"], "tokens": entry["step"] * tokens_per_step, "loss": entry["eval_loss"]}
+        {"step": entry["step"], "tokens": entry["step"] * tokens_per_step}
+        # of a state that predicts nothing the loss is infinite, for which JSON has no word
+        | {"loss": entry["eval_loss"] if math.isfinite(entry["eval_loss"]) else None}
         | {"texts": {text: {key: entry[f"eval_{text}/{key}"] for key in METRICS} for text in texts}}
         for entry in log
         if "eval_loss" in entry

@@ -6,6 +6,7 @@ Everything unfinished lies in the journal beside the destination, so a run that 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -152,17 +153,27 @@ def _train(prepared: Preparation, made: Schedule, work: Path, device: str) -> tu
 
 
 def _require_gain(trained: Trained, work: Path, processes: Processes) -> None:
-    """All processes have the same numbers. What is of no use is not kept to go on with."""
+    """`GateError` unless the best state is nearer to the source and no worse on the text. All processes have the same
+    numbers; what is of no use is not kept to resume from."""
     losses = {entry["step"]: entry["eval_loss"] for entry in trained.log if "eval_loss" in entry}
-    if not losses[trained.best_step] < losses[0]:
-        if processes.first:
-            shutil.rmtree(work)
-        raise GateError(
-            "healing did not help",
-            where="the held-out windows",
-            why=f"their loss was {losses[0]:.4f} before, and {min(losses.values()):.4f} at best",
-            remedy="try a lower --rate, more or other text (--data); nothing was written",
-        )
+    text = next(iter(trained.before))
+    before, after = trained.before[text], trained.after[text]
+    best, error = losses[trained.best_step], after["recovery_error"] / after["recovery"]
+    if not best < losses[0]:
+        why = f"their loss was {losses[0]:.4f} before and {min(losses.values()):.4f} at best"
+    elif not after["nats"] <= before["nats"] + error:
+        perplexities = f"{math.exp(before['nats']):.3f} to {math.exp(after['nats']):.3f}"
+        why = f"the divergence from the source fell, but perplexity rose from {perplexities}, more than its error"
+    else:
+        return
+    if processes.first:
+        shutil.rmtree(work)
+    raise GateError(
+        "healing did not help",
+        where="the held-out windows",
+        why=why,
+        remedy="try a lower --rate, more or other text (--data); nothing was written",
+    )
 
 
 def _fingerprint(parent: Path, source: str, settings: Healing, processes: Processes) -> dict[str, Any]:

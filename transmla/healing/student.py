@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transmla.healing.teacher import Lesson
 from transmla.model.modeling_transmla import UnfoldedForCausalLM
 from transmla.text.packing import IGNORED
-from transmla.train.losses import Objective, distillation_loss, stream_error, token_nats
+from transmla.train.losses import Objective, distillation_loss, stream_error, text_nats
 
 # modules of the latent attention that adapters are put on
 LATENT_PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -67,9 +67,11 @@ class Student(UnfoldedForCausalLM):
         def by_window(found_N: Tensor) -> Tensor:
             return torch.where(counted_BT > 0, found_N.view_as(share_BT) * share_BT, 0.0).sum(1)
 
-        nats_N = token_nats(normed_ND, self.lm_head, labels_N, self.config.vocab_size)
+        nats_N, spread_N = text_nats(normed_ND, self.lm_head, labels_N, self.config.vocab_size)
+        # a state that predicts nothing is never the best one, however near to the source a flat distribution may be
+        predicts = spread_N.isfinite().all() & (spread_N > 0).any() & loss.isfinite()
         return {
-            "loss": loss,
+            "loss": torch.where(predicts, loss, torch.inf),
             "divergence": by_window(divergence_N),
             "nats": by_window(nats_N),
             "source_nats": lesson.nats(labels),

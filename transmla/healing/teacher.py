@@ -19,7 +19,7 @@ from transmla.checkpoint.destination import disk_errors
 from transmla.healing.windows import Windows
 from transmla.progress import Progress
 from transmla.text.packing import IGNORED
-from transmla.train.losses import Predictions, TopK, parts, token_nats, top_k
+from transmla.train.losses import Predictions, TopK, parts, text_nats, top_k
 
 Precision = Callable[[], AbstractContextManager[Any]]
 # files of kept predictions per folder
@@ -66,7 +66,7 @@ class OnlineTeacher:
             return logits_NV if self._k is None else top_k(logits_NV, self._k, self._temperature)
 
         def nats(labels_BT: Tensor) -> Tensor:
-            nats_N = token_nats(normed_ND, logits, labels_BT.flatten(), self.vocabulary)
+            nats_N, _ = text_nats(normed_ND, logits, labels_BT.flatten(), self.vocabulary)
             return nats_N.view_as(labels_BT).sum(1) / (labels_BT != IGNORED).sum(1).clamp_min(1)
 
         return Lesson(predictions, out.hidden_states or (), nats)

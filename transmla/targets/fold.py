@@ -19,12 +19,12 @@ from transmla.checkpoint.companions import copy_companions, tokenizer
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance, write_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
-from transmla.conversion.verify import TOLERANCES, WITNESS_TOKENS
-from transmla.errors import UnsupportedError, VerificationError
+from transmla.errors import UnsupportedError
 from transmla.maths.fold import EPS, fold_layer, latent_scale, residual_scale, unfold_layer
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
 from transmla.progress import Progress, silent
+from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
 from transmla.targets.export import open_converted
 from transmla.targets.stock import ARCHITECTURE, MODELING_FILE, expected_tensors, modeling_source
 from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
@@ -217,12 +217,5 @@ def _verify(folder: Path, witness_1T: Tensor, wanted_TV: Tensor, device: str) ->
 
     loaded: Any = DeepseekV3ForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     found_TV = loaded.to(device).eval()(witness_1T.to(device), use_cache=False).logits[0].double().cpu()
-    error = float(((found_TV - wanted_TV).square().sum(-1) / wanted_TV.square().sum(-1)).mean().sqrt())
     stored = json.loads((folder / "config.json").read_text("utf-8"))["dtype"]
-    if not error <= TOLERANCES[stored]:
-        raise VerificationError(
-            "the folded model does not compute what the unfolded one computes",
-            where=str(folder),
-            why=f"relative error of logits {error:.2e}, allowed {TOLERANCES[stored]:.0e} in {stored}",
-            remedy="nothing was kept; try --dtype float32",
-        )
+    compare_logits(folder, found_TV, wanted_TV, stored)

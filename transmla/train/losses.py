@@ -174,15 +174,17 @@ def _with_gradient(
 
 
 @torch.no_grad()
-def token_nats(normed_ND: Tensor, head: Head, labels_N: Tensor, vocabulary: int) -> Tensor:
-    """Next-token loss of each token [N], float32; 0 where the label is -100."""
-    found = [
-        torch.nn.functional.cross_entropy(
-            head(normed_ND[part]).float(), labels_N[part], ignore_index=IGNORED, reduction="none"
+def text_nats(normed_ND: Tensor, head: Head, labels_N: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Next-token loss of each token [N], float32, 0 where the label is -100; and how far its logits are spread, largest
+    less smallest: 0 for a model that predicts nothing, not finite for one that is broken."""
+    nats, spread = [], []
+    for part in parts(len(normed_ND), vocabulary, normed_ND.device):
+        logits_nV = head(normed_ND[part]).float()
+        nats.append(
+            torch.nn.functional.cross_entropy(logits_nV, labels_N[part], ignore_index=IGNORED, reduction="none")
         )
-        for part in parts(len(normed_ND), vocabulary, normed_ND.device)
-    ]
-    return torch.cat(found)
+        spread.append(logits_nV.amax(-1) - logits_nV.amin(-1))
+    return torch.cat(nats), torch.cat(spread)
 
 
 def stream_error(found_TD: Tensor, target_TD: Tensor) -> Tensor:
