@@ -1,6 +1,10 @@
 """Devices that are not there, and what memory this process may count on."""
 
+import os
+import platform
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,37 @@ MEBI = 2**20
 
 def test_the_cpu_is_there() -> None:
     assert usable("cpu", torch.float64) == usable(CPU) == CPU
-    assert narrow_dtype(CPU) in (None, torch.bfloat16) and narrow_dtype(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, None)])
+def test_bfloat16_is_for_cpus_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, multiplies: bool, dtype: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
+    assert narrow_dtype(CPU) is dtype and narrow_dtype(torch.device("meta")) is None
+
+
+@pytest.mark.skipif("TRANSMLA_TEST_NARROW" in os.environ, reason="TRANSMLA_TEST_NARROW says what the CPU can do")
+def test_what_this_cpu_multiplies() -> None:
+    """As the kernel describes it."""
+    info = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not info.is_file():
+        pytest.skip("the kernel does not describe this CPU in /proc/cpuinfo")
+    flags = next(line for line in info.read_text("utf-8").splitlines() if line.startswith("flags")).split()
+    assert narrow_dtype(CPU) is (torch.bfloat16 if "avx512_bf16" in flags else None)
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, None)])
+def test_emulated_bfloat16_is_none(
+    monkeypatch: pytest.MonkeyPatch, multiplies: bool, dtype: torch.dtype | None
+) -> None:
+    """On a GPU: torch calls it supported, too, where it is emulated; and every GPU is asked for itself."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or multiplies
+    )
+    assert narrow_dtype(torch.device("cuda", 1)) is dtype and asked == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:-3", f"cuda:{torch.cuda.device_count()}", "xpu:99", ""])

@@ -14,6 +14,7 @@ from transmla.checkpoint.resolve import resolve
 from transmla.cli import main
 from transmla.errors import GeometryError
 from transmla.evaluation import speed
+from transmla.model.loading import load_any
 
 STORIES = resolve("stories260k").path
 
@@ -44,10 +45,49 @@ def test_rows_of_the_grid(converted: Path) -> None:
     sizes = {row.model: row.cache_bytes_per_token for row in report.rows}
     assert list(sizes.values()) == [1280, 640, 640]
     for row in report.rows:
-        assert 0 < row.slowest <= row.tokens_per_second <= row.fastest and row.of_floor > 0
+        assert 0 < row.slowest <= row.tokens_per_second <= row.fastest
+        assert row.of_floor == pytest.approx(row.batch / row.tokens_per_second / row.floor_seconds)
         assert row.prefill_tokens_per_second == pytest.approx(row.batch * row.context / row.first_token_seconds)
         assert (row.speed_ratio == 1) == (row.model == "stories260k")
     json.dumps(report.plain(), allow_nan=False)
+
+
+# what limits a step: multiply-adds and bytes per second of the machine
+@pytest.mark.parametrize("rates", [speed.Rates(1e6, 1e12), speed.Rates(1e12, 1e6)], ids=["products", "memory"])
+def test_times_stand_beside_their_floor(converted: Path, monkeypatch: pytest.MonkeyPatch, rates: speed.Rates) -> None:
+    """Of a machine with known rates and steps that take known times: the first is not counted, the median is shown."""
+    times = {"LlamaForCausalLM": [900.0, 2.0, 8.0, 4.0], "DeepseekV3ForCausalLM": [900.0, 1.0, 7.0, 1.6]}
+    left = {name: list(values) for name, values in times.items()}
+
+    def decode(model: Any, cache: Any, ids: torch.Tensor, device: torch.device) -> float:
+        for _ in range(ids.shape[1]):
+            model(ids[:, :1], past_key_values=cache)
+        return left[type(model).__name__].pop(0)
+
+    monkeypatch.setattr(speed, "machine_rates", lambda *_: rates)
+    monkeypatch.setattr(speed, "_decode", decode)
+    given: dict[str, Any] = {"contexts": (16,), "batches": (3,), "steps": 2, "repeats": 3, "dtype": "float32"}
+    report = transmla.bench(converted, "stories260k", **given)
+    for row, values, (model, cached) in zip(
+        report.rows, ([2.0, 8.0, 4.0], [1.0, 7.0, 1.6]), (("stories260k", 1280), (str(converted), 640)), strict=True
+    ):
+        assert row.model == model and row.cache_bytes_per_token == cached
+        multiply_adds, moved = speed.step_cost(load_any(model, dtype=torch.float32), 3, 16, 3 * 16 * cached)
+        floor = multiply_adds / 1e6 if rates.bytes == 1e12 else moved / 1e6
+        median = sorted(values)[1] / 2
+        assert row.floor_seconds == pytest.approx(floor) and row.of_floor == pytest.approx(median / floor)
+        assert [row.slowest, row.tokens_per_second, row.fastest] == pytest.approx(
+            [3 / (max(values) / 2), 3 / median, 3 / (min(values) / 2)]
+        )
+    assert [row.speed_ratio for row in report.rows] == [1, pytest.approx(4.0 / 1.6)]
+
+
+def test_the_machine_s_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fastest product and copy; a copy reads and writes."""
+    seconds = iter([9.0, 4.0, 5.0, 6.0, 7.0, 3.0, 2.0, 8.0, 8.0, 8.0])
+    monkeypatch.setattr(speed, "_seconds", lambda call, device: call() is None or next(seconds))
+    found = speed.machine_rates(torch.device("cpu"), torch.float32)
+    assert found == speed.Rates(64**3 / 4.0, 2 * 4096 * 4 / 2.0)
 
 
 def test_cost_of_a_step_counts_every_product() -> None:
