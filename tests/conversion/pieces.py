@@ -11,18 +11,26 @@ from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
 from transmla.model.source import SourceLayer, build_layer, layer_tensor_names, source_frequencies
 
+CPU = torch.device("cpu")
 
-def model_and_layer(index: int = 1, **settings: Any) -> tuple[Any, SourceLayer]:
-    """settings: those of `families.lively_config`"""
+
+def model_and_layer(index: int = 1, device: torch.device = CPU, **settings: Any) -> tuple[Any, SourceLayer]:
+    """The model stays on the CPU, the layer is on the device. settings: those of `families.lively_config`"""
     config = lively_config(layers=2, vocab=97, **settings)
     model = lively_model(config)
     family, geometry = FAMILIES[config.model_type], gqa_geometry(config.to_dict(), "config.json")
-    tensors = {name: model.state_dict()[name] for name in layer_tensor_names(family, config, index)}
+    tensors = {name: model.state_dict()[name].to(device) for name in layer_tensor_names(family, config, index)}
     return model, build_layer(family, config, geometry, index, tensors, *source_frequencies(config, geometry))
 
 
 def random_streams(
-    windows: int = 4, tokens: int = 10, hidden: int = 48, heldout: int = 1, noise: float = 0.3, gap: int = 0
+    windows: int = 4,
+    tokens: int = 10,
+    hidden: int = 48,
+    heldout: int = 1,
+    noise: float = 0.3,
+    gap: int = 0,
+    device: torch.device = CPU,
 ) -> Streams:
     """A source stream and a converted one that differs from it by noise. gap: positions that every second window, from
     the first one on, skips in its middle"""
@@ -31,4 +39,4 @@ def random_streams(
     converted_NTD: Tensor = source_NTD + noise * torch.randn(source_NTD.shape, generator=generator)
     positions_NT = torch.arange(tokens).repeat(windows, 1)
     positions_NT[::2, tokens // 2 :] += gap
-    return Streams(source_NTD, converted_NTD, heldout, torch.device("cpu"), None, positions_NT=positions_NT)
+    return Streams(source_NTD, converted_NTD, heldout, device, None, positions_NT=positions_NT)

@@ -13,8 +13,8 @@ from transmla.processes import ALONE
 CPU = torch.device("cpu")
 
 
-def descender(**changes: Any) -> tuple[Descender, list[Any]]:
-    weights = [trainable(mla_weights(seed=seed), CPU) for seed in (0, 20)]
+def descender(device: torch.device = CPU, **changes: Any) -> tuple[Descender, list[Any]]:
+    weights = [trainable(mla_weights(seed=seed), device) for seed in (0, 20)]
     settings = {"passes": 2.0, "batch": 2, "rate": 1e-2} | changes
     return Descender(weights, Descent(**settings), 6, ALONE), weights
 
@@ -38,8 +38,8 @@ def run(made: tuple[Descender, list[Any]], steps: int | None = None) -> list[flo
     return found
 
 
-def test_it_descends() -> None:
-    losses = run(descender(passes=20, rate=3e-2))
+def test_it_descends(device: torch.device) -> None:
+    losses = run(descender(device, passes=20, rate=3e-2))
     assert len(losses) == 60 and losses[-1] < 0.8 * losses[0]
 
 
@@ -70,8 +70,8 @@ def test_at_once_and_one_by_one_are_the_same_steps() -> None:
         assert torch.allclose(first, second, atol=1e-7)
 
 
-def test_a_restored_state_goes_on_as_if_nothing_had_been() -> None:
-    whole, first, second = descender(), descender(), descender()
+def test_a_restored_state_goes_on_as_if_nothing_had_been(device: torch.device) -> None:
+    whole, first, second = descender(device), descender(device), descender(device)
     losses = run(whole)
     assert run(first, 3) == losses[:3]
     tensors, values = first[0].state()

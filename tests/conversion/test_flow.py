@@ -41,6 +41,19 @@ def test_one_key_head_at_full_size_is_the_same_model(
     assert max(layer.stream_loss_heldout for layer in report.layers) < 1e-2
 
 
+def test_on_every_device(lively: MakeSource, run: Convert, device: torch.device) -> None:
+    """Converted and verified there, and the same model on the CPU."""
+    source = lively(kv_heads=1)
+    report = run(source, device=device.type, **EXACT)
+    assert relative(logits(report.destination), logits(source)) < 1e-4
+    settings: dict[str, Any] = {"tokens": 2048, "latent": 12, "rope": 8, "theta": THETA}
+    report = run(lively(), "refined", device=device.type, refine="fast", refinement=QUICK, **settings)
+    assert report.verification.relative_error < report.verification.tolerance
+    assert report.blocks[-1].loss_after < report.blocks[-1].loss_before
+    made = json.loads((report.destination / "transmla.json").read_text("utf-8"))
+    assert made["computed"]["device"] == device.type
+
+
 @pytest.mark.parametrize("smaller", [{"latent": 11}, {"rope": 10}, {"theta": 100.0}], ids=str)
 def test_one_size_smaller_is_another_model(lively: MakeSource, run: Convert, smaller: dict[str, Any]) -> None:
     source = lively(kv_heads=1)

@@ -56,10 +56,11 @@ def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, positions_T: Tensor |
     return found
 
 
-def test_attended_is_the_double_loop(layer: SourceLayer) -> None:
+def test_attended_is_the_double_loop(layer: SourceLayer, device: torch.device) -> None:
     streams = random_streams(tokens=TOKENS)
     x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
-    seen, expected = attended(x_TD, x_hat_TD, layer.gqa), naive(x_TD, x_hat_TD, layer.gqa)
+    seen = attended(x_TD.to(device), x_hat_TD.to(device), layer.gqa.to(device=device))
+    expected = naive(x_TD, x_hat_TD, layer.gqa)
     for name, value in expected.items():
         assert relative(getattr(seen, name), value) < 1e-5, name
 
@@ -95,9 +96,10 @@ def test_narrow_products_round_only_the_attended_moment(layer: SourceLayer) -> N
         assert 0 < rounded < 2**-8 if field.name == "attended_DD" else rounded == 0, field.name
 
 
-def test_observe_is_the_mean_over_fitted_windows(layer: SourceLayer) -> None:
-    streams = random_streams(tokens=TOKENS)
-    moments = observe(layer, streams, num_attended=16)
+def test_observe_is_the_mean_over_fitted_windows(layer: SourceLayer, device: torch.device) -> None:
+    streams = random_streams(tokens=TOKENS, device=device)
+    there = model_and_layer(device=device, heads=4, head_dim=16)[1]
+    moments = observe(there, streams, num_attended=16)
     parts: list[dict[str, Tensor]] = []
     for index in range(3):
         x_TD = layer.input_layernorm(streams.source_NTD[index])

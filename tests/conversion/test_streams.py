@@ -40,22 +40,24 @@ def fitted(layer: SourceLayer, streams: Streams, rank: int) -> MlaWeights:
     return fit_layer(layer.gqa.to(dtype=torch.float64), moments, rank, 4, 10000.0, ClosedForm()).mla
 
 
-def test_a_layer_is_added_step_by_step(layer: SourceLayer, streams: Streams) -> None:
+def test_a_layer_is_added_step_by_step(layer: SourceLayer, device: torch.device) -> None:
+    streams = random_streams(windows=30, tokens=16, heldout=10, gap=40, device=device)
+    here, layer = layer, model_and_layer(device=device, heads=4, head_dim=16)[1]
     source_TD, converted_TD = streams.source_NTD[2].clone(), streams.converted_NTD[2].clone()
     mla = fitted(layer, streams, 12)
     add_source_attention(layer, streams)
-    gqa, positions = layer.gqa.to(dtype=torch.float64), streams.positions_NT[2].tolist()
-    past_TD = source_TD + gqa_naive(layer.input_layernorm(source_TD).double(), gqa, positions)
+    gqa, positions = here.gqa.to(dtype=torch.float64), streams.positions_NT[2].tolist()
+    past_TD = source_TD + gqa_naive(here.input_layernorm(source_TD).double(), gqa, positions)
     assert relative(streams.source_NTD[2], past_TD) < 1e-5
     heads = converted_heads(layer, mla, streams)
     add_converted_attention(mla.o_DHv, heads.out_NTF, streams)
-    x_hat_TD = layer.input_layernorm(converted_TD).double()
+    mla, x_hat_TD = mla.to(device="cpu"), here.input_layernorm(converted_TD).double()
     assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla, positions)) < 1e-5
     assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla)) > 1e-3
     before_ND = streams.source_NTD.clone(), streams.converted_NTD.clone()
     add_mlp(layer, streams)
     for past_NTD, stream_NTD in zip(before_ND, (streams.source_NTD, streams.converted_NTD), strict=True):
-        expected = past_NTD[2] + layer.mlp(layer.post_attention_layernorm(past_NTD[2]))
+        expected = past_NTD[2] + here.mlp(here.post_attention_layernorm(past_NTD[2]))
         assert relative(stream_NTD[2], expected) < 1e-6
 
 

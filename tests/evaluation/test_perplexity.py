@@ -21,14 +21,14 @@ def ids_NT() -> torch.Tensor:
     return text_windows(ids, 128, 12, "tinystories-valid")
 
 
-def test_equals_ten_plain_lines(ids_NT: torch.Tensor) -> None:
+def test_equals_ten_plain_lines(ids_NT: torch.Tensor, device: torch.device) -> None:
     model = AutoModelForCausalLM.from_pretrained(STORIES).double()
     losses = []
     for window in ids_NT:
         log_probabilities = torch.log_softmax(model(window[None]).logits[0].detach(), dim=-1)
         losses.append(-sum(float(log_probabilities[t, window[t + 1]]) for t in range(127)) / 127)
     mean = sum(losses) / len(losses)
-    found = perplexity(model, ids_NT, batch=5)
+    found = perplexity(model.to(device), ids_NT, batch=5)
     assert found.value == pytest.approx(math.exp(mean), rel=1e-6)
     assert found.nats_N == pytest.approx(losses, rel=1e-6)
     assert found.num_tokens == 12 * 128

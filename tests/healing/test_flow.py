@@ -150,6 +150,13 @@ def test_layers_that_are_computed_twice_train_alike(converted: Path, text_file: 
     assert curve(tmp_path / "twice") == pytest.approx(curve(tmp_path / "once"), rel=1e-5)
 
 
+def test_it_heals_on_every_device(converted: Path, text_file: Path, tmp_path: Path, device: torch.device) -> None:
+    common = SETTINGS | {"data": str(text_file), "tokens": 1536, "evaluations": 2}
+    report = transmla.heal(converted, tmp_path / "out", device=device.type, **common)
+    assert report.after[str(text_file)]["divergence"] < report.before[str(text_file)]["divergence"]
+    assert logits(tmp_path / "out").isfinite().all()
+
+
 def test_windows_longer_than_the_context_are_shortened_before_they_are_counted(
     converted: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -15,16 +15,27 @@ X_TD = inputs()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_gqa_is_the_naive_one(groups: int) -> None:
+def test_gqa_is_the_naive_one(groups: int, device: torch.device) -> None:
     gqa = gqa_weights(groups=groups)
-    assert relative(gqa_attention(X_TD, gqa) @ gqa.o_DHd.T, gqa_naive(X_TD, gqa)) < 1e-12
+    there = gqa.to(device=device)
+    assert relative(gqa_attention(X_TD.to(device), there) @ there.o_DHd.T, gqa_naive(X_TD, gqa)) < 1e-12
 
 
 @pytest.mark.parametrize(("rope", "value"), [(6, 5), (2, 20), (8, 14)])
-def test_mla_is_the_naive_one(rope: int, value: int) -> None:
+def test_mla_is_the_naive_one(rope: int, value: int, device: torch.device) -> None:
     """Values narrower and wider than keys, and as wide."""
     mla = mla_weights(rope=rope, value=value)
-    assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, mla_naive(X_TD, mla)) < 1e-12
+    there = mla.to(device=device)
+    assert relative(mla_attention(X_TD.to(device), there) @ there.o_DHv.T, mla_naive(X_TD, mla)) < 1e-12
+
+
+def test_sizes_of_real_models() -> None:
+    """A hidden size that is a multiple of 256, a latent wider than that, heads of 64: nothing depends on being tiny."""
+    gqa = gqa_weights(heads=8, groups=2, head_dim=64, hidden=512)
+    mla = mla_weights(heads=8, hidden=512, rank=320, rope=32, nope=64, value=64, q_rank=288)
+    x_TD = lively(5, 512, seed=9)
+    assert relative(gqa_attention(x_TD, gqa) @ gqa.o_DHd.T, gqa_naive(x_TD, gqa)) < 1e-12
+    assert relative(mla_attention(x_TD, mla) @ mla.o_DHv.T, mla_naive(x_TD, mla)) < 1e-12
 
 
 def test_positions_with_a_gap() -> None:

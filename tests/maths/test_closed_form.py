@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, relative
+from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, on, relative
 from transmla.maths.attention import GqaWeights, mla_attention
 from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
 from transmla.maths.reference import gqa_naive
@@ -27,11 +27,28 @@ def not_weighted(seen: Moments) -> Moments:
 
 @pytest.mark.parametrize("rank", [8, 11])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_multi_query_attention_is_converted_exactly(rank: int, weighted: bool) -> None:
+def test_multi_query_attention_is_converted_exactly(rank: int, weighted: bool, device: torch.device) -> None:
     """One key/value head, the rotary key as wide as it, the latent as wide as the value."""
     gqa = gqa_weights(groups=1)
     seen = moments(gqa)
-    assert output_error(gqa, seen if weighted else not_weighted(seen), rank, 8) < 1e-9
+    seen = on(device, seen if weighted else not_weighted(seen))
+    found = fit_layer(gqa.to(device=device), seen, rank, 8, THETA, ClosedForm()).mla
+    assert {value.device.type for value in vars(found).values() if isinstance(value, Tensor)} == {device.type}
+    found = found.to(device="cpu")
+    assert relative(mla_attention(X_TD, found) @ found.o_DHv.T, gqa_naive(X_TD, gqa)) < 1e-9
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "rank"), [(2, 256, 256), (4, 288, 288)])
+def test_sizes_of_real_models(heads: int, head_dim: int, rank: int) -> None:
+    """Hidden sizes that are multiples of 256, latents of 256 and more: exact where the target holds the source."""
+    gqa = gqa_weights(heads=heads, groups=1, head_dim=head_dim, hidden=256)
+    x_TD = inputs(6, 256)
+    wide, narrow = (
+        fit_layer(gqa, moments(gqa), size, head_dim, THETA, ClosedForm()).mla for size in (min(rank, 256), 200)
+    )
+    expected = gqa_naive(x_TD, gqa)
+    assert relative(mla_attention(x_TD, wide) @ wide.o_DHv.T, expected) < 1e-7
+    assert relative(mla_attention(x_TD, narrow) @ narrow.o_DHv.T, expected) > 0.01
 
 
 @pytest.mark.parametrize(("rank", "rope", "theta"), [(7, 8, THETA), (8, 6, THETA), (8, 8, 50.0)])

@@ -35,12 +35,28 @@ def lost_on_samples(encoder_rD: Tensor, decoders: tuple[Tensor, ...]) -> float:
 
 
 @pytest.mark.parametrize("rank", [1, 5, 11])
-def test_loss_is_the_dropped_energy(rank: int) -> None:
+def test_loss_is_the_dropped_energy(rank: int, device: torch.device) -> None:
     weighted = torch.cat([symmetric_power(block.metric_kk, 0.5) @ block.target_kD for block in blocks()])
     energies = torch.linalg.svdvals(weighted @ symmetric_power(MOMENT_DD, 0.5)).square()
-    found = joint_low_rank(*blocks(), rank)
+    there = (Block(*(tensor.to(device) for tensor in vars(block).values())) for block in blocks())
+    found = joint_low_rank(*there, rank)
     assert abs(found.loss - float(energies[rank:].sum() / energies.sum())) < 1e-8
-    assert abs(found.loss - lost_on_samples(found.encoder_rD, found.decoders)) < 1e-8
+    decoders = tuple(decoder.cpu() for decoder in found.decoders)
+    assert abs(found.loss - lost_on_samples(found.encoder_rD.cpu(), decoders)) < 1e-8
+
+
+def test_more_rows_and_ranks_than_256() -> None:
+    """Ranks above 256 lose what they drop, and as many as there are dimensions lose nothing."""
+    moment_DD = inputs(1000, 512).T @ inputs(1000, 512) / 1000
+    keys = Block(lively(320, 512, seed=1), torch.eye(320, dtype=torch.float64), moment_DD)
+    values = Block(lively(320, 512, seed=3), torch.eye(320, dtype=torch.float64), moment_DD)
+    weighted = torch.cat([keys.target_kD, values.target_kD]) @ symmetric_power(moment_DD, 0.5)
+    energies = torch.linalg.svdvals(weighted).square()
+    for rank in (288, 384):
+        found = joint_low_rank(keys, values, rank)
+        assert found.encoder_rD.shape == (rank, 512)
+        assert found.loss == pytest.approx(float(energies[rank:].sum() / energies.sum()), rel=1e-6)
+    assert joint_low_rank(keys, values, 512).loss < 1e-12
 
 
 def test_no_other_encoder_of_that_rank_is_better() -> None:

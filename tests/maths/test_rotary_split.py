@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, relative
+from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, on, relative
 from transmla.maths import rotary_split as module
 from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies, rotate
 from transmla.maths.reference import gqa_naive, mla_naive
@@ -18,8 +18,15 @@ from transmla.maths.rotary_split import RotarySplit, mean_turn, nearest_pairs, r
 ALL_PAIRS = 10.0
 
 
-def split(gqa: GqaWeights, rope: int, theta: float = THETA, pressure: float = 0.3, **changes: Any) -> RotarySplit:
-    seen = moments(gqa, **changes)
+def split(
+    gqa: GqaWeights,
+    rope: int,
+    theta: float = THETA,
+    pressure: float = 0.3,
+    device: torch.device = torch.device("cpu"),
+    **changes: Any,
+) -> RotarySplit:
+    seen, gqa = on(device, moments(gqa, **changes)), gqa.to(device=device)
     return rotary_split(
         gqa, gqa.k_GdD, seen.converted_DD, seen.query_Hdd, seen.importance_H, seen.distance_HS, rope, theta, pressure
     )
@@ -71,11 +78,18 @@ def scores(gqa: GqaWeights, found: RotarySplit, x_D: Tensor, y_D: Tensor, distan
     return source.sum((1, 2)), turned.sum((1, 2)) + still_H
 
 
-def test_one_key_head_at_full_width_leaves_nothing_over() -> None:
+def test_one_key_head_at_full_width_leaves_nothing_over(device: torch.device) -> None:
     gqa = gqa_weights(groups=1)
-    assert split(gqa, rope=8).leftover_HdK.abs().max() < 1e-12
-    assert split(gqa, rope=6).leftover_HdK.abs().max() > 0.1
-    assert split(gqa, rope=8, theta=50.0).leftover_HdK.abs().max() > 0.1
+    assert split(gqa, rope=8, device=device).leftover_HdK.abs().max() < 1e-12
+    assert split(gqa, rope=6, device=device).leftover_HdK.abs().max() > 0.1
+    assert split(gqa, rope=8, theta=50.0, device=device).leftover_HdK.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_sizes_of_real_models(head_dim: int) -> None:
+    gqa = gqa_weights(heads=2, groups=1, head_dim=head_dim, hidden=256)
+    assert split(gqa, rope=head_dim).leftover_HdK.abs().max() < 1e-12
+    assert split(gqa, rope=head_dim - 2).leftover_HdK.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

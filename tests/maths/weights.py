@@ -12,8 +12,9 @@ THETA = 1000.0
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """Size of the difference over size of what is expected."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    """Size of the difference over size of what is expected, on the CPU in float64."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def lively(*shape: int, seed: int) -> Tensor:
@@ -60,6 +61,11 @@ def mla_weights(
         inv_freq_M=inverse_frequencies(THETA, rope),
         scaling=0.4,
     )
+
+
+def on(device: torch.device, seen: Moments) -> Moments:
+    """The same moments there."""
+    return Moments(**{name: value.to(device) for name, value in vars(seen).items()})
 
 
 def inputs(tokens: int = 12, hidden: int = 24, seed: int = 9) -> Tensor:

@@ -42,8 +42,8 @@ def test_cache_holds_rank_plus_rope_values(ours: Load, ids: torch.Tensor) -> Non
     assert numel(cache) == 2 * 25 * LAYERS * (RANK + ROPE)
 
 
-def test_greedy_equals_generation_without_cache(ours: Load, ids: torch.Tensor) -> None:
-    model = ours()
+def test_greedy_equals_generation_without_cache(ours: Load, ids: torch.Tensor, device: torch.device) -> None:
+    model, ids = ours(device=device), ids.to(device)
     expected = greedy_without_cache(model, ids, 8)
     assert len(set(expected[:, 24:].flatten().tolist())) > 3, "this model repeats itself, the test sees nothing"
     assert torch.equal(generate(model, ids), expected)

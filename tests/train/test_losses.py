@@ -39,9 +39,10 @@ def naive(student: list[float], teacher: list[float], temperature: float) -> flo
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_divergence_equals_plain_loops(temperature: float) -> None:
+def test_divergence_equals_plain_loops(temperature: float, device: torch.device) -> None:
     student, teacher = lively(N, V, seed=1), lively(N, V, seed=2)
     expected = [naive(s, t, temperature) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)]
+    student, teacher = student.to(device), teacher.to(device)
     assert divergence(student, teacher, temperature).tolist() == pytest.approx(expected, rel=1e-4)
     kept = top_k(teacher, V, temperature)
     assert divergence_top_k(student, kept, temperature).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
@@ -119,17 +120,20 @@ def naive_kl(found_TD: Tensor, target_TD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 def kl(found_TD: Tensor, target_TD: Tensor, head_VD: Tensor) -> Tensor:
-    weights_T = torch.full((len(found_TD),), 1 / len(found_TD), dtype=torch.float64)
+    weights_T = torch.full((len(found_TD),), 1 / len(found_TD), dtype=torch.float64, device=found_TD.device)
     return distillation_loss(found_TD, head_VD, predictions_of(target_TD, head_VD), weights_T)[0]
 
 
 @pytest.mark.parametrize("rows", [4, 128])
-def test_kl_and_its_gradient_are_those_of_the_formula_in_float64(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def test_kl_and_its_gradient_are_those_of_the_formula_in_float64(
+    monkeypatch: pytest.MonkeyPatch, rows: int, device: torch.device
+) -> None:
     monkeypatch.setattr(losses, "ROWS_ON_CPU", rows)
+    monkeypatch.setattr(losses, "LOGITS_ON_GPU", 30 * rows)
     found_TD, target_TD, head_VD = wide(11, 6, seed=1).requires_grad_(), wide(11, 6, seed=2), wide(30, 6, seed=3)
     expected = naive_kl(found_TD, target_TD, head_VD)
     (expected_grad,) = torch.autograd.grad(3 * expected, found_TD)
-    loss = kl(found_TD, target_TD, head_VD)
+    loss = kl(found_TD.to(device), target_TD.to(device), head_VD.to(device)).cpu()
     (grad,) = torch.autograd.grad(3 * loss, found_TD)
     assert relative(loss.detach(), expected.detach()) < 1e-12 and relative(grad, expected_grad) < 1e-12
 
