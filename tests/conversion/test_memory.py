@@ -94,16 +94,16 @@ def test_activations_in_a_file_or_in_memory_give_the_same_bytes(
 ) -> None:
     settings: dict[str, Any] = {"refine": "fast", "refinement": QUICK, "theta": THETA}
     inside = run(lively(), "inside", **settings).destination
-    folders, allocate = [], run_module.allocate
+    places, allocate = [], run_module.allocate
 
-    def seen(shape: tuple[int, ...], folder: Path | None) -> torch.Tensor:
-        folders.append(folder)
-        return allocate(shape, folder)
+    def seen(shape: tuple[int, ...], kept_in: Any) -> torch.Tensor:
+        places.append(kept_in)
+        return allocate(shape, kept_in)
 
     monkeypatch.setattr(run_module, "allocate", seen)
     outside = run(lively(), "outside", offload=0, **settings).destination
     assert digest(inside) == digest(outside)
-    assert folders and all(folder is not None and folder.name == "outside.partial" for folder in folders)
+    assert places and all(isinstance(place, Path) and place.name == "outside.partial" for place in places)
 
 
 def test_a_disk_too_small_for_the_activations(

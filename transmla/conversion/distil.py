@@ -127,7 +127,7 @@ def _distil_block(run: Run, indices: range, at_once: int, streams: Streams, desc
         for place, _, converted_TD in streams.windows():
             with streams.computing():
                 passed_BTD = through(block, weights, converted_TD[None], streams.positions([place]))
-            streams.converted_NTD[place] = passed_BTD[0].cpu()
+            streams.converted_NTD[place] = passed_BTD[0]
     return report
 
 

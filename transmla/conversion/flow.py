@@ -114,7 +114,7 @@ def convert(
         text = calibration_text(planned, journal, processes, where, tell)
         run = Run(
             planned, model, text, KeptLayers(journal, planned.mla, processes, where), method, level, where, processes,
-            tell, _offload_folder(planned, text, processes, target, offload), block_layers,
+            tell, _activations(planned, text, processes, target, where, offload), block_layers,
         )  # fmt: skip
         if planned.recipe.latent == "auto":
             run, tried, fitted = _searched(run)
@@ -262,12 +262,20 @@ def _stamp(file: Path) -> list[int]:
     return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
-def _offload_folder(
-    planned: Plan, text: CalibrationTokens, processes: Processes, target: Path, offload: float | None
-) -> Path | None:
-    """Where the activations of a process go: None for memory."""
+def _activations(
+    planned: Plan,
+    text: CalibrationTokens,
+    processes: Processes,
+    target: Path,
+    device: torch.device,
+    offload: float | None,
+) -> Path | torch.device:
+    """Where the activations of a process are kept: on the device, in memory, or in the folder of the partial result."""
     sizes = planned.mla
     width = 2 * sizes.hidden_size + sizes.num_attention_heads * sizes.v_head_dim
     num_bytes = text.ids_NT.numel() / processes.size * width * 4
-    limit = free_bytes(torch.device("cpu")) / 2 if offload is None else offload * 2**30
-    return partial_of(target) if num_bytes > limit else None
+    if offload is None and device.type != "cpu" and num_bytes < free_bytes(device) / 4:
+        return device
+    cpu = torch.device("cpu")
+    limit = free_bytes(cpu) / 2 if offload is None else offload * 2**30
+    return partial_of(target) if num_bytes > limit else cpu

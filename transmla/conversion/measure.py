@@ -76,7 +76,7 @@ def measure(run: Run, streams: Streams) -> Measured:
 def _part(run: Run, streams: Streams) -> Streams:
     """Held-out windows and a few fitted ones: the source's stream behind the last layer, the converted one anew."""
     last = streams.last(min(streams.num_windows, streams.num_heldout + NUM_PEAK))
-    part = replace(last, converted_NTD=torch.empty_like(last.converted_NTD), folder=None)
+    part = replace(last, converted_NTD=torch.empty_like(last.converted_NTD), kept_in=last.converted_NTD.device)
     run.embed(_ids(run.text, part), part.converted_NTD)
     return part
 

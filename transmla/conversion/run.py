@@ -14,7 +14,7 @@ from torch import Tensor
 from transmla.conversion.kept import KeptLayers
 from transmla.conversion.levels import Refinement
 from transmla.conversion.plan import Plan, with_latent
-from transmla.conversion.streams import Streams, allocate
+from transmla.conversion.streams import CPU, Streams, allocate
 from transmla.devices import narrow_dtype
 from transmla.maths.closed_form import ClosedForm
 from transmla.model.source import SourceModel
@@ -26,7 +26,7 @@ from transmla.text.windows import CalibrationTokens, skipping_windows, spread_po
 @dataclass(frozen=True)
 class Run:
     """model:    reads the source;  text: the calibration windows;  kept: the finished steps
-    folder:      where activations go that do not fit into memory; None: memory
+    kept_in:     where calibration activations are: a device, or a folder if they fit into no memory
     block_layers: layers distilled at once; None: all that fit into memory
     narrow:      dtype of the products in forward passes where the device has one; None: float32
     """
@@ -40,7 +40,7 @@ class Run:
     device: torch.device
     processes: Processes
     progress: Progress
-    folder: Path | None = None
+    kept_in: Path | torch.device = CPU
     block_layers: int | None = None
     narrow: torch.dtype | None = field(init=False)
 
@@ -62,7 +62,7 @@ class Run:
         seed, (num_windows, window) = self.plan.recipe.seed, self.text.ids_NT.shape
         skipping_N = skipping_windows(num_windows, self.text.num_heldout, seed)
         positions_NT = spread_positions(skipping_N, window, self.plan.calibration_context, seed)
-        return self.streams_of(self.text.ids_NT, positions_NT, self.text.num_heldout, self.processes, self.folder)
+        return self.streams_of(self.text.ids_NT, positions_NT, self.text.num_heldout, self.processes, self.kept_in)
 
     def streams_of(
         self,
@@ -70,17 +70,17 @@ class Run:
         positions_NT: Tensor,
         num_heldout: int,
         processes: Processes,
-        folder: Path | None = None,
+        kept_in: Path | torch.device = CPU,
     ) -> Streams:
         """Streams of other windows, dealt to `processes`; the last `num_heldout` only measure."""
         mine = processes.mine(len(ids_NT))
         shape = (len(mine), ids_NT.shape[1], self.plan.gqa.hidden_size)
-        source_NTD, converted_NTD = (allocate(shape, folder) for _ in range(2))
+        source_NTD, converted_NTD = (allocate(shape, kept_in) for _ in range(2))
         self.embed(ids_NT[mine], source_NTD)
         for place in range(len(mine)):
             converted_NTD[place] = source_NTD[place]
         return Streams(
-            source_NTD, converted_NTD, num_heldout, self.device, self.narrow, processes, len(ids_NT), folder,
+            source_NTD, converted_NTD, num_heldout, self.device, self.narrow, processes, len(ids_NT), kept_in,
             positions_NT=positions_NT[mine],
         )  # fmt: skip
 

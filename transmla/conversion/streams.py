@@ -23,17 +23,21 @@ from transmla.model.source import SourceLayer
 from transmla.processes import ALONE, Processes
 from transmla.train.losses import energy, stream_error
 
+# where activations are kept if nothing else is said
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Streams:
-    """Residual streams of the calibration windows, float32 on the CPU; windows move to the device one by one.
+    """Residual streams of the calibration windows, float32: on the device if they fit there, else in memory or in a
+    file, from where windows move to the device one by one.
 
     source_NTD:    what the source computes
     converted_NTD: what the layers converted so far compute from the same tokens
     num_heldout:   the last windows of all never enter a moment or a fit, they only measure
     processes:     who holds which windows: this one, every size-th
     num_windows:   of all processes together; default: those given here
-    folder:        activations go into a file there instead of memory (see `allocate`)
+    kept_in:       where activations are, a device or a folder: see `allocate`
     indices:       of the windows here among all
     positions_NT:  int64, of the tokens in the windows here; default: 0..T-1
     """
@@ -45,7 +49,7 @@ class Streams:
     autocast: torch.dtype | None
     processes: Processes = ALONE
     num_windows: int = 0
-    folder: Path | None = None
+    kept_in: Path | torch.device = CPU
     indices: list[int] = field(default_factory=list)
     positions_NT: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
@@ -84,9 +88,10 @@ class Streams:
     def mean_heldout(self, loss_of: Callable[[int], Tensor]) -> float:
         """Mean of a loss over the held-out windows of all processes; loss_of: place of a window here -> its loss."""
         with torch.no_grad():
-            here = {
-                self.indices[place]: float(loss_of(place)) for place in range(self.num_fitted, len(self.source_NTD))
-            }
+            places = range(self.num_fitted, len(self.source_NTD))
+            losses = [loss_of(place) for place in places]
+            values = torch.stack(losses).tolist() if losses else []
+            here = {self.indices[place]: value for place, value in zip(places, values, strict=True)}
         return _mean(list(self.processes.gather(here).values()))
 
     def windows(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -108,11 +113,12 @@ class Streams:
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
 
-def allocate(shape: tuple[int, ...], folder: Path | None) -> Tensor:
-    """Uninitialised float32 memory, or a file in `folder` that looks like it and vanishes with the process;
+def allocate(shape: tuple[int, ...], kept_in: Path | torch.device) -> Tensor:
+    """Uninitialised float32 memory of a device, or a file in a folder that looks like it and vanishes with the process;
     `DestinationError` if the disk is too small."""
-    if folder is None:
-        return torch.empty(shape)
+    if isinstance(kept_in, torch.device):
+        return torch.empty(shape, device=kept_in)
+    folder = kept_in
     with disk_errors(folder):
         handle, name = tempfile.mkstemp(dir=folder, prefix="activations-")
         try:
@@ -149,22 +155,22 @@ def add_source_attention(layer: SourceLayer, streams: Streams) -> None:
         with streams.computing():
             heads_TF = gqa_attention(layer.input_layernorm(source_TD), layer.gqa, streams.positions(place))
             out_TD = heads_TF @ layer.gqa.o_DHd.T
-        streams.source_NTD[place] += out_TD.float().cpu()
+        streams.source_NTD[place] += out_TD.float().to(streams.source_NTD.device)
 
 
 def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> ConvertedHeads:
     """Run the converted attention on the converted stream, without o_proj."""
     mla = mla.to(dtype=torch.float32, device=streams.device)
-    heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.folder)
+    heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.kept_in)
     latents = [mla.kv_down_rD] if mla.q_down_qD is None else [mla.kv_down_rD, mla.q_down_qD]
-    peaks = [0.0, 0.0]
+    peaks_NK = torch.zeros(len(streams.converted_NTD), 2, device=streams.device)
     for place, _, converted_TD in streams.windows():
         x_hat_TD = layer.input_layernorm(converted_TD)
         with streams.computing():
-            heads_NTF[place] = mla_attention(x_hat_TD, mla, streams.positions(place)).float().cpu()
+            heads_NTF[place] = mla_attention(x_hat_TD, mla, streams.positions(place)).float()
             for number, down_kD in enumerate(latents):
-                found = float((x_hat_TD @ down_kD.T).float().square().mean(-1).max())
-                peaks[number] = max(peaks[number], found)
+                peaks_NK[place, number] = (x_hat_TD @ down_kD.T).float().square().mean(-1).max()
+    peaks = peaks_NK.amax(0).tolist() if len(peaks_NK) else [0.0, 0.0]
     of_all = streams.processes.gather({streams.processes.rank: tuple(peaks)}).values()
     return ConvertedHeads(heads_NTF, *(max(column) for column in zip(*of_all, strict=True)))
 
@@ -196,7 +202,7 @@ def add_converted_attention(o_DF: Tensor, heads_NTF: Tensor, streams: Streams) -
     for place, _, _ in streams.windows():
         with streams.computing():
             out_TD = heads_NTF[place].to(streams.device) @ o_FD
-        streams.converted_NTD[place] += out_TD.float().cpu()
+        streams.converted_NTD[place] += out_TD.float().to(streams.converted_NTD.device)
 
 
 def add_mlp(layer: SourceLayer, streams: Streams, only: str | None = None) -> None:
@@ -207,15 +213,13 @@ def add_mlp(layer: SourceLayer, streams: Streams, only: str | None = None) -> No
             if only in (None, name):
                 with streams.computing():
                     out_TD = layer.mlp(layer.post_attention_layernorm(stream_TD))
-                stream_NTD[place] += out_TD.float().cpu()
+                stream_NTD[place] += out_TD.float().to(stream_NTD.device)
 
 
 def stream_loss(streams: Streams) -> StreamLoss:
     """How far the converted stream is from the source's, on the windows fitted to and on the held-out ones."""
-    here = {
-        streams.indices[place]: float(stream_error(converted_TD, source_TD))
-        for place, source_TD, converted_TD in streams.windows()
-    }
+    errors = [stream_error(converted_TD, source_TD) for _, source_TD, converted_TD in streams.windows()]
+    here = dict(zip(streams.indices, torch.stack(errors).tolist() if errors else [], strict=True))
     losses = list(streams.processes.gather(here).values())
     fitted, heldout = losses[: streams.num_fitted_of_all], losses[streams.num_fitted_of_all :]
     return StreamLoss(_mean(fitted), _mean(heldout))
