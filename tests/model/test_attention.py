@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockForCausalLM
 
 from tests.model.folders import HIDDEN, VOCAB, lively_model, naive_attention, tiny_config
+from transmla.model import modeling_transmla
 from transmla.model.modeling_transmla import DeepseekV3ForCausalLM, LatentAttention
 
 Load = Callable[..., Any]
@@ -127,6 +129,35 @@ def test_step_by_step_equals_full_forward(ours: Load, ids: torch.Tensor) -> None
         full = model(ids, use_cache=False).logits
     for chunks in ([1] * 24, [5, 3, 1, 9, 6], [16, 8]):
         assert relative(stepwise(model, ids, chunks), full) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["rows", "products"])
+def test_ways_to_run_absorbed_attention_agree(
+    ours: Load, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    model = ours()
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+    monkeypatch.setattr(modeling_transmla, "_kernel", lambda *_: kernel)
+    assert relative(stepwise(model, ids, [5, 3, 1, 9, 6]), full) < 1e-5
+    monkeypatch.setattr(modeling_transmla, "_kernel", lambda q, key, mask: "heads" if q.shape[2] == 1 else kernel)
+    assert relative(stepwise(model, ids, [8] + [1] * 16), full) < 1e-5
+
+
+def test_which_way_absorbed_attention_runs() -> None:
+    """By device, width, number of queries and mask; tensors without memory, so that no GPU is needed."""
+
+    def way(device: str, rank: int, batch: int = 1, queries: int = 1, mask: object = None, size: int = 4096) -> str:
+        query, key = (
+            SimpleNamespace(shape=shape, device=torch.device(device), dtype=torch.bfloat16)
+            for shape in ((batch, 32, queries, rank + 64), (batch, 1, size, rank + 64))
+        )
+        return modeling_transmla._kernel(query, key, mask)  # type: ignore[arg-type]
+
+    assert way("cpu", 512) == way("cpu", 96) == "rows"
+    assert way("cuda", 512) == way("cuda", 256) == "products" and way("cuda", 192) == "heads"
+    assert way("cuda", 96, mask=object()) == way("cuda", 96, queries=2) == "products"
+    assert way("cuda", 512, batch=16, queries=128, size=8192) == "rows"
 
 
 def test_several_tokens_need_the_causal_mask(ours: Load, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

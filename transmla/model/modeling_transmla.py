@@ -151,18 +151,24 @@ class LatentAttention(stock.DeepseekV3Attention):
         q_BHTk = torch.cat((q_latent_BHTr, q_rot_BHTe), dim=-1)
         num_heads, num_queries = q_BHTk.shape[1:3]
         rows_B1Rk = q_BHTk.flatten(1, 2)[:, None]
-        mask = _mask_of_rows(mask, num_heads)
+        rank, scale = self.kv_lora_rank, self.scaling
 
         weights: torch.Tensor | None = None
-        if self.config._attn_implementation == "eager":
-            attended_B1Rr, weights_B1RS = _eager(rows_B1Rk, key_B1Sk, self.kv_lora_rank, mask, self.scaling)
-            weights = weights_B1RS.view(-1, num_heads, num_queries, key_B1Sk.shape[2])
+        kernel = "products" if self.config._attn_implementation == "eager" else _kernel(q_BHTk, key_B1Sk, mask)
+        if kernel == "products":
+            attended_B1Rr, weights_B1RS = _products(rows_B1Rk, key_B1Sk, rank, _mask_of_rows(mask, num_heads), scale)
+            if self.config._attn_implementation == "eager":
+                weights = weights_B1RS.view(-1, num_heads, num_queries, key_B1Sk.shape[2])
+        elif kernel == "heads":
+            attended_B1Rr = nn.functional.scaled_dot_product_attention(
+                q_BHTk, key_B1Sk, key_B1Sk, scale=scale, enable_gqa=True
+            )[..., :rank]
         else:
             # key as value: the fused kernels want equal widths, and they read the tensor anyway
             attended_B1Rr = nn.functional.scaled_dot_product_attention(
-                rows_B1Rk, key_B1Sk, key_B1Sk, attn_mask=mask, scale=self.scaling
-            )[..., : self.kv_lora_rank]
-        attended_BHTr = attended_B1Rr.reshape(-1, num_heads, num_queries, self.kv_lora_rank)
+                rows_B1Rk, key_B1Sk, key_B1Sk, attn_mask=_mask_of_rows(mask, num_heads), scale=scale
+            )[..., :rank]
+        attended_BHTr = attended_B1Rr.reshape(-1, num_heads, num_queries, rank)
         return torch.einsum("bhtr,hvr->bthv", attended_BHTr, w_uv_Hvr), weights
 
     def decompressed(
@@ -211,7 +217,24 @@ def _mask_of_rows(mask: torch.Tensor | None, num_heads: int) -> torch.Tensor | N
     return mask.expand(-1, num_heads, -1, -1).flatten(1, 2)[:, None]
 
 
-def _eager(
+def _kernel(q_BHTk: torch.Tensor, key_B1Sk: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """How absorbed attention runs: "rows", all heads as queries of one fused call; "heads", one fused call with a
+    grouped key; "products", two matrix products and a softmax.
+
+    With one key head, the fused kernels of a GPU give all rows of a text to one of its multiprocessors. Up to a width
+    of 256 the flash kernel divides the cache of a single query per head among them; above, two products do. On an H100
+    at 512 + 64 and 65,536 tokens of one text: rows 6.2 ms, products 0.28 ms; at 96 + 32: rows 0.85 ms, heads 0.05 ms.
+    """
+    if key_B1Sk.device.type != "cuda":
+        return "rows"
+    batch, num_heads, num_queries, width = q_BHTk.shape
+    if width <= 256 and num_queries == 1 and mask is None and q_BHTk.dtype in (torch.float16, torch.bfloat16):
+        return "heads"
+    # scores are in memory
+    return "products" if batch * num_heads * num_queries * key_B1Sk.shape[2] <= 2**28 else "rows"
+
+
+def _products(
     rows_B1Rk: torch.Tensor, key_B1Sk: torch.Tensor, rank: int, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores_B1RS = rows_B1Rk @ key_B1Sk.transpose(-1, -2) * scaling
