@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,18 @@ from typing import Any
 import torch
 
 import transmla
-from transmla.conversion.block import BlockDistiller
+from transmla.checkpoint.journal import Journal
+from transmla.conversion.block import BlockDistiller, FrozenLayer
 from transmla.conversion.descent import tokens_per_pass
+from transmla.conversion.kept import KeptLayers
 from transmla.conversion.levels import LEVELS, Descent
 from transmla.conversion.run import Run
 from transmla.maths.attention import MlaWeights, inverse_frequencies
 from transmla.maths.closed_form import ClosedForm
+from transmla.model.source import SourceModel
+from transmla.processes import ALONE
+from transmla.progress import silent
+from transmla.text.windows import CalibrationTokens
 
 
 def random_weights(run: Run) -> MlaWeights:
@@ -81,22 +88,22 @@ def main() -> None:
     arguments = parser.parse_args()
     planned = transmla.plan(arguments.source, latent=arguments.latent, rope=arguments.rope)
     device = torch.device(arguments.device)
-    run = Run(planned, ClosedForm(), LEVELS["fast"], device, lambda *_: None)
+    model = SourceModel(planned.source, planned.family, planned.gqa, device)
     layers = planned.mla.num_hidden_layers
     windows = max(1, tokens_per_pass(device) // arguments.window)
     ids_NT = torch.randint(
         int(planned.source.config["vocab_size"]), (windows * (arguments.repeats + 1) + 1, arguments.window)
     )
-    with torch.no_grad():
-        streams = run.streams(ids_NT, run.positions(ids_NT), num_heldout=1)
-        block = [run.frozen_layer(index) for index in range(layers)]
-        distiller = BlockDistiller(
-            block, [random_weights(run) for _ in range(layers)], streams, run.head(), Descent(1.0, windows, 1e-3)
-        )
+    text = CalibrationTokens(ids_NT, "random", "", num_heldout=1)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        kept = KeptLayers(Journal(Path(folder) / "out", {}), planned.mla, ALONE, device)
+        run = Run(planned, model, text, kept, ClosedForm(), LEVELS["fast"], device, ALONE, silent)
+        streams = run.streams()
+        block = [FrozenLayer.of(model.layer(index), run.compute) for index in range(layers)]
+        weights = [random_weights(run) for _ in range(layers)]
+        distiller = BlockDistiller(block, weights, streams, model.head(run.compute), Descent(1.0, windows, 1e-3))
         places = {place: place for place in range(len(ids_NT))}
-        steps = distiller.descender.steps(
-            lambda here: torch.stack(distiller.losses(here, distiller.trained)).sum(), places, windows
-        )
+        steps = distiller.descender.steps(lambda here: distiller.losses(here, distiller.trained)[0], places, windows)
         hidden, inner = planned.mla.hidden_size, int(planned.source.config["intermediate_size"])
         left, right = (
             torch.randn(shape, device=device, dtype=run.compute) for shape in ((2048, hidden), (hidden, inner))

@@ -16,47 +16,102 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-# name -> (changes to ClosedForm, to SplitOptions, arguments of convert); theta_exponent: rope_theta of SRC to a power
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "all parts": ({}, {}, {}),
-    "real component instead of complex": ({}, {"complex_component": False}, {}),
-    "pairs not weighted by queries": ({}, {"query_weighted": False}, {}),
-    "leftovers not shrunk": ({}, {"shrink": False}, {}),
-    "one stream, o_proj as in the source, errors not weighted by attention": (
-        {"two_streams": False, "refit_output": False, "attention_weighted": False},
-        {},
-        {},
+import torch
+from torch import Tensor
+
+import transmla
+from transmla.checkpoint.provenance import versions
+from transmla.conversion import fit, theta
+from transmla.families import rope_parameters
+from transmla.maths import closed_form, rotary_split
+
+# A variant changes numbers of `ClosedForm`, arguments of convert (theta_exponent: rope_theta of SRC to a power), or
+# replaces a step of the method by another one.
+HELD = 1e12  # a ridge that holds everything where it is
+
+
+@dataclass(frozen=True)
+class Variant:
+    method: dict[str, float] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[Callable[[], None], ...] = ()
+
+
+def real_component() -> None:
+    """A real direction per bucket of rotary pairs instead of a complex one (RoRoPE, 2502.07864, section 4.1)."""
+
+    def top(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor) -> Tensor:
+        weighted = (omega_GB[..., None] * z_GBD).flatten(0, 1)
+        gram = (weighted @ moment_DD.to(weighted.dtype) @ weighted.mH).real
+        return torch.linalg.eigh(gram)[1][:, -1].to(torch.complex128).unflatten(0, omega_GB.shape)
+
+    rotary_split._top_component = top
+
+
+def pairs_alike() -> None:
+    """Every pair that gains from turning counts alike, whatever the queries ask of it."""
+
+    def by_gain(query_Hdd: Tensor, importance_H: Tensor, gain_HP: Tensor, num_groups: int) -> Tensor:
+        return (gain_HP.unflatten(0, (num_groups, -1)).mean(dim=1) > 0).double()
+
+    rotary_split._pair_weights = by_gain
+
+
+def not_shrunk() -> None:
+    """What is left over to the latent is read as if it did not turn."""
+    leftover = rotary_split._leftover
+    rotary_split._leftover = lambda still_P, *rest: leftover(torch.ones_like(still_P), *rest)
+
+
+def not_weighted() -> None:
+    """Errors of all keys and values count alike, whatever attention they receive."""
+    fit_layer = closed_form.fit_layer
+
+    def fitted(gqa: Any, moments: Any, *rest: Any) -> Any:
+        plain = moments.converted_DD
+        return fit_layer(gqa, replace(moments, received_DD=plain, attended_DD=plain), *rest)
+
+    fit.fit_layer = theta.fit_layer = fitted
+
+
+VARIANTS: dict[str, Variant] = {
+    "all parts": Variant(),
+    "real component instead of complex": Variant(steps=(real_component,)),
+    "pairs not weighted by queries": Variant(steps=(pairs_alike,)),
+    "leftovers not shrunk": Variant(steps=(not_shrunk,)),
+    "one stream, o_proj as in the source, errors not weighted by attention": Variant(
+        {"stream_ridge": HELD, "output_ridge": HELD}, steps=(not_weighted,)
     ),
-    "one stream, o_proj as in the source": ({"two_streams": False, "refit_output": False}, {}, {}),
-    "theta' = theta^0.7": ({}, {}, {"theta_exponent": 0.7}),
-    "theta' = theta^(e/d)": ({}, {}, {"theta_exponent": 0.5}),
-    "112 + 16": ({}, {}, {"latent": 112, "rope": 16}),
-    "real, not weighted, not shrunk": ({}, {"complex_component": False, "query_weighted": False, "shrink": False}, {}),
-    "errors not weighted by attention": ({"attention_weighted": False}, {}, {}),
-    "o_proj as in the source": ({"refit_output": False}, {}, {}),
-    "one stream": ({"two_streams": False}, {}, {}),
-    "theta' = theta^0.85": ({}, {}, {"theta_exponent": 0.85}),
-    "3 alternating refits": ({"sweeps": 3}, {}, {}),
-    "key_weight 1": ({"key_weight": 1.0}, {}, {}),
-    "output_ridge 0.03": ({"output_ridge": 0.03}, {}, {}),
-    "stream_ridge 0.01": ({"stream_ridge": 0.01}, {}, {}),
-    "plain_share 0.1": ({"plain_share": 0.1}, {}, {}),
+    "one stream, o_proj as in the source": Variant({"stream_ridge": HELD, "output_ridge": HELD}),
+    "theta' = theta^0.7": Variant(given={"theta_exponent": 0.7}),
+    "theta' = theta^(e/d)": Variant(given={"theta_exponent": 0.5}),
+    "112 + 16": Variant(given={"latent": 112, "rope": 16}),
+    "real, not weighted, not shrunk": Variant(steps=(real_component, pairs_alike, not_shrunk)),
+    "errors not weighted by attention": Variant(steps=(not_weighted,)),
+    "o_proj as in the source": Variant({"output_ridge": HELD}),
+    "one stream": Variant({"stream_ridge": HELD}),
+    "theta' = theta^0.85": Variant(given={"theta_exponent": 0.85}),
+    "key_weight 1": Variant({"key_weight": 1.0}),
+    "output_ridge 0.03": Variant({"output_ridge": 0.03}),
+    "stream_ridge 0.01": Variant({"stream_ridge": 0.01}),
+    "plain_share 0.1": Variant({"plain_share": 0.1}),
 }
+# measured, and not part of the program any more
+PAST = ("3 alternating refits",)
 
 
 def run_one(source: str, calibration: str, text: str, tokens: int, name: str) -> dict[str, Any]:
     """Convert and measure one variant in this process."""
-    import transmla
-    from transmla.families import rope_parameters
-    from transmla.maths.closed_form import ClosedForm
-    from transmla.maths.rotary_split import SplitOptions
-
-    method, split, given = VARIANTS[name]
-    given = {"latent": 96, "rope": 32, "refine": "off"} | given
+    variant = VARIANTS[name]
+    for change in variant.steps:
+        change()
+    given = {"latent": 96, "rope": 32, "refine": "off"} | variant.given
     own = float(rope_parameters(transmla.plan(source).source.config)["rope_theta"])
     given["theta"] = own ** given.pop("theta_exponent", 1.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +121,7 @@ def run_one(source: str, calibration: str, text: str, tokens: int, name: str) ->
             calibration=calibration,
             tokens=tokens,
             context=1,  # windows as they are
-            method=ClosedForm(split=SplitOptions(**split), **method),
+            method=closed_form.ClosedForm(**variant.method),
             **given,
         )
         found = transmla.evaluate(Path(folder) / "out", text=text).model.perplexity
@@ -92,7 +147,7 @@ def table(rows: list[dict[str, Any]], source: dict[str, Any], header: str) -> st
         "|---|---|---|---|---|---|",
         f"| source | 0 | 0 | {source['perplexity']:.2f} ± {source['standard_error']:.2f} | 1 | 1 |",
     ]
-    for row in sorted(rows, key=lambda row: list(VARIANTS).index(row["name"])):
+    for row in sorted(rows, key=lambda row: [*VARIANTS, *PAST].index(row["name"])):
         ratio = row["perplexity"] / source["perplexity"]
         losses = [found - own for found, own in zip(row["nats_N"], source["nats_N"], strict=True)]
         lines.append(
@@ -116,9 +171,6 @@ def main() -> None:
     if args.only:
         print(json.dumps(run_one(args.source, args.calibration, args.text, args.tokens, args.only)))
         return
-    import transmla
-    from transmla.checkpoint.provenance import versions
-
     store = args.out / "variants.json"
     results = json.loads(store.read_text()) if store.is_file() else {"rows": []}
     found = transmla.evaluate(args.source, text=args.text).model.perplexity

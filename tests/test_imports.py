@@ -43,6 +43,46 @@ def own(names: set[str]) -> set[str]:
     return {name for name in names if name.partition(".")[0] == "transmla"}
 
 
+# From the ground up: a room imports what is on floors below its own, and what is on its own floor only of itself.
+FLOORS = (
+    ("errors", "progress", "settings"),
+    ("families", "geometry", "recipe"),
+    ("maths", "devices"),
+    ("processes", "checkpoint"),
+    ("text",),
+    ("train",),
+    ("model",),
+    ("targets",),
+    ("evaluation",),
+    ("conversion",),
+    ("healing",),
+    ("cli",),
+)
+# the package's front door, `python -m transmla` and `-m transmla.heal`, and folders of data
+DOORS = ("transmla", "transmla.__main__", "transmla.heal", "transmla.recipes", "transmla.suites", "transmla.data")
+
+
+def floor_of(module: str) -> int:
+    room = module.split(".")[1]
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def climbs(module: str) -> set[str]:
+    """What a module imports from a floor above its own, or from another room on its floor."""
+    here = floor_of(module)
+    others = {name for name in own(imported(module)) if name not in DOORS and name.partition(".data")[0] != "transmla"}
+    return {
+        name
+        for name in others
+        if floor_of(name) > here or (floor_of(name) == here and name.split(".")[1] != module.split(".")[1])
+    }
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not within({module}, *DOORS[1:])][1:])
+def test_imports_point_downwards(module: str) -> None:
+    assert not climbs(module), f"{module} climbs to {climbs(module)}"
+
+
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("transmla.maths")])
 def test_maths_knows_torch_alone(module: str) -> None:
     names = imported(module)
@@ -86,6 +126,7 @@ def test_these_checks_can_fail() -> None:
     assert "torch.load" in imported("transmla.checkpoint.bin_file")
     assert not within({"transmla.maths", "transmla.model.source"}, "transmla.maths")
     assert not within({"transmla.mathsmore"}, "transmla.maths")
+    assert floor_of("transmla.cli.convert") > floor_of("transmla.conversion.flow") > floor_of("transmla.maths.fold")
 
 
 def test_packages_are_the_folders() -> None:
