@@ -13,6 +13,9 @@ from transmla.errors import GeometryError, UnsupportedError
 # the heads (qk_nope_head_dim, v_head_dim) that go with them.
 GPU_KERNELS = {(512, 64): (128, 128), (256, 64): (64, 64)}
 
+# Bits per cached value: bfloat16, and llama.cpp's q8_0 and q4_0 with their float16 scale per 32 values.
+CACHE_BITS = {"bf16": 16.0, "8-bit": 8.5, "4-bit": 4.5}
+
 
 @dataclass(frozen=True)
 class GqaGeometry:

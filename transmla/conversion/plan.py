@@ -13,15 +13,13 @@ from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import SHARD_BYTES, check_destination
 from transmla.errors import RecipeError
 from transmla.families import Family, family_of, rope_parameters
-from transmla.geometry import GqaGeometry, MlaGeometry, gqa_geometry, latent_candidates, mla_geometry
+from transmla.geometry import CACHE_BITS, GqaGeometry, MlaGeometry, gqa_geometry, latent_candidates, mla_geometry
 from transmla.model.source import layer_tensor_names, source_config
 from transmla.recipe import Recipe, find_recipe, load_recipe
 from transmla.targets.engines import EngineVerdict, engine_verdicts
 from transmla.targets.stock import deepseek_v3_config, expected_tensors
 from transmla.text.mixes import needs_source
 
-# bits per cached value: bfloat16, and llama.cpp's q8_0 and q4_0 with their float16 scale per 32 values
-CACHE_BITS = {"bf16": 16.0, "8-bit": 8.5, "4-bit": 4.5}
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and transformers themselves
 _RUNTIME_BYTES = 400 * 2**20

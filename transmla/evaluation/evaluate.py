@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.provenance import FILE_NAME, commit, read_provenance, versions
-from transmla.conversion.plan import CACHE_BITS
 from transmla.devices import usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
@@ -19,6 +18,7 @@ from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
 from transmla.evaluation.tasks import TaskResult, check_tasks, recoveries
+from transmla.geometry import CACHE_BITS
 from transmla.model.loading import load_tokenizer
 from transmla.progress import Progress, silent
 from transmla.recipe import Recipe
