@@ -216,8 +216,8 @@ def test_a_gain_is_nearer_to_the_source_and_no_worse_on_the_text(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"cached": True, "hidden": 1.0}, RecipeError, "streams are not kept"),
-        ({"lora": 4, "train": "all"}, RecipeError, "adapters are put on the attention only"),
+        ({"cached": True, "hidden": 1.0}, RecipeError, "`hidden` and `cached` cannot be combined"),
+        ({"lora": 4, "train": "all"}, RecipeError, "adapters can only be trained on the attention"),
         ({"device": "cuda:1"}, UnsupportedError, "healing does not run on cuda:1"),
         ({"trian": "all"}, RecipeError, "unknown recipe key 'trian'"),
         ({"cross_entropy": 2.0}, RecipeError, "cannot be 2.0"),

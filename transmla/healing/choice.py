@@ -1,4 +1,4 @@
-"""What is healed, and with which settings; what cannot work is refused here, before anything is loaded."""
+"""Choose what is healed and with which settings, and refuse what cannot work before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,56 +11,69 @@ from transmla.recipe import Healing, find_recipe, list_recipes, load_recipe
 
 
 def conversion_of(recipe: str | Path | None) -> Path:
-    """Where `convert` writes the conversion of a recipe."""
+    """The folder that `convert` writes for a recipe when no destination is given.
+
+    recipe: name of an installed recipe, or path of a recipe file
+
+    Raises `RecipeError` if `recipe` is None or cannot be read, and whatever `plan` raises for its source.
+    """
     if recipe is None:
         raise RecipeError(
             "there is nothing to heal",
             where="the command",
-            why="neither a converted folder nor a recipe was given",
-            remedy="transmla heal OUT, or --recipe NAME, whose conversion is then looked for in the working directory",
+            why="the command names neither a converted folder nor a recipe",
+            remedy="name the folder (transmla heal OUT), or the recipe (--recipe NAME) of a conversion in this directory",
         )
     path = find_recipe(str(recipe)) or Path(recipe)
     return default_destination(plan(str(load_recipe(path).source), recipe=path))
 
 
 def settings_for(recipe: str | Path | None, source: str) -> Healing:
-    """Those of the recipe, or of the installed recipe that converts this source, or the defaults."""
+    """The healing settings to start from, before options override them.
+
+    They come from `recipe` if there is one, otherwise from the installed recipe whose source is `source`, otherwise
+    they are the defaults. Raises `RecipeError` if the recipe cannot be read.
+    """
     if recipe is not None:
         return load_recipe(find_recipe(str(recipe)) or Path(recipe)).heal
     for name in list_recipes():
-        found = load_recipe(find_recipe(name) or Path(name))
-        if source == found.source and name != "smoke":
-            return found.heal
+        installed = load_recipe(find_recipe(name) or Path(name))
+        if source == installed.source and name != "smoke":
+            return installed.heal
     return Healing()
 
 
 def check(settings: Healing, device: str) -> None:
-    """Refuse what cannot work before anything is loaded."""
+    """Refuse settings that cannot work, before anything is loaded.
+
+    Raises `RecipeError` for settings that contradict each other and `UnsupportedError` for a device other than "cpu"
+    and "cuda".
+    """
     if settings.cached and settings.hidden > 0:
         raise RecipeError(
-            "residual streams are not kept on the disk",
+            "`hidden` and `cached` cannot be combined",
             where="hidden and cached",
-            why="only the source's largest predictions are",
-            remedy="leave out one of the two",
+            why="`hidden` compares residual streams, and `cached` stores only the source's largest predictions",
+            remedy="use one of the two",
         )
     if settings.heldout < 2:
         raise RecipeError(
             "too few windows are held out",
             where="heldout",
-            why="a standard error needs two",
+            why="a standard error needs at least two windows",
             remedy="hold out 2 windows or more",
         )
     if device not in ("cpu", "cuda"):
         raise UnsupportedError(
             f"healing does not run on {device}",
             where="--device",
-            why="several devices are the launcher's business",
-            remedy="use cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs",
+            why="healing runs on the CPU or on GPUs that the launcher assigns to its processes",
+            remedy="use cpu or cuda; set CUDA_VISIBLE_DEVICES to choose among GPUs",
         )
     if settings.lora is not None and settings.train != "attention":
         raise RecipeError(
-            "adapters are put on the attention only",
+            "adapters can only be trained on the attention",
             where="lora and train",
             why=f"train is {settings.train!r}",
-            remedy='leave lora out, or use train = "attention"',
+            remedy='leave out lora, or use train = "attention"',
         )

@@ -1,4 +1,4 @@
-"""What Trainer has logged, as plain values and as a picture that lie beside the healed weights."""
+"""Training curves from the log of transformers' Trainer: a JSON file and a picture beside the healed weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from transmla.checkpoint.destination import disk_errors
 from transmla.evaluation.report.plots import COLOURS, GREY, MARKERS, styled
 
 LOG_FILE, PLOT_FILE = "healing.json", "healing.png"
-# of the held-out windows of a text
+# what is measured on the held-out windows of each text
 METRICS = ("divergence", "nats", "source_nats", "recovery", "recovery_error")
 
 
 def healing_curve(log: list[dict[str, Any]], tokens_per_step: int, texts: list[str]) -> dict[str, Any]:
-    """train: loss by step;  heldout: `METRICS` of each text by step. Divergences and nats are per token; a loss is None
-    where the model predicted nothing."""
+    """The training curve as plain values, for JSON.
+
+    log:             `log_history` of the Trainer
+    tokens_per_step: tokens trained on in each optimizer step
+    texts:           names of the texts that held-out windows are taken from
+
+    Returns a dict with two lists in the order of the steps. "train" has `step`, `tokens`, `loss` and, where it was
+    logged, `grad_norm`. "heldout" has `step`, `tokens`, the mean `loss` over all held-out windows, and under `texts`
+    the `METRICS` of each text. Losses, divergences and nats are per token; a loss is None
+    where the model predicted nothing.
+    """
     train = [
         {key: entry[key] for key in ("step", "loss", "grad_norm") if key in entry}
         | {"tokens": entry["step"] * tokens_per_step}
@@ -35,20 +44,23 @@ def healing_curve(log: list[dict[str, Any]], tokens_per_step: int, texts: list[s
 
 
 def write_curve(curve: dict[str, Any], path: Path) -> None:
-    """Loss and recovery against tokens, side by side."""
+    """Draw a curve of `healing_curve` to `path` (PNG): loss and recovery against tokens, side by side.
+
+    Raises `DestinationError` if the file cannot be written.
+    """
     figure, (left, right) = styled(2, 14.0)
     left.plot(
         [entry["tokens"] for entry in curve["train"]], [entry["loss"] for entry in curve["train"]],
-        color=GREY, linewidth=0.8, label="trained on",
+        color=GREY, linewidth=0.8, label="training windows",
     )  # fmt: skip
     tokens = [entry["tokens"] for entry in curve["heldout"]]
     for number, text in enumerate(curve["heldout"][0]["texts"]):
-        found = [entry["texts"][text] for entry in curve["heldout"]]
+        points = [entry["texts"][text] for entry in curve["heldout"]]
         style = {"color": COLOURS[number % 6], "marker": MARKERS[number % 6], "label": text}
-        left.plot(tokens, [one["divergence"] for one in found], **style)
+        left.plot(tokens, [point["divergence"] for point in points], **style)
         right.errorbar(
-            tokens, [100 * one["recovery"] for one in found],
-            yerr=[100 * one["recovery_error"] for one in found], capsize=3, **style,
+            tokens, [100 * point["recovery"] for point in points],
+            yerr=[100 * point["recovery_error"] for point in points], capsize=3, **style,
         )  # fmt: skip
     left.set_ylabel("divergence from the source, nats per token")
     right.set_ylabel("recovery: perplexity of the source over the model's, %")

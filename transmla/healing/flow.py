@@ -1,6 +1,6 @@
-"""The flow: unfold -> windows -> (source's predictions) -> train -> fold -> verify.
+"""The steps of healing: unfold -> windows -> (source's predictions) -> train -> fold -> verify.
 
-Everything unfinished lies in the journal beside the destination, so a run that was killed goes on where it was.
+Unfinished work lies in a journal beside the destination, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -37,10 +37,23 @@ from transmla.train.losses import Objective
 
 @dataclass(frozen=True)
 class HealReport:
-    """before, after: of the held-out windows of each text (`texts`; the first is of what was trained on), their
-    `divergence` from the source and `nats` per token, `source_nats`, `recovery` (perplexity of the source over that of
-    the model) and `recovery_error`, one standard error over windows
-    distinct: tokens that were packed;  passes: begun over each text for that
+    """What a healing run did, returned by `heal`.
+
+    parent:        the converted folder that was healed
+    destination:   the folder that was written
+    source:        name of the source model, whose predictions were distilled
+    texts:         texts with held-out windows; the first one is the mix that was trained on
+    before, after: measurements on the held-out windows of each text. `divergence` from the source, `nats` (loss of the
+                   model) and `source_nats` (loss of the source) are per token; `recovery` is the perplexity of the
+                   source over that of the model, and `recovery_error` its standard error over windows
+    tokens:        tokens trained on until the best step, repetitions included
+    steps:         optimizer steps that were scheduled
+    best_step:     the step whose weights were written
+    num_trained:   number of trained parameters
+    rate:          largest step of the optimizer, relative to the size of the row that it changes
+    distinct:      different tokens that were trained on; further steps repeat them
+    passes:        how often reading each text was begun in order to pack these tokens
+    seconds:       duration of the whole run
     """
 
     parent: Path
@@ -70,82 +83,84 @@ def heal(
     progress: Any = None,
     **settings: Any,
 ) -> HealReport:
-    """Distil the source's predictions into a converted folder and write the result as a folder of the same kind.
+    """Distil the source's predictions into a converted folder, and write the result as a folder of the same kind.
 
-    model:       converted folder; default: what `convert` names the conversion of the recipe
-    destination: new folder, default MODEL-healed
-    source:      of the conversion; default: what the provenance file of `model` says
-    recipe:      name or file whose table [heal] is used; default: the recipe of that source, if there is one
-    device:      "cpu" or "cuda"; under `accelerate launch` every process takes its own
-    restart:     delete an unfinished run to the same destination instead of going on with it
+    model:       converted folder; by default the folder that `convert` writes for the recipe
+    destination: new folder, by default MODEL-healed
+    source:      the source model; by default the one that the provenance file of `model` names
+    recipe:      name or file of the recipe whose table [heal] is used; by default the installed recipe of that source,
+                 if there is one
+    device:      "cpu" or "cuda"; under `accelerate launch` each process takes a device of its own
+    restart:     delete an unfinished run to the same destination instead of resuming it
     settings:    any field of `transmla.recipe.Healing`: tokens, data, train, rate, lora, watch ...
     progress:    called as progress(stage, done, total, remark)
 
-    Raises the errors of `transmla.errors`; `GateError` if the held-out divergence could not be lowered, in which case
-    nothing is written. A run that was interrupted leaves DESTINATION.partial, and the same call goes on from there.
+    Returns a `HealReport`. Raises the errors of `transmla.errors`, among them `GateError` if training did not improve
+    the model on the held-out windows; then nothing is written. An interrupted run leaves DESTINATION.partial, and the
+    same call resumes it.
     """
     started = time.monotonic()
     tell = progress or silent
     parent = Path(model) if model is not None else conversion_of(recipe)
-    opened = open_converted(parent)
-    name = source or str(read_provenance(parent)["source"]["name"])
-    wanted = settings_for(recipe, name).with_overrides(**settings)
-    check(wanted, device)
-    # what is counted in windows has to know how long they are
-    wanted = wanted.with_overrides(window=min(wanted.window, opened.config["max_position_embeddings"]))
+    converted = open_converted(parent)
+    source_name = source or str(read_provenance(parent)["source"]["name"])
+    options = settings_for(recipe, source_name).with_overrides(**settings)
+    check(options, device)
+    # everything that is counted in windows depends on the length that they really have
+    options = options.with_overrides(window=min(options.window, converted.config["max_position_embeddings"]))
     target = Path(destination) if destination is not None else parent.with_name(f"{parent.name}-healed")
-    check_destination(target, 4 * sum(info.num_bytes for info in opened.tensors.values()))
-    of_source = open_model(name)
+    check_destination(target, 4 * sum(info.num_bytes for info in converted.tensors.values()))
+    source_checkpoint = open_model(source_name)
     processes = Processes.current(device)
-    set_seed(wanted.seed)
-    made = schedule(wanted, processes.size)
-    where = processes.device(device)
-    prepared = Preparation(opened, of_source, wanted, made.num_windows, processes, where, tell)
+    set_seed(options.seed)
+    plan = schedule(options, processes.size)
+    own_device = processes.device(device)
+    preparation = Preparation(converted, source_checkpoint, options, plan.num_windows, processes, own_device, tell)
     if processes.first:
-        journal = Journal(target, _fingerprint(parent, name, wanted, processes), restart=restart)
+        journal = Journal(target, _fingerprint(parent, source_name, options, processes), restart=restart)
         with CheckpointWriter(target) as writer:
             work = journal.begin()
             processes.wait()
-            trained, passes = _train(prepared, made, work, device)
+            trained, passes = _train(preparation, plan, work, device)
             write_healed(
-                writer, work, opened, wanted, trained, source=name, num_processes=processes.size, device=str(where),
-                progress=tell,
+                writer, work, converted, options, trained, source=source_name, num_processes=processes.size,
+                device=str(own_device), progress=tell,
             )  # fmt: skip
     else:
-        processes.wait()  # for the folder
-        trained, passes = _train(prepared, made, journal_of(target), device)
+        processes.wait()  # until process 0 has created the folder
+        trained, passes = _train(preparation, plan, journal_of(target), device)
     processes.wait()
     return HealReport(
-        parent, target, name, tuple(trained.before), trained.before, trained.after, trained.tokens, made.steps,
+        parent, target, source_name, tuple(trained.before), trained.before, trained.after, trained.tokens, plan.steps,
         trained.best_step, trained.num_trained, trained.rate,
-        min(made.num_windows, made.windows_seen) * wanted.window, passes, time.monotonic() - started,
+        min(plan.num_windows, plan.windows_seen) * options.window, passes, time.monotonic() - started,
     )  # fmt: skip
 
 
-def _train(prepared: Preparation, made: Schedule, work: Path, device: str) -> tuple[Trained, dict[str, int]]:
-    """From the unfolded form to the trained tensors, and the passes over each text; every process."""
-    settings, processes = prepared.settings, prepared.processes
+def _train(preparation: Preparation, plan: Schedule, work: Path, device: str) -> tuple[Trained, dict[str, int]]:
+    """The trained tensors, and the passes over each text. Every process calls this."""
+    settings, processes = preparation.settings, preparation.processes
     if processes.first and not (work / "unfolded").is_dir():
-        unfold(prepared.opened.path, work / "unfolded", dtype="float32", progress=prepared.tell)
+        unfold(preparation.converted.path, work / "unfolded", dtype="float32", progress=preparation.tell)
     processes.wait()
-    train, heldout = prepared.windows(work)
-    teacher = prepared.teacher(work, train, heldout, autocast(settings.precision, prepared.where))
+    train, heldout = preparation.windows(work)
+    teacher = preparation.teacher(work, train, heldout, autocast(settings.precision, preparation.device))
 
-    # Trainer moves it to its device
+    # Trainer moves the model to its device
     unfolded: Any = load(work / "unfolded", dtype=torch.float32)
     student = teach(unfolded, teacher, Objective(settings.temperature, settings.cross_entropy), settings.hidden)
     select_trained(student, settings.train)
     if settings.checkpointing:
-        # transformers has given it another name
+        # the method has this name in newer versions of transformers
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     model: Any = student if settings.lora is None else with_adapters(student, settings.lora)
     if settings.precision == "bfloat16" and not is_sharded():
         halve_frozen(student)
-    rate = learning_rate(settings, sum(one.numel() for one in model.parameters() if one.requires_grad))
+    rate = learning_rate(settings, sum(weight.numel() for weight in model.parameters() if weight.requires_grad))
     trained = distil(
-        model, settings, made, rate, work / "checkpoints", device, train, heldout,
-        [part.name for part in prepared.texts], processes, prepared.tell,
+        model, settings, plan, rate, work / "checkpoints", device, train, heldout,
+        [part.name for part in preparation.texts], processes, preparation.tell,
     )  # fmt: skip
     _require_gain(trained, work, processes)
     packed = json.loads((work / TEXTS).read_text("utf-8"))
@@ -177,7 +192,7 @@ def _require_gain(trained: Trained, work: Path, processes: Processes) -> None:
 
 
 def _fingerprint(parent: Path, source: str, settings: Healing, processes: Processes) -> dict[str, Any]:
-    """All that an unfinished run depends on."""
+    """Everything that an unfinished run depends on; if any of it differs, the run cannot be resumed."""
     stamp = [[file.name, file.stat().st_size] for file in sorted(parent.glob("*.safetensors"))]
     others = {"parent": parent.name, "files": stamp, "source": source, "processes": processes.size}
     return asdict(settings) | {"kind": "heal"} | others

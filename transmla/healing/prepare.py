@@ -1,4 +1,7 @@
-"""What training needs and keeps in the journal: packed windows, and a teacher for them."""
+"""Prepare what training needs: packed windows of text, and a teacher that knows the source's predictions for them.
+
+Everything that is computed here is kept in the journal, so that an interrupted run does not compute it again.
+"""
 
 from __future__ import annotations
 
@@ -26,34 +29,47 @@ from transmla.text.mixes import SELF, Part, parse_mix
 from transmla.text.packing import pack
 from transmla.text.sampling import TEXT_LENGTH, sample_texts
 
-# predictions that are kept of each token if the recipe does not say
+# predictions stored for each token where the recipe does not set top_k
 CACHED_TOP_K = 64
-# tokens that a source writes at most; then they begin anew
+# most tokens that are sampled from the source; beyond that they repeat
 MOST_SAMPLED = 4_000_000
-# of what was packed: tokens of each text, and in how many passes
+# file that records how many tokens of each text were packed, and in how many passes
 TEXTS = "texts.json"
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """opened: the converted folder;  num_windows: different ones to train on;  where: the device of this process"""
+    """Prepares the windows and the teacher of one healing run.
 
-    opened: Source
-    of_source: Source
+    converted:         the converted folder
+    source_checkpoint: the source model
+    settings:          settings of the run; `window` fits into the model's context
+    num_windows:       different windows to train on
+    processes:         the processes of the run
+    device:            the device of this process
+    tell:              the progress function
+    """
+
+    converted: Source
+    source_checkpoint: Source
     settings: Healing
     num_windows: int
     processes: Processes
-    where: torch.device
+    device: torch.device
     tell: Progress
 
     @property
     def texts(self) -> list[Part]:
-        """What is measured on: the mix that is trained on, then each watched text."""
+        """The texts that are measured on: the training mix as one, then each watched text."""
         watched = self.settings.watch.split("+") if self.settings.watch else []
         return [Part(name) for name in (self.settings.data, *watched)]
 
     def windows(self, work: Path) -> tuple[Windows, list[Windows]]:
-        """To train on, and held out of each text; packed by the first process, mapped by all."""
+        """The windows to train on, and the held-out windows of each of `texts`.
+
+        Process 0 packs them into files in `work`; all processes map these into memory. Raises `DataError` for text
+        that is missing or too short.
+        """
         paths = [work / "train.npy", *(work / f"heldout-{number}.npy" for number in range(len(self.texts)))]
         if self.processes.first and not all(path.is_file() for path in (*paths, work / TEXTS)):
             self._pack(work, paths)
@@ -64,40 +80,41 @@ class Preparation:
         return files[0], files[1:]
 
     def _pack(self, work: Path, paths: list[Path]) -> None:
-        settings, words = self.settings, tokenizer(self.opened)
+        settings, model_tokenizer = self.settings, tokenizer(self.converted)
         parts = parse_mix(settings.data, "--data")
-
-        own_share = sum(part.weight for part in parts if part.name == SELF) / sum(part.weight for part in parts)
+        sampled_share = sum(part.weight for part in parts if part.name == SELF) / sum(part.weight for part in parts)
 
         def sampled() -> list[list[int]]:
             path = work / "sampled.npz"
             if not path.is_file():
-                # a little more than is drawn, since the last token of a document predicts nothing
-                windows = math.ceil(1.05 * own_share * self.num_windows) + 2 * settings.heldout + 2
+                # slightly more than needed, because packing drops documents of one token and incomplete windows
+                windows = math.ceil(1.05 * sampled_share * self.num_windows) + 2 * settings.heldout + 2
                 self._sample(min(windows * settings.window, MOST_SAMPLED), path)
-            with np.load(path, allow_pickle=False) as found:
-                return [text.tolist() for text in np.split(found["ids"], found["ends"][:-1])]
+            with np.load(path, allow_pickle=False) as arrays:
+                return [text.tolist() for text in np.split(arrays["ids"], arrays["ends"][:-1])]
 
-        texts = [open_text(part, words, self.settings.window, sampled, evaluation=False) for part in parts]
-        share = -(-settings.heldout // len(texts))
+        texts = [open_text(part, model_tokenizer, settings.window, sampled, evaluation=False) for part in parts]
+        heldout_of_each = -(-settings.heldout // len(texts))
         for text in texts:
-            text.hold_out(share, self.settings.window)
-        watched = [open_text(part, words, self.settings.window, sampled, evaluation=True) for part in self.texts[1:]]
+            text.hold_out(heldout_of_each, settings.window)
+        watched = [
+            open_text(part, model_tokenizer, settings.window, sampled, evaluation=True) for part in self.texts[1:]
+        ]
         for text in watched:
-            text.hold_out(settings.heldout, self.settings.window)
+            text.hold_out(settings.heldout, settings.window)
         heldout = [[window for text in texts for window in text.heldout], *(text.heldout for text in watched)]
-        for path, kept in zip(paths[1:], heldout, strict=True):
-            write_windows(path, kept, len(kept), self.settings.window, self.tell, "hold out")
-        rows = pack(mixed(texts, settings.seed), self.settings.window)
-        write_windows(paths[0], rows, self.num_windows, self.settings.window, self.tell, "pack")
+        for path, windows in zip(paths[1:], heldout, strict=True):
+            write_windows(path, windows, len(windows), settings.window, self.tell, "hold out")
+        rows = pack(mixed(texts, settings.seed), settings.window)
+        write_windows(paths[0], rows, self.num_windows, settings.window, self.tell, "pack")
         (work / TEXTS).write_text(
             json.dumps({text.part.name: {"tokens": text.drawn, "passes": text.begun} for text in texts})
         )
 
     def _sample(self, num_tokens: int, path: Path) -> None:
-        """What the source writes: ids of all texts, and where each ends."""
+        """Sample texts from the source into the file `path`: the token ids of all texts, and where each text ends."""
         settings = self.settings
-        model = load_source(self.of_source, dtype=getattr(torch, settings.precision), device=str(self.where))
+        model = load_source(self.source_checkpoint, dtype=getattr(torch, settings.precision), device=str(self.device))
         texts = sample_texts(
             model, num_tokens, min(settings.window, TEXT_LENGTH), seed=settings.seed,
             progress=lambda done, total: self.tell("sample", done, total, "tokens"),
@@ -107,42 +124,47 @@ class Preparation:
         partial.rename(path)
 
     def teacher(self, work: Path, train: Windows, heldout: list[Windows], precision: Precision) -> Teacher:
-        """The source itself, or its predictions of all windows, computed now if they are not there yet."""
+        """A teacher for all windows: the source model itself or, with `cached`, its predictions stored in `work`.
+
+        Stored predictions are computed now unless an earlier run has finished them. Every process calls this.
+        precision: makes the context in which the source is run, see `transmla.healing.train.autocast`
+        """
         settings = self.settings
         k = settings.top_k or (CACHED_TOP_K if settings.cached else None)
         folder = work / "predictions"
         if settings.cached and (folder / "done").is_file():
-            return CachedTeacher(folder, self.where)
+            return CachedTeacher(folder, self.device)
         online = OnlineTeacher(
             self._source_model(), precision, k=k, temperature=settings.temperature, streams=settings.hidden > 0
         )
         if not settings.cached:
             return online
         for windows in (train, *heldout):
-            record(online, windows, folder, self.processes.mine(len(windows)), self.where, self.tell)
+            record(online, windows, folder, self.processes.mine(len(windows)), self.device, self.tell)
         self.processes.wait()
         if self.processes.first:
             (folder / "done").touch()
-        return CachedTeacher(folder, self.where)
+        return CachedTeacher(folder, self.device)
 
     def _source_model(self) -> Any:
         half = self.settings.precision == "bfloat16"
         if is_sharded():
-            model = load_source(self.of_source, dtype=torch.bfloat16 if half else torch.float32, device=str(self.where))
+            dtype = torch.bfloat16 if half else torch.float32
+            model = load_source(self.source_checkpoint, dtype=dtype, device=str(self.device))
             return _shard(model.requires_grad_(False))
-        model = load_source(self.of_source, dtype=torch.float32).requires_grad_(False)
+        model = load_source(self.source_checkpoint, dtype=torch.float32).requires_grad_(False)
         if half:
             halve_frozen(model)
-        return model.to(self.where)
+        return model.to(self.device)
 
 
 def is_sharded() -> bool:
-    """Whether the launcher has asked for FSDP."""
+    """Whether the launcher has enabled FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _shard(model: Any) -> Any:
-    """The source's layers over all processes; embeddings and head whole in each."""
+    """The model with its layers sharded over all processes; embeddings and head stay whole in each."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.get_decoder().layers:

@@ -1,4 +1,4 @@
-"""The healed folder: folded, verified, with its provenance, its card and its curves."""
+"""Write the healed folder: folded, verified, with provenance, model card and training curves."""
 
 from __future__ import annotations
 
@@ -37,13 +37,25 @@ def write_healed(
     device: str,
     progress: Progress,
 ) -> None:
-    """The healed folder through the unfolded one, verified and given its name."""
+    """Fold the trained weights into the writer's folder, verify it and give it its final name.
+
+    writer:        writes the healed folder
+    work:          folder of the journal, with the unfolded model
+    parent:        the converted folder that was healed
+    trained:       the weights to write, and what was measured
+    source:        name of the source model
+    num_processes: processes that trained, for the provenance file
+    device:        where the folded model is verified
+
+    Raises `VerificationError` if the folded model does not compute what the trained one computes, and
+    `DestinationError` if the folder cannot be written.
+    """
     folder = work / "trained"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work / "unfolded", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     model = _merged(work / "unfolded", trained.tensors, settings.lora)
     model.save_pretrained(str(folder))
-    # as it was: save_pretrained changes keys
+    # save_pretrained rewrites some keys of the config, so the original is put back
     shutil.copyfile(work / "unfolded" / "config.json", folder / "config.json")
     del model
     entry = {
@@ -74,7 +86,7 @@ def write_healed(
 
 
 def _merged(unfolded: Path, trained: dict[str, Tensor], lora: int | None) -> UnfoldedForCausalLM:
-    """On the CPU in float32, adapters merged; frozen weights exactly as they were."""
+    """The trained model on the CPU in float32, with adapters merged; frozen weights are exactly as before."""
     model: Any = load(unfolded, dtype=torch.float32)
     if lora is None:
         model.load_state_dict(trained, strict=False)
@@ -92,8 +104,8 @@ def _card(entry: dict[str, Any]) -> str:
     return f"""## Healed
 
 Distilled from the source on {entry["tokens"]:,} tokens ({entry["settings"]["data"]}), {entry["steps"]:,} steps;
-trained: {entry["settings"]["train"]}. Recovery is the perplexity of the source over that of the model, on windows that
-were not trained on. `{LOG_FILE}` and `{PLOT_FILE}` are the curves.
+trained weights: {entry["settings"]["train"]}. Recovery is the perplexity of the source over that of the model, on
+held-out windows. The training curves are in `{LOG_FILE}` and `{PLOT_FILE}`.
 
 | text | before | after |
 |---|---:|---:|

@@ -1,4 +1,4 @@
-"""The converted model as Trainer takes it: a transformers model whose forward is the loss against its source.
+"""The converted model as Trainer needs it: a transformers model whose forward returns the loss against its source.
 
 Legend: B windows, T tokens, D hidden_size.
 """
@@ -17,18 +17,27 @@ from transmla.model.modeling_transmla import UnfoldedForCausalLM
 from transmla.text.packing import IGNORED
 from transmla.train.losses import Objective, distillation_loss, stream_error, text_nats
 
-# modules of the latent attention that adapters are put on
+# modules of the latent attention that get adapters
 LATENT_PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
+# (input ids [B, T], positions [B, T], indices of the windows [B]) -> what the source predicts for these windows
 Teacher = Callable[[Tensor, Tensor, Tensor], Lesson]
 
 
 class Student(UnfoldedForCausalLM):
-    """`teach` an unfolded model, and its forward takes windows of healing/data.py and returns losses."""
+    """An unfolded model whose forward takes a batch of `Windows` and returns losses against its source.
 
-    # a loss is the mean over windows of the mean over tokens, so that it is the same however windows are dealt out
+    Made by `teach`, which changes the class of a loaded model in place.
+
+    objective:     what the loss is made of
+    hidden_weight: weight of the error of the residual streams; 0 leaves them out
+    teacher:       gives the source's predictions; not a submodule, so it is neither trained nor saved
+    """
+
+    # Trainer must not divide by the number of tokens: the loss is a mean over windows of means over tokens, so that it
+    # does not depend on how windows are distributed over steps and processes
     accepts_loss_kwargs = False
-    # this file is not to be copied into checkpoints
+    # keeps save_pretrained from copying this file into checkpoints
     _auto_class = None  # type: ignore[assignment]
 
     objective: Objective
@@ -43,14 +52,22 @@ class Student(UnfoldedForCausalLM):
         index: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """loss; in evaluation also `divergence`, `nats` of the model and `source_nats` [B]."""
+        """The loss, a scalar; without gradients also `divergence`, `nats` and `source_nats`, each float32 [B].
+
+        input_ids, position_ids: int64 [B, T], positions within each document
+        labels:                  int64 [B, T], the next token, or IGNORED where there is none
+        index:                   int64 [B], numbers of the windows, by which a cached teacher finds its predictions
+
+        divergence, nats (loss of the model) and source_nats (loss of the source) are means over the tokens of a window
+        that have a label.
+        """
         assert position_ids is not None and labels is not None and index is not None
         out = self.model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, output_hidden_states=self.hidden_weight > 0
         )
         normed_BTD = out.last_hidden_state
         lesson = self.teacher(input_ids, position_ids, index)
-        # a loss is the mean over windows of the mean over the tokens that count
+        # the loss is the mean over windows of the mean over tokens with a label
         counted_BT = (labels != IGNORED).float()
         share_BT = counted_BT / counted_BT.sum(1, keepdim=True).clamp_min(1)
         normed_ND, labels_N = normed_BTD.flatten(0, 1), labels.flatten()
@@ -60,12 +77,12 @@ class Student(UnfoldedForCausalLM):
         )  # fmt: skip
         if self.hidden_weight > 0:
             pairs = zip(out.hidden_states[1:-1], lesson.streams[1:-1], strict=True)
-            loss = loss + self.hidden_weight * torch.stack([stream_error(own, wanted) for own, wanted in pairs]).mean()
+            loss = loss + self.hidden_weight * torch.stack([stream_error(own, target) for own, target in pairs]).mean()
         if torch.is_grad_enabled():
             return {"loss": loss}
 
-        def by_window(found_N: Tensor) -> Tensor:
-            return torch.where(counted_BT > 0, found_N.view_as(share_BT) * share_BT, 0.0).sum(1)
+        def by_window(values_N: Tensor) -> Tensor:
+            return torch.where(counted_BT > 0, values_N.view_as(share_BT) * share_BT, 0.0).sum(1)
 
         nats_N, spread_N = text_nats(normed_ND, self.lm_head, labels_N, self.config.vocab_size)
         # a state that predicts nothing is never the best one, however near to the source a flat distribution may be
@@ -79,19 +96,25 @@ class Student(UnfoldedForCausalLM):
 
 
 def teach(model: UnfoldedForCausalLM, teacher: Teacher, objective: Objective, hidden_weight: float = 0.0) -> Student:
-    """The same model, in place, as a `Student`."""
+    """The same model, changed in place to a `Student`.
+
+    model:         an unfolded model, as `transmla.load` returns it
+    teacher:       gives the source's predictions
+    objective:     what the loss is made of
+    hidden_weight: weight of the error of the residual streams
+    """
     student: Student = model  # type: ignore[assignment]
     student.__class__ = Student
     student.objective, student.hidden_weight = objective, hidden_weight
-    # a plain attribute even if it holds a module: the source is no part of the model
+    # set around nn.Module, which would register a teacher that is a module as a part of the model
     object.__setattr__(student, "teacher", teacher)
     return student
 
 
 def select_trained(model: nn.Module, train: str) -> None:
-    """Leave gradients to the attention, or to "all" layers and the last norm; never to embeddings and head.
+    """Enable gradients for the attention, or for "all" layers and the final norm; never for embeddings and head.
 
-    Gains of the latents stay: the matrices on both sides of them can do all that they could.
+    Gains of the latents are never trained: the matrices on both sides of them can express the same changes.
     """
     for name, parameter in model.named_parameters():
         part = ".layers." if train == "all" else ".self_attn."
@@ -101,18 +124,18 @@ def select_trained(model: nn.Module, train: str) -> None:
 
 
 def halve_frozen(model: nn.Module) -> None:
-    """Matrices without gradients in bfloat16, in which autocast would multiply them anyway."""
+    """Cast frozen matrices to bfloat16, in place; autocast would multiply them in bfloat16 anyway."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.to(torch.bfloat16)
 
 
 def with_adapters(model: Any, rank: int) -> Any:
-    """The model in peft's wrapper, low-rank adapters on the projections of its latent attention."""
+    """The model in peft's wrapper, with adapters of rank `rank` on the projections of its latent attention."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LATENT_PROJECTIONS))
     with warnings.catch_warnings():
-        # peft asks for properties by names that transformers has changed
+        # peft uses names that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, settings)

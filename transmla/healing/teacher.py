@@ -1,6 +1,6 @@
-"""What the source says about a batch: computed when it is needed, or once for all and kept on the disk.
+"""Teachers: what the source predicts for a batch, computed when it is needed, or once and stored on the disk.
 
-Legend: B windows, T tokens, D hidden_size, V vocabulary, K kept predictions.
+Legend: B windows, T tokens, D hidden_size, V vocabulary, K stored predictions.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from transmla.progress import Progress
 from transmla.text.packing import IGNORED
 from transmla.train.losses import Predictions, TopK, parts, text_nats, top_k
 
+# makes the context in which the source is run, for example torch.autocast
 Precision = Callable[[], AbstractContextManager[Any]]
-# files of kept predictions per folder
+# files of stored predictions per folder
 PER_FOLDER = 1000
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """predictions: tokens of all windows, one window after the other -> logits [n, V] or `TopK`
-    streams: residual streams [B, T, D], if asked for
-    nats:    labels [B, T] -> mean next-token loss of the source on each window, float32 [B]
+    """What the source predicts for one batch of windows: the target of one training step.
+
+    predictions: maps a slice of the batch's tokens (flattened, window after window) to the source's logits [n, V] or,
+                 where only the largest are kept, to a `TopK`. A function, so that logits of a whole batch never exist
+    streams:     residual streams of the source, [B, T, D] before each layer and after the last; empty if not requested
+    nats:        maps labels [B, T] to the mean next-token loss of the source on each window, float32 [B]
     """
 
     predictions: Predictions
@@ -39,7 +43,14 @@ class Lesson:
 
 
 class OnlineTeacher:
-    """The source model itself. No module of the student, so that no optimizer and no checkpoint knows it."""
+    """A teacher that runs the source model on every batch.
+
+    model:       the source, a transformers causal language model; never trained
+    precision:   makes the context in which it is run
+    k:           number of predictions to keep per token, as `TopK`; None keeps all logits
+    temperature: divides the logits before the largest are taken
+    streams:     whether to return residual streams as well
+    """
 
     def __init__(
         self, model: Any, precision: Precision, *, k: int | None = None, temperature: float = 1.0, streams: bool = False
@@ -50,6 +61,7 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
+        """The source's predictions for the windows `ids_BT`, int64 [B, T]; `index_B` is not used."""
         with self._precision():
             out = self._model.get_decoder()(
                 input_ids=ids_BT, position_ids=positions_BT, use_cache=False, output_hidden_states=self._wants_streams
@@ -58,8 +70,8 @@ class OnlineTeacher:
 
         def logits(some_ND: Tensor) -> Tensor:
             with torch.no_grad(), self._precision():
-                found: Tensor = self._model.get_output_embeddings()(some_ND)
-            return found
+                logits_NV: Tensor = self._model.get_output_embeddings()(some_ND)
+            return logits_NV
 
         def predictions(tokens: slice) -> Tensor | TopK:
             logits_NV = logits(normed_ND[tokens])
@@ -73,36 +85,44 @@ class OnlineTeacher:
 
 
 class CachedTeacher:
-    """Reads what `record` has written: no source in memory."""
+    """A teacher that reads predictions stored by `record`; the source is not needed in memory.
+
+    folder: folder that `record` wrote to
+    device: where the predictions are put
+    """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         self._folder, self._device = folder, device
 
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
-        kept = [self._load(index) for index in index_B.tolist()]
-        probabilities_NK = torch.cat([found.probabilities_NK for found, _ in kept])
-        ids_NK = torch.cat([found.ids_NK for found, _ in kept])
-        nats_B = torch.stack([nats for _, nats in kept])
+        """The stored predictions for the windows with the numbers `index_B`, int64 [B]; the ids are not used."""
+        stored = [self._load(index) for index in index_B.tolist()]
+        probabilities_NK = torch.cat([largest.probabilities_NK for largest, _ in stored])
+        ids_NK = torch.cat([largest.ids_NK for largest, _ in stored])
+        nats_B = torch.stack([nats for _, nats in stored])
         return Lesson(lambda tokens: TopK(probabilities_NK[tokens], ids_NK[tokens]), (), lambda _: nats_B)
 
     def _load(self, index: int) -> tuple[TopK, Tensor]:
-        with np.load(record_path(self._folder, index), allow_pickle=False) as found:
-            probabilities_TK = torch.from_numpy(found["probabilities"].astype(np.float32))
-            ids_TK = torch.from_numpy(found["ids"].astype(np.int64))
-            nats = torch.tensor(float(found["nats"]))
+        with np.load(record_path(self._folder, index), allow_pickle=False) as arrays:
+            probabilities_TK = torch.from_numpy(arrays["probabilities"].astype(np.float32))
+            ids_TK = torch.from_numpy(arrays["ids"].astype(np.int64))
+            nats = torch.tensor(float(arrays["nats"]))
         return TopK(probabilities_TK.to(self._device), ids_TK.to(self._device)), nats.to(self._device)
 
 
 def record_path(folder: Path, index: int) -> Path:
+    """The file with the stored predictions of window number `index`."""
     return folder / f"{index // PER_FOLDER:05d}" / f"{index % PER_FOLDER:03d}.npz"
 
 
 def record(
     teacher: OnlineTeacher, windows: Windows, folder: Path, mine: Sequence[int], device: torch.device, tell: Progress
 ) -> None:
-    """The teacher's largest predictions of the windows `mine`, 16 bits each, compressed; goes on where it was.
+    """Store the teacher's K largest predictions for the windows at the places `mine`, about 5 K bytes per token.
 
-    Needs about 5 K bytes per token.
+    One compressed file per window: probabilities (float16) and ids (int32) [T, K], and the mean loss of the source in
+    nats per token. Windows that have a file already are skipped, so an interrupted run resumes where it stopped.
+    Raises `DestinationError` if the disk is full.
     """
     for number, place in enumerate(mine):
         row = windows[place]
@@ -112,10 +132,10 @@ def record(
                 row[name][None].to(device) for name in ("input_ids", "position_ids", "labels")
             )
             lesson = teacher(ids_1T, positions_1T, row["index"][None])
-            found = [lesson.predictions(part) for part in parts(ids_1T.shape[1], teacher.vocabulary, device)]
-            kept = [part for part in found if isinstance(part, TopK)]
-            probabilities_TK = torch.cat([part.probabilities_NK for part in kept])
-            ids_TK = torch.cat([part.ids_NK for part in kept])
+            predictions = [lesson.predictions(part) for part in parts(ids_1T.shape[1], teacher.vocabulary, device)]
+            largest = [part for part in predictions if isinstance(part, TopK)]
+            probabilities_TK = torch.cat([part.probabilities_NK for part in largest])
+            ids_TK = torch.cat([part.ids_NK for part in largest])
             partial = path.with_suffix(".partial")
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
-"""The windows that healing trains on and measures: rows of a file that is mapped into memory, so that their number is
-bounded by the disk.
+"""The windows that healing trains on and measures, as a dataset over a file that is mapped into memory.
+
+Their number is therefore limited by the disk and not by memory.
 
 Legend: N windows, T tokens per window.
 """
@@ -22,9 +23,10 @@ from transmla.progress import Progress
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Rows of a file that `write_windows` made, as a model takes them.
+    """A dataset of windows, read from a file that `write_windows` has written.
 
-    first: index of the first row among the windows of all files
+    path:  the file
+    first: number of its first window, where the windows of several files are numbered in sequence
     """
 
     def __init__(self, path: Path, first: int = 0) -> None:
@@ -35,7 +37,11 @@ class Windows(Dataset[dict[str, Tensor]]):
         return int(self._rows_N3T.shape[0])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """ids, positions in their document and labels (the next token, not shifted any more), int64 [T]; index."""
+        """One window as keyword arguments of `Student.forward`.
+
+        input_ids, position_ids (within the document) and labels are int64 [T]; `labels` holds the next token of each
+        token, so the model must not shift it. `index` is the number of the window, an int64 scalar.
+        """
         row_3T = torch.from_numpy(self._rows_N3T[index].astype(np.int64))
         input_ids, position_ids, labels = row_3T
         return {
@@ -49,7 +55,10 @@ class Windows(Dataset[dict[str, Tensor]]):
 def write_windows(
     path: Path, rows: Iterable[Any], num_windows: int, length: int, progress: Progress, stage: str
 ) -> None:
-    """`num_windows` packed windows as int32 [N, 3, T]; the file has its name only when it is whole."""
+    """Write the first `num_windows` packed windows of `rows` to `path`, as an int32 array [N, 3, T] in npy format.
+
+    The file gets its name only when it is complete. Raises `DestinationError` if the disk is full.
+    """
     partial = path.with_suffix(".partial")
     with disk_errors(path):
         rows_N3T = open_memmap(partial, mode="w+", dtype=np.int32, shape=(num_windows, 3, length))
