@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 
 import transmla
 from transmla.checkpoint.gguf.write import GGUF_TYPES
+from transmla.cli import fold as using
 from transmla.cli import main
-from transmla.cli import use as using
 
 
 def run(*args: str | Path) -> Result:

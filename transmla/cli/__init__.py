@@ -7,9 +7,9 @@ import click
 
 from transmla.cli.convert import convert_command, plan_command
 from transmla.cli.evaluate import bench_command, eval_command, report_command
+from transmla.cli.fold import doctor_command, export_command, fold_command, generate_command, unfold_command
 from transmla.cli.frame import EPILOG
 from transmla.cli.heal import heal_command
-from transmla.cli.use import doctor_command, export_command, fold_command, generate_command, unfold_command
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -59,7 +59,7 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
             return
         from rich.console import Console
 
-        from transmla.cli.display import show_plan
+        from transmla.cli.show.evaluation import show_plan
 
         show_plan(found, Console())
 
@@ -155,7 +155,7 @@ def convert_command(
         quiet_libraries(bars=not quiet)
         from rich.console import Console
 
-        from transmla.cli.display import progress, show_conversion, show_plan
+        from transmla.cli.show.evaluation import progress, show_conversion, show_plan
 
         given["theta"] = number(given["theta"], "--theta")
         _sizes(given)

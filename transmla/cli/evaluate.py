@@ -63,7 +63,7 @@ def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -
         quiet_libraries(bars=not quiet)
         from rich.console import Console
 
-        from transmla.cli.display import progress, show_evaluation
+        from transmla.cli.show.evaluation import progress, show_evaluation
 
         to_file = json_file not in (None, "-")
         with progress(quiet) as update:
@@ -126,7 +126,7 @@ def bench_command(model: str, json_file: str | None, quiet: bool, **given: Any) 
         quiet_libraries(bars=not quiet)
         from rich.console import Console
 
-        from transmla.cli.display import progress, show_bench
+        from transmla.cli.show.evaluation import progress, show_bench
 
         for name in ("contexts", "batches"):
             given[name] = integers(given[name], f"--{name}")

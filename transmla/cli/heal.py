@@ -88,7 +88,7 @@ def heal_command(model: str | None, destination: str | None, quiet: bool, **give
         quiet_libraries(bars=not quiet)
         from rich.console import Console
 
-        from transmla.cli.display import progress, show_healing
+        from transmla.cli.show.evaluation import progress, show_healing
 
         with progress(quiet or not is_first_process()) as update:
             report = transmla.heal(model, destination, progress=update, **given)

@@ -32,7 +32,7 @@ def doctor_command(model: str, as_json: bool) -> None:
             return
         from rich.console import Console
 
-        from transmla.cli.display import show_diagnosis
+        from transmla.cli.show.evaluation import show_diagnosis
 
         show_diagnosis(found, Console())
 
@@ -68,7 +68,7 @@ def export_command(model: str, out: str, quiet: bool, **given: Any) -> None:
         quiet_libraries()
         from rich.console import Console
 
-        from transmla.cli.display import progress, show_export
+        from transmla.cli.show.evaluation import progress, show_export
 
         with progress(quiet) as update:
             report = transmla.export(model, out, progress=update, **given)
@@ -90,7 +90,7 @@ def unfold_command(model: str, out: str, dtype: str, quiet: bool) -> None:
         import transmla
 
         quiet_libraries()
-        from transmla.cli.display import progress
+        from transmla.cli.show.evaluation import progress
 
         with progress(quiet) as update:
             click.echo(transmla.unfold(model, out, dtype=dtype, progress=update))
@@ -109,7 +109,7 @@ def fold_command(model: str, out: str, quiet: bool, **given: Any) -> None:
         import transmla
 
         quiet_libraries()
-        from transmla.cli.display import progress
+        from transmla.cli.show.evaluation import progress
 
         with progress(quiet) as update:
             click.echo(transmla.fold(model, out, progress=update, **given))

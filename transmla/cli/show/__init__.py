@@ -1,0 +1,1 @@
+"""What commands print on stdout: one file for each thing that is shown, results in, tables out."""
