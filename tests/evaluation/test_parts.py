@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_task_equals_the_command_line_of_lm_eval(
         "--tasks", "tiny_choices", "--include_path", str(task_folder), "--device", "cpu", "--batch_size", "8",
         "--output_path", str(tmp_path / "out"),
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    # its table has arrows in it, which not every locale can print
+    subprocess.run(command, check=True, capture_output=True, timeout=240, env=os.environ | {"PYTHONUTF8": "1"})
     (written,) = (tmp_path / "out").rglob("results_*.json")
     theirs = json.loads(written.read_text())["results"]["tiny_choices"]
     tokenizer = AutoTokenizer.from_pretrained(STORIES)

@@ -12,7 +12,9 @@ import torch
 
 from tests.families import lively_config, lively_model
 from transmla.errors import DataError
-from transmla.text.mixes import parse_mix
+from transmla.model.loading import load_tokenizer
+from transmla.recipe import find_recipe, load_recipe
+from transmla.text.mixes import needs_source, parse_mix
 from transmla.text.sampling import (
     BYTES_AT_ONCE,
     MOST_AT_ONCE,
@@ -211,6 +213,27 @@ def test_sampled_windows_are_never_held_out() -> None:
 def test_shipped_text() -> None:
     text = read_text("wikitext", 500)
     assert len(text) == 500 and " the " in text
+
+
+def test_the_stories_of_the_model_that_ships() -> None:
+    """What the README's first command calibrates on: read from a file, so the same tokens on every machine; enough of
+    them for its recipe; and none of the text that it is measured on."""
+    recipe = load_recipe(find_recipe("stories260k"))
+    assert recipe.calibration == "stories" and not needs_source(recipe.calibration, recipe.sampled)
+    assert recipe.evaluation == "tinystories-valid"
+    tokenizer = load_tokenizer("stories260k")
+    found = calibration_tokens(recipe.calibration, tokenizer, recipe.num_tokens, recipe.window)
+    assert found.ids_NT.shape == (64, 512) and found.name == "stories"
+    assert found.digest == "efef7fc577f1e7a29ce44ab0bb0b502a8814482d431e1dbec0c69d0bd74cd4de"
+    unknown = tokenizer.unk_token_id
+    assert unknown is not None and not (found.ids_NT == unknown).any()
+    text, valid = read_text("stories", 10**9), read_text("tinystories-valid", 10**9, evaluation=True)
+    assert len(text.encode()) < 2**18
+    # the beginnings of such stories are alike, but no sentence and the next one are
+    length = 32
+    theirs, ours = valid.split(), text.split()
+    pieces = {tuple(theirs[place : place + length]) for place in range(len(theirs) - length + 1)}
+    assert not any(tuple(ours[place : place + length]) in pieces for place in range(len(ours) - length + 1))
 
 
 def test_plain_file(tmp_path: Path) -> None:

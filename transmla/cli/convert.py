@@ -72,8 +72,8 @@ def plan_command(source: str, as_json: bool, **given: Any) -> None:
     "--calibration",
     metavar="TEXT",
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
-    "wikitext, synthetic, continued, code (they ship with the program) or self (sampled from SRC); A:3+B: shares of "
-    f"both. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
+    "wikitext, synthetic, continued, code, stories (they ship with the program) or self (sampled from SRC); A:3+B: "
+    f"shares of both. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
 )
 @option(
     "--refine",

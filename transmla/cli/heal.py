@@ -39,7 +39,7 @@ class Count(click.ParamType[int]):
     "--data",
     metavar="MIX",
     help="Texts, A:3+B mixes three to one: FILE (.txt; .jsonl, .parquet, .csv with `text` or chat `messages`), dataset "
-    "id OWNER/NAME[:CONFIG], wikitext, synthetic, continued, code, self (SRC writes it). "
+    "id OWNER/NAME[:CONFIG], wikitext, synthetic, continued, code, stories, self (SRC writes it). "
     f"[default: {MIX}]",
 )
 @option("--tokens", type=Count(), metavar="N", help="To train on in all: 300K, 100M. [default: 1M]")

@@ -5,6 +5,7 @@ synthetic        what a small model answers to requests of many kinds: stories, 
                  it keeps a conversion from forgetting all that is not an encyclopedia
 continued        how the same model continues pieces of WikiText-2 train, without these pieces
 code             modules of Python's standard library
+stories          what stories260k, the model that ships with the package, writes by itself
 wikitext-valid, tinystories-valid   for evaluation only
 FILE             .txt as it is; .jsonl, .json, .parquet, .csv row by row
 DATASET          hub id, optionally OWNER/NAME:CONFIG; its train split, streamed
@@ -25,7 +26,7 @@ TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv
 # name -> file in transmla/data
 SHIPPED = {
     "wikitext": "wikitext2-train-excerpt.txt", "synthetic": "synthetic.txt", "continued": "continued.txt",
-    "code": "code.txt",
+    "code": "code.txt", "stories": "stories.txt",
 }  # fmt: skip
 SHIPPED_VALIDATION = {"wikitext-valid": "wikitext2-valid-excerpt.txt", "tinystories-valid": "tinystories-valid.txt"}
 # characters read per token asked for: enough for any language and tokenizer worth calibrating with
