@@ -43,7 +43,7 @@ class Healing:
 
     data: str = MIX  # mix of texts, A:3+B: healing/data.py
     tokens: int = 1_000_000  # trained on in all
-    distinct: int | None = None  # of these different, the others repeat them; None: all
+    distinct: int | None = None  # different ones among them, then they repeat; None: all
     window: int = 1024  # tokens per window
     batch: int | None = None  # windows per step; None: a 400th of all windows, at least 1, at most 64
     micro: int = 1  # windows at once on a device

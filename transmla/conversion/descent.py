@@ -19,12 +19,13 @@ from transmla.processes import Processes
 from transmla.train.adam import RelativeAdam
 
 TRAINED = ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr", "o_DHv", "q_down_qD")
-# tokens that go forward and backward at once: more only costs memory on a CPU, and keeps a GPU busy
+# tokens that go forward and backward together: more of them cost only memory on a CPU, and keep a GPU busy
 TOKENS_ON_GPU, TOKENS_ELSEWHERE = 8192, 2048
 WARMUP = 0.1
 
 
 def tokens_per_pass(device: torch.device) -> int:
+    """Tokens that go forward and backward together."""
     return TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ELSEWHERE
 
 
@@ -42,11 +43,12 @@ def detached(mla: MlaWeights) -> MlaWeights:
 
 
 def leaves(weights: Sequence[MlaWeights]) -> list[Tensor]:
+    """All trained tensors, layer by layer."""
     return [leaf for mla in weights for _, leaf in _trained(mla)]
 
 
 def _trained(mla: MlaWeights) -> list[tuple[str, Tensor]]:
-    """Those that there are: only some queries have a latent."""
+    """Trained tensors by name; `q_down_qD` only where queries have a latent."""
     return [(name, getattr(mla, name)) for name in TRAINED if getattr(mla, name) is not None]
 
 
@@ -64,8 +66,9 @@ class Descender:
         self._adam = RelativeAdam(self._leaves, lr=descent.rate, each="matrix")
 
     def steps(self, loss_of: Callable[[list[int]], Tensor], places: dict[int, int], at_once: int) -> Iterator[float]:
-        """Take the remaining steps; yields the mean loss of each. A loss or a gradient that is not finite is the end: a
-        step on it would leave no weight that is.
+        """Take the remaining steps and yield the mean loss of each, before the step.
+
+        Ends early at a loss or a gradient that is not finite, since a step on it would ruin every weight.
 
         loss_of: places of windows of this process -> sum of their losses
         places:  place here by index of the window, for the windows that this process holds

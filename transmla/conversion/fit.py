@@ -27,7 +27,7 @@ from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import fit_layer
 from transmla.model.source import SourceLayer
 
-# windows whose attention matrices are looked at
+# windows whose attention matrices enter the moments
 NUM_ATTENDED = 16
 
 
@@ -45,7 +45,7 @@ class LayerReport:
 def fit_layers(run: Run, streams: Streams, theta: float) -> tuple[LayerReport, ...]:
     """Fit every layer that the journal does not hold yet; the source's stream ends behind the last one.
 
-    Where distillation follows, the closed form is content with some of the windows; the others only pass the source.
+    Where distillation follows, the closed form uses only some of the windows; the others only pass through the source.
     """
     reports = []
     total = run.plan.mla.num_hidden_layers

@@ -45,7 +45,7 @@ from transmla.text.windows import CalibrationTokens
 class ConversionReport:
     """The closing summary. Perplexities are those of the held-out calibration windows, not of a benchmark.
 
-    latent_scales: s of maths/fold.py, by layer;  tried: sizes that `latent="auto"` looked at
+    latent_scales: s of maths/fold.py, by layer;  tried: sizes that `latent="auto"` tried
     """
 
     plan: Plan
@@ -101,7 +101,7 @@ def convert(
     target = Path(destination) if destination is not None else default_destination(planned)
     processes = Processes.current(device)
     where = processes.device(device)
-    # all that can be refused has been refused before gigabytes are downloaded
+    # everything that can be refused is refused before gigabytes are downloaded
     planned = plan(source, target, recipe=recipe, download=True, **settings)
     level = with_batch(refinement or LEVELS[planned.recipe.refine], planned.recipe.batch)
     method = method or ClosedForm()

@@ -31,9 +31,9 @@ class Refinement:
             the closed form alone
     closed_form_tokens: calibration tokens that the closed form sees if distillation follows, which makes up for the
             rest; None: all
-    distil_unseen: distil on windows that the closed form has not seen, if they are at least twice as many as those that
-            it has: it knows its own windows by heart, and there is less to learn from them. With fewer unseen windows,
-            some of its own are added
+    distil_unseen: distil on windows that the closed form has not seen, as long as there are twice as many of them as of
+            those that it has. It fits its own windows closely, so there is less to learn from them; some are added
+            only where unseen ones are short
     """
 
     distil: Descent | None

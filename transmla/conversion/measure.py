@@ -16,7 +16,7 @@ from transmla.conversion.streams import Streams, add_converted_attention, add_ml
 from transmla.errors import VerificationError
 from transmla.text.windows import CalibrationTokens
 
-# fitted windows that are looked at for the largest latent, besides the held-out ones
+# fitted windows that the largest latent is searched in, besides the held-out ones
 NUM_PEAK = 8
 
 

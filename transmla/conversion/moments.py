@@ -32,7 +32,7 @@ class _Attended:
 def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
     """Moments of one layer over the fitted windows, before the streams pass it.
 
-    num_attended: windows whose attention matrices are looked at (quadratic in the window); the others
+    num_attended: windows whose attention matrices enter (quadratic in the window); the others
                   only enter the moments of the input
     """
     size = streams.source_NTD.shape[2]

@@ -137,7 +137,9 @@ def plan(
     if settings.refine != "off":
         notes.append("refinement takes as many layers at once as fit into half of the free memory")
     if needs_source(settings.mix, settings.sampled):
-        notes.append("the source is in memory as a whole while it writes calibration text, on top of what is said here")
+        notes.append(
+            "while it writes calibration text, the whole source is in memory, in addition to the memory given here"
+        )
     if mla.cache_values() >= gqa.cache_values():
         notes.append(
             f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
@@ -190,7 +192,7 @@ def _target_config(source: Mapping[str, Any], mla: MlaGeometry, context: int, dt
 
 
 def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:
-    """The source's cache in every common form beside the target's."""
+    """The source's cache in its common forms, then the cache of the converted model."""
     layers = gqa.num_hidden_layers
 
     def row(name: str, values: int, cache: str = "bf16") -> CacheRow:
@@ -274,8 +276,11 @@ def _weight_bytes(config: Mapping[str, Any], mla: MlaGeometry, dtype: str) -> in
 
 
 def _journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
-    """Of an unfinished conversion, float32: fitted weights, then either a state of the optimiser, which is three of
-    them, and the next one while it is written, or refined weights; with `latent="auto"` the best size so far, too."""
+    """Disk that the journal of an unfinished conversion takes, float32.
+
+    The fitted weights, and behind them either two states of the optimiser of three weights each (one is written before
+    the other is deleted) or the refined weights; with `latent="auto"` also those of the best size so far.
+    """
     copies, kept = (1, 1) if recipe.refine == "off" else (7, 2)
     if recipe.latent == "auto":
         copies += kept
@@ -283,8 +288,11 @@ def _journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
 
 
 def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, weight_bytes: int) -> int:
-    """Peak of the conversion itself, estimated: streams, head outputs, one layer, moments, attention of one group; or,
-    when all of these are gone, a shard of the result that waits for the embedding, and this twice."""
+    """Estimated peak of the conversion, in bytes.
+
+    While layers are fitted: streams, head outputs, one layer, moments, and the attention of one group. While the result
+    is written: a shard of it and two copies of the embedding.
+    """
     hidden, inner, window = gqa.hidden_size, int(config["intermediate_size"]), recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
     streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
