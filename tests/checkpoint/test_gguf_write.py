@@ -229,7 +229,7 @@ def test_refusals(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UnsupportedError, match="needs llama"):
         transmla.export(converted, tmp_path / "model.gguf", type="q4_k_m")
     for wrong in ({"type": "q5"}, {"to": "ollama"}):
-        with pytest.raises(UnsupportedError, match="no export"):
+        with pytest.raises(UnsupportedError, match="cannot export"):
             transmla.export(converted, tmp_path / "model.gguf", **wrong)
     for unfit in ({"size": "512+64"}, {"to": "vllm", "type": "f16"}):
         with pytest.raises(UnsupportedError, match="does not go with"):

@@ -14,7 +14,7 @@ from transmla.checkpoint.provenance import read_provenance
 from transmla.errors import GeometryError, SourceError, UnsupportedError
 from transmla.maths.pad import Widths
 from transmla.targets.engines import LLAMA_CPP, OWN, REFUSES, RUNS, SGLANG, VLLM_CPU, VLLM_GPU
-from transmla.targets.export import padded_widths
+from transmla.targets.padding import padded_widths
 
 IDS = torch.arange(3, 67)[None]
 

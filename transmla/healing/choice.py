@@ -22,7 +22,7 @@ def conversion_of(recipe: str | Path | None) -> Path:
             "there is nothing to heal",
             where="the command",
             why="the command names neither a converted folder nor a recipe",
-            remedy="name the folder (transmla heal OUT), or the recipe of a conversion here (--recipe NAME)",
+            remedy="name the folder (transmla heal OUT), or the recipe (--recipe) of a conversion in this directory",
         )
     path = find_recipe(str(recipe)) or Path(recipe)
     return default_destination(plan(str(load_recipe(path).source), recipe=path))

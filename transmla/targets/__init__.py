@@ -1,1 +1,1 @@
-"""What is written, and who reads it: the stock form, GGUF, padded folders, engines, fold and unfold."""
+"""What is written and which programs read it: the stock form, GGUF, padded folders, engines, fold and unfold."""

@@ -1,4 +1,4 @@
-"""`transmla doctor`: which engines take a folder, from its own config, tensors and tokenizer."""
+"""`transmla doctor`: which engines run a folder, judged by its config, tensors and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from transmla.targets.stock import MODELING_FILE, expected_tensors
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """model: its path;  geometry: "96+32";  values_per_token: cached, per layer;  one verdict per engine"""
+    """What `doctor` found out about a folder.
+
+    model:            path of the folder
+    geometry:         kv_lora_rank and qk_rope_head_dim, as "96+32"
+    values_per_token: values in the cache per token and layer
+    dtype:            of the first tensor in the folder
+    engines:          one verdict per engine
+    """
 
     model: Path
     geometry: str
@@ -25,16 +32,18 @@ class Diagnosis:
     engines: tuple[EngineVerdict, ...]
 
     def summary(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The diagnosis as plain values, for JSON."""
         return asdict(self) | {"model": str(self.model), "engines": [verdict.summary() for verdict in self.engines]}
 
 
 def doctor(model: str | Path) -> Diagnosis:
-    """What every engine would do with the folder `model`: run it, refuse it, or compute something else.
+    """What each engine would do with the folder `model`: run it, refuse it, or compute something else.
 
-    Reads config.json, headers of the weights and the tokenizer. For any multi-head latent attention checkpoint of
-    model_type deepseek_v3, converted by this program or not. Raises `SourceError` for folders that cannot be read or
-    lack tensors, `UnsupportedError` for other models (of which `transmla.plan` knows what they could become).
+    Works on any checkpoint of model_type deepseek_v3 with latent attention, whether or not transmla has written it.
+    Reads config.json, the headers of the weight files and the tokenizer.
+
+    Raises `SourceError` for folders that cannot be read or lack tensors, and `UnsupportedError` for other models;
+    `transmla.plan` says what these could be converted to.
     """
     source = open_source(Path(model))
     config = source.config
@@ -43,8 +52,7 @@ def doctor(model: str | Path) -> Diagnosis:
             "this is not a deepseek_v3 model",
             where=source.config_where,
             why=f"model_type is {config.get('model_type')!r}",
-            remedy="`transmla plan SRC` says what engines would make of it once it is converted; an unfolded model is "
-            "folded first: transmla fold",
+            remedy="use `transmla plan` for a model that is not converted yet; fold an unfolded one with `transmla fold`",
         )
     if config.get("latent_norm_folded"):
         source.require(expected_tensors(config))
@@ -56,18 +64,19 @@ def doctor(model: str | Path) -> Diagnosis:
 
 
 def _with_folder(verdict: EngineVerdict, source: Source) -> EngineVerdict:
-    """What the files beside config.json add to a verdict."""
+    """The verdict with what the files beside config.json add to it."""
     if verdict.engine == OWN and not (source.path / MODELING_FILE).is_file():
-        why = f"{MODELING_FILE} is not in the folder, although auto_map names it: saved again from the stock class?"
-        return _worse(verdict, Finding(REFUSES, why, "load it with transmla.load, and save it from there"))
+        why = f"auto_map names {MODELING_FILE}, which is missing; the model may have been saved from the stock class"
+        return _worse(verdict, Finding(REFUSES, why, "load the folder with transmla.load and save it again"))
     if verdict.engine == LLAMA_CPP:
         try:
             read_vocab(source.path, source.config["vocab_size"], tokenizer(source))
         except TransmlaError as error:
-            return _worse(verdict, Finding(REFUSES, f"the tokenizer: {error.why}", error.remedy))
+            return _worse(verdict, Finding(REFUSES, f"it cannot read the tokenizer: {error.why}", error.remedy))
     return verdict
 
 
 def _worse(verdict: EngineVerdict, finding: Finding) -> EngineVerdict:
+    """The verdict with one more finding."""
     outcome = verdict.outcome if verdict.outcome == WRONG else finding.outcome
     return replace(verdict, outcome=outcome, findings=(*verdict.findings, finding))

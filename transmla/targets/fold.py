@@ -1,8 +1,8 @@
-"""`transmla unfold` and `transmla fold`: from the stock form to the one for training, and back.
+"""`transmla unfold` and `transmla fold`: from the stock form of a model to its form for training, and back.
 
-The stock form hides the absence of a latent norm in scales (maths/fold.py) that no optimizer survives. The unfolded
-form has ordinary scales and a model_type of its own, so that stock classes refuse it instead of computing something
-else.
+A stock deepseek_v3 model has a norm on the latent, which a converted model does not want. The stock form neutralises it
+with extreme scales (maths/fold.py) that the first optimizer step would destroy. The unfolded form has ordinary scales,
+and a model_type of its own, so that stock classes refuse it instead of computing something else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
 from transmla.text.windows import windows
 
 NUM_WINDOWS, WINDOW = 4, 512
-# config keys that differ between the two forms, in the folded one
+# config keys that differ between the two forms, with their values in the folded form
 _FOLDED = {
     "model_type": "deepseek_v3",
     "architectures": [ARCHITECTURE],
@@ -46,14 +46,18 @@ _UNFOLDED_AUTO_MAP = {
 
 
 def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress: Progress | None = None) -> Path:
-    """Write the converted folder `model` in the form for training to the new folder `out`.
+    """Write the converted folder `model` in the form for training to the new folder `out`, and return its path.
 
-    dtype: of the written weights, "auto" as in `model`. Raises `UnsupportedError` (other folders), `DestinationError`.
+    dtype:    of the written weights: "float32", "bfloat16", "float16", or "auto" for the dtype of `model`
+    progress: called as progress(stage, done, total, remark)
+
+    Raises `UnsupportedError` if `model` is not a converted folder, `SourceError` if it cannot be read, and
+    `DestinationError` if `out` exists or cannot be written.
     """
     source = open_converted(Path(model))
     config = source.config
     residual = residual_scale(float(config.get("unfolded_rms_norm_eps", EPS)))
-    made = dict(config) | {
+    unfolded_config = dict(config) | {
         "model_type": UnfoldedConfig.model_type,
         "architectures": [UnfoldedForCausalLM.__name__],
         "auto_map": _UNFOLDED_AUTO_MAP,
@@ -65,7 +69,7 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
         return unfold_layer(tensors, config["kv_lora_rank"], residual)
 
     with _writer(source, Path(out)) as writer:
-        _write(source, writer, made, dtype, layer, 1 / residual, progress or silent)
+        _write(source, writer, unfolded_config, dtype, layer, 1 / residual, progress or silent)
         writer.commit()
     return Path(out)
 
@@ -79,10 +83,16 @@ def fold(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Path:
-    """Write the unfolded folder `model`, trained or not, in the stock form to the new folder `out`.
+    """Write the unfolded folder `model`, trained or not, in the stock form to the new folder `out`; return its path.
 
-    text: on which the largest latent is measured, which bounds the scale of each layer;  device: where that runs
-    The result is compared with `model` through the stock class before it gets its name (`VerificationError`).
+    text:     text on which the largest latent of each layer is measured, which bounds the scale of that layer
+    dtype:    of the written weights: "float32", "bfloat16", "float16", or "auto" for the dtype of `model`
+    device:   where the model is run
+    progress: called as progress(stage, done, total, remark)
+
+    Raises `UnsupportedError` if `model` is not an unfolded folder, `SourceError` if it cannot be read, `DataError` for
+    text that is missing or too short, `DestinationError` if `out` exists or cannot be written, and `VerificationError`
+    if the folded model, run through the stock class, does not compute what `model` computes; then nothing is written.
     """
     source = open_unfolded(Path(model))
     with _writer(source, Path(out)) as writer:
@@ -94,9 +104,12 @@ def fold(
 def fold_into(
     writer: CheckpointWriter, source: Source, *, text: str, dtype: str, device: str, progress: Progress
 ) -> None:
-    """`fold` of what `open_unfolded` has opened, verified, without giving it its name."""
-    made_tokenizer = tokenizer(source)
-    ids = made_tokenizer(
+    """Fold `source`, an unfolded folder, into the writer's folder and verify it; the caller commits the writer.
+
+    The other parameters and the errors are those of `fold`.
+    """
+    model_tokenizer = tokenizer(source)
+    ids = model_tokenizer(
         read_text(text, NUM_WINDOWS * WINDOW * CHARACTERS_PER_TOKEN, evaluation=True),
         add_special_tokens=False,
         verbose=False,
@@ -104,7 +117,7 @@ def fold_into(
     window = min(WINDOW, source.config["max_position_embeddings"], len(ids) // 2)
     ids_NT = windows(ids, NUM_WINDOWS * window, window, name=text).ids_NT
     witness_ids = ids_NT[-1:, :WITNESS_TOKENS]
-    peaks, wanted = _observe(source.path, ids_NT, witness_ids, device, progress)
+    peaks, expected_TV = _observe(source.path, ids_NT, witness_ids, device, progress)
     config = source.config
     residual = residual_scale(float(config["rms_norm_eps"]))
 
@@ -112,24 +125,31 @@ def fold_into(
         scale, query_scale = (latent_scale(peak) for peak in peaks[index])
         return fold_layer(tensors, config["kv_lora_rank"], residual, scale, query_scale)
 
-    made = _flat_rotary(config) | _FOLDED
-    made |= {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
-    _write(source, writer, made, dtype, layer, residual, progress)
-    _verify(writer.partial, witness_ids, wanted, device)
+    folded_config = _flat_rotary(config) | _FOLDED
+    folded_config |= {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
+    _write(source, writer, folded_config, dtype, layer, residual, progress)
+    _verify(writer.partial, witness_ids, expected_TV, device)
 
 
 def _flat_rotary(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with `rope_theta` and `rope_scaling`, which engines read; save_pretrained merges them into one."""
+    """The config with `rope_theta` and `rope_scaling`, which engines read.
+
+    transformers merges both into `rope_parameters` when it saves a model.
+    """
     if "rope_parameters" not in config:
         return dict(config)
     rotary = dict(config["rope_parameters"])
-    # head_dim is added, too, as the rotary size, which an engine could take for that of the heads
+    # save_pretrained also adds head_dim, the rotary size, which an engine could mistake for the width of the heads
     flat = {key: value for key, value in config.items() if key not in ("rope_parameters", "head_dim")}
     return flat | {"rope_theta": rotary.pop("rope_theta"), "rope_scaling": {"type": rotary["rope_type"]} | rotary}
 
 
 def open_unfolded(folder: Path) -> Source:
-    """A folder of the form that `unfold` writes; `UnsupportedError` for others."""
+    """The opened folder, if it has the form that `unfold` writes and all tensors.
+
+    Raises `UnsupportedError` for a folder of another form, and `SourceError` for one that cannot be read or lacks
+    tensors.
+    """
     source = open_source(folder)
     if source.config.get("model_type") != UnfoldedConfig.model_type:
         raise UnsupportedError(
@@ -156,7 +176,12 @@ def _write(
     embedding: float,
     progress: Progress,
 ) -> None:
-    """All files of the other form; embedding: factor of the embeddings."""
+    """Write all files of the other form.
+
+    config:    config.json of the other form, without its dtype
+    layer:     maps the index and the float32 tensors of a layer to the tensors to write
+    embedding: factor of the embeddings
+    """
     stored = source.tensors["model.embed_tokens.weight"].dtype if dtype == "auto" else dtype
     number_format = getattr(torch, stored)
     names = expected_tensors(source.config)
@@ -189,7 +214,11 @@ def _write(
 def _observe(
     folder: Path, ids_NT: Tensor, witness_1T: Tensor, device: str, progress: Progress
 ) -> tuple[list[tuple[float, float]], Tensor]:
-    """Largest mean square of one token's latent, and of its queries' latent, by layer; and logits of the witness."""
+    """What folding has to know about the unfolded model: the size of its latents, and logits to compare with.
+
+    Returns the largest mean square that the latent of a token has, and that of its queries' latent, for each layer;
+    then the logits of the witness tokens, float64 [T, V].
+    """
     model = load(folder, dtype=torch.float32, device=device)
     peaks = [[0.0, 1e-30] for _ in model.model.layers]
 

@@ -1,10 +1,10 @@
-"""A converted folder in the words of llama.cpp's architecture deepseek2: metadata keys and tensors of the GGUF file.
+"""Metadata keys and tensors of a converted folder as GGUF, for llama.cpp's architecture deepseek2.
 
-    token_embd, output, output_norm          as they are
-    attn_q (or attn_q_a, attn_q_b)           as they are: rotary pairs are interleaved in the folder and in llama.cpp
-    attn_kv_a_mqa, attn_kv_a_norm            as they are
+    token_embd, output, output_norm          unchanged
+    attn_q (or attn_q_a, attn_q_b)           unchanged: rotary pairs are interleaved in the folder and in llama.cpp
+    attn_kv_a_mqa, attn_kv_a_norm            unchanged
     attn_k_b [H, r, n], attn_v_b [H, v, r]   kv_b split by head; the key half transposed, since it is applied to queries
-    ffn_*                                    as they are; all layers are dense
+    ffn_*                                    unchanged; all layers are dense
 
 H num_attention_heads, r kv_lora_rank, n qk_nope_head_dim, v v_head_dim.
 """
@@ -22,22 +22,33 @@ ARCHITECTURE = "deepseek2"
 _SIGMOID = 2
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """name: in the file;  source: in the folder;  shape: in the file;  make: the folder's tensor -> that shape"""
+    """One tensor of a GGUF file and where it comes from.
+
+    name:   name in the GGUF file
+    source: name in the converted folder
+    shape:  shape in the GGUF file
+    make:   maps the tensor of the folder to that of the file
+    """
 
     name: str
     source: str
     shape: tuple[int, ...]
-    make: Callable[[Tensor], Tensor] = _as_it_is
+    make: Callable[[Tensor], Tensor] = _unchanged
 
 
 def gguf_settings(config: Mapping[str, Any], name: str) -> dict[str, int | float | bool | str]:
-    """Metadata that llama.cpp reads, from config.json; attention is described as multi-query, as it is cached."""
+    """The metadata that llama.cpp reads, by key.
+
+    config: config.json of the converted folder;  name: name of the model
+
+    Attention is described as multi-query attention over the latent, which is what the cache holds.
+    """
     rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
     of_model: dict[str, int | float | bool | str] = {
         "context_length": config["max_position_embeddings"],
@@ -48,7 +59,7 @@ def gguf_settings(config: Mapping[str, Any], name: str) -> dict[str, int | float
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": 1,
-        # 0 and not absent: loading insists on the key
+        # 0 instead of leaving the key out, because loading fails without it
         "attention.q_lora_rank": config.get("q_lora_rank") or 0,
         "attention.kv_lora_rank": rank,
         "attention.key_length": rank + rope,
@@ -58,7 +69,7 @@ def gguf_settings(config: Mapping[str, Any], name: str) -> dict[str, int | float
         "rope.dimension_count": rope,
         "rope.freq_base": float(config["rope_theta"]),
         "rope.scaling.type": "none",
-        # no layer has experts, but the numbers have to be possible ones: more experts than groups
+        # no layer has experts, but llama.cpp checks that there are more experts than groups
         "leading_dense_block_count": config["num_hidden_layers"],
         "expert_count": config["n_routed_experts"],
         "expert_used_count": config["num_experts_per_tok"],
@@ -74,7 +85,7 @@ def gguf_settings(config: Mapping[str, Any], name: str) -> dict[str, int | float
 
 
 def gguf_tensors(config: Mapping[str, Any]) -> Iterator[GgufTensor]:
-    """Every tensor of the file, in the order of the layers."""
+    """Every tensor of the GGUF file, layer by layer; config is config.json of the converted folder."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, rank, rope = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
     nope, value, q_rank = config["qk_nope_head_dim"], config["v_head_dim"], config.get("q_lora_rank")
@@ -87,22 +98,22 @@ def gguf_tensors(config: Mapping[str, Any]) -> Iterator[GgufTensor]:
         return kv_b.view(heads, nope + value, rank)[:, nope:]
 
     through_q_latent = (
-        ("attn_q_a", "self_attn.q_a_proj", (q_rank, hidden), _as_it_is),
-        ("attn_q_a_norm", "self_attn.q_a_layernorm", (q_rank,), _as_it_is),
-        ("attn_q_b", "self_attn.q_b_proj", (queries, q_rank), _as_it_is),
+        ("attn_q_a", "self_attn.q_a_proj", (q_rank, hidden), _unchanged),
+        ("attn_q_a_norm", "self_attn.q_a_layernorm", (q_rank,), _unchanged),
+        ("attn_q_b", "self_attn.q_b_proj", (queries, q_rank), _unchanged),
     )
     layer: tuple[tuple[str, str, tuple[Any, ...], Callable[[Tensor], Tensor]], ...] = (
-        ("attn_norm", "input_layernorm", (hidden,), _as_it_is),
-        *(through_q_latent if q_rank else (("attn_q", "self_attn.q_proj", (queries, hidden), _as_it_is),)),
-        ("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa", (rank + rope, hidden), _as_it_is),
-        ("attn_kv_a_norm", "self_attn.kv_a_layernorm", (rank,), _as_it_is),
+        ("attn_norm", "input_layernorm", (hidden,), _unchanged),
+        *(through_q_latent if q_rank else (("attn_q", "self_attn.q_proj", (queries, hidden), _unchanged),)),
+        ("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa", (rank + rope, hidden), _unchanged),
+        ("attn_kv_a_norm", "self_attn.kv_a_layernorm", (rank,), _unchanged),
         ("attn_k_b", "self_attn.kv_b_proj", (heads, rank, nope), key_half),
         ("attn_v_b", "self_attn.kv_b_proj", (heads, value, rank), value_half),
-        ("attn_output", "self_attn.o_proj", (hidden, heads * value), _as_it_is),
-        ("ffn_norm", "post_attention_layernorm", (hidden,), _as_it_is),
-        ("ffn_gate", "mlp.gate_proj", (inner, hidden), _as_it_is),
-        ("ffn_up", "mlp.up_proj", (inner, hidden), _as_it_is),
-        ("ffn_down", "mlp.down_proj", (hidden, inner), _as_it_is),
+        ("attn_output", "self_attn.o_proj", (hidden, heads * value), _unchanged),
+        ("ffn_norm", "post_attention_layernorm", (hidden,), _unchanged),
+        ("ffn_gate", "mlp.gate_proj", (inner, hidden), _unchanged),
+        ("ffn_up", "mlp.up_proj", (inner, hidden), _unchanged),
+        ("ffn_down", "mlp.down_proj", (hidden, inner), _unchanged),
     )
     yield GgufTensor("token_embd.weight", "model.embed_tokens.weight", (vocab, hidden))
     for index in range(config["num_hidden_layers"]):

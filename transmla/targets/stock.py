@@ -1,6 +1,6 @@
-"""The written folder: tensor names, shapes and config.json of a dense deepseek_v3 model.
+"""The stock form of a converted model: config.json, tensor names and shapes of a dense deepseek_v3 model.
 
-What each engine insists on is listed beside the value. Everything is computed from the source's config and the
+Values that some engine depends on have a comment that says so. Everything follows from the source's config and the
 target geometry, so it can be checked before anything is converted.
 """
 
@@ -16,7 +16,7 @@ from transmla.maths.fold import EPS
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 MODELING_FILE = "modeling_transmla.py"
 
-# carried over from the source's config as they are
+# copied unchanged from the source's config
 _KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
     "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -26,16 +26,23 @@ _KEPT = (
 def deepseek_v3_config(
     source: Mapping[str, Any], target: MlaGeometry, theta: float, max_position_embeddings: int, dtype: str
 ) -> dict[str, Any]:
-    """config.json of the converted folder; dtype is "float32", "bfloat16" or "float16"."""
+    """config.json of the converted folder, as a dict.
+
+    source:                  config.json of the source
+    target:                  geometry of the converted model
+    theta:                   rope_theta of the converted model
+    max_position_embeddings: longest context, in tokens
+    dtype:                   of the weights: "float32", "bfloat16" or "float16"
+    """
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
         "model_type": "deepseek_v3",
-        # only used when the user asks for remote code; without it the stock class loads
+        # only used with trust_remote_code=True; otherwise the stock class is loaded
         "auto_map": {"AutoModelForCausalLM": f"modeling_transmla.{ARCHITECTURE}"},
     }
     config |= {key: source[key] for key in _KEPT if source.get(key) is not None}
     config |= {
-        # vLLM and SGLang expect MHA here; the one latent is implied
+        # vLLM and SGLang expect one key/value head per query head here, although only one latent is cached
         "num_key_value_heads": target.num_attention_heads,
         "q_lora_rank": target.q_lora_rank,
         "kv_lora_rank": target.kv_lora_rank,
@@ -45,16 +52,17 @@ def deepseek_v3_config(
         "v_head_dim": target.v_head_dim,
         "rms_norm_eps": EPS,
         "latent_norm_folded": True,
-        # what `transmla unfold` goes back to
+        # read by `transmla unfold`
         "unfolded_rms_norm_eps": float(source.get("rms_norm_eps", EPS)),
         "max_position_embeddings": max_position_embeddings,
         "rope_theta": theta,
         "rope_interleave": True,
-        # changes nothing, and steps round a wrong rotary kernel of vLLM on CPUs
+        # changes nothing, but avoids a wrong rotary kernel of vLLM on CPUs
         "rope_scaling": identity_yarn(max_position_embeddings),
         "attention_bias": False,
         "tie_word_embeddings": False,
-        # all layers dense; an int >= 2 because vLLM adds to it and llama.cpp asserts more experts than groups
+        # all layers are dense; n_routed_experts is an int >= 2, because vLLM adds to it and llama.cpp requires more
+        # experts than groups
         "first_k_dense_replace": target.num_hidden_layers,
         "n_routed_experts": 2,
         "n_shared_experts": 1,
@@ -66,7 +74,7 @@ def deepseek_v3_config(
         "topk_method": "noaux_tc",
         "moe_intermediate_size": source["intermediate_size"],
         "moe_layer_freq": 1,
-        # anything else rescales the residual stream in float16
+        # in float16, vLLM would rescale the residual stream by any other value
         "routed_scaling_factor": 1.0,
         "num_nextn_predict_layers": 0,
         "dtype": dtype,
@@ -77,7 +85,10 @@ def deepseek_v3_config(
 
 
 def identity_yarn(max_position_embeddings: int) -> dict[str, Any]:
-    """YaRN with factor 1 and equal mscales: the plain frequencies and no attention factor."""
+    """A `rope_scaling` that changes nothing: YaRN with factor 1 and equal mscales (YaRN, 2309.00071, section 3).
+
+    max_position_embeddings: longest context, in tokens
+    """
     return {
         "type": "yarn",
         "rope_type": "yarn",
@@ -91,12 +102,12 @@ def identity_yarn(max_position_embeddings: int) -> dict[str, Any]:
 
 
 def modeling_source() -> str:
-    """The text of `MODELING_FILE`, the class that ships inside every converted folder."""
+    """The source code of `MODELING_FILE`, which is copied into every converted folder."""
     return (resources.files("transmla.model") / MODELING_FILE).read_text("utf-8")
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the folder."""
+    """Name and shape of every tensor of a converted folder with this config.json."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, rank, rope = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
     nope, value, q_rank = config["qk_nope_head_dim"], config["v_head_dim"], config.get("q_lora_rank")
