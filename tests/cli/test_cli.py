@@ -11,8 +11,6 @@ import torch
 from click.testing import CliRunner, Result
 
 import transmla
-from transmla.checkpoint.gguf.write import GGUF_TYPES
-from transmla.cli import fold as using
 from transmla.cli import main
 
 
@@ -29,10 +27,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for word in ("-50.0%", "8-bit", "4-bit", "held-out", "verified", "peak memory", "1.2 MiB"):
         assert word in result.stdout
     return target
-
-
-def test_types_of_export_are_those_that_can_be_written() -> None:
-    assert using.GGUF_TYPES == GGUF_TYPES
 
 
 def test_help_does_not_wait_for_torch() -> None:

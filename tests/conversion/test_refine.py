@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.made import QUICK, Convert
 from tests.families import THETA, MakeSource
-from transmla.cli.show.evaluation import show_conversion
+from transmla.cli.show.conversion import show_conversion
 from transmla.conversion.levels import Descent, Refinement
 from transmla.text.windows import calibration_tokens, shuffled
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import click
 
-from transmla.cli.convert import convert_command, plan_command
-from transmla.cli.evaluate import bench_command, eval_command, report_command
-from transmla.cli.fold import doctor_command, export_command, fold_command, generate_command, unfold_command
+from transmla.cli.bench import bench_command
+from transmla.cli.convert import convert_command
+from transmla.cli.doctor import doctor_command
+from transmla.cli.evaluate import eval_command
+from transmla.cli.export import export_command
+from transmla.cli.fold import fold_command, unfold_command
 from transmla.cli.frame import EPILOG
+from transmla.cli.generate import generate_command
 from transmla.cli.heal import heal_command
+from transmla.cli.plan import plan_command
+from transmla.cli.report import report_command
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

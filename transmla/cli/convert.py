@@ -1,8 +1,7 @@
-"""plan and convert."""
+"""transmla convert."""
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -12,25 +11,26 @@ from transmla.cli.frame import EPILOG, device, errors, is_first_process, number,
 from transmla.recipe import CALIBRATION, DTYPES, REFINE_LEVELS, TOKENS
 
 
-def _geometry_options(command: Any) -> Any:
+def geometry_options(command: Any) -> Any:
     for decorate in (
-        option("--recipe", metavar="R", help="Recipe: name of an installed one, or a TOML file."),
+        option("--recipe", metavar="R", help="Name of an installed recipe, or a TOML file."),
         option(
             "--rope",
             type=int,
             metavar="DIM",
-            help="qk_rope_head_dim: cached rotary values per token and layer, even. [default: by model, see `plan`]",
+            help="qk_rope_head_dim: cached rotary values per token and layer, an even number. [default: depends "
+            "on SRC, see `plan`]",
         ),
         option(
             "--q-latent",
             type=int,
             metavar="RANK",
-            help="q_lora_rank: queries through a latent of their own, as in DeepSeek-V3. [default: none]",
+            help="q_lora_rank: rank of a latent for the queries, as in DeepSeek-V3. [default: no such latent]",
         ),
         option(
             "--budget",
             metavar="X%",
-            help="With --latent auto: perplexity on held-out calibration text that the conversion may cost.",
+            help="With --latent auto: the largest increase of perplexity on held-out calibration text.",
         ),
         option(
             "--latent",
@@ -43,95 +43,77 @@ def _geometry_options(command: Any) -> Any:
     return command
 
 
-@click.command("plan", epilog=EPILOG)
-@click.argument("source", metavar="SRC")
-@_geometry_options
-@option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def plan_command(source: str, as_json: bool, **given: Any) -> None:
-    """Say what `convert` would do, from file headers alone: geometry, cache, memory, disk, engines."""
-    with errors():
-        import transmla
-
-        quiet_libraries()
-        found = transmla.plan(source, **_sizes(given))
-        if as_json:
-            click.echo(json.dumps(found.summary(), indent=2))
-            return
-        from rich.console import Console
-
-        from transmla.cli.show.evaluation import show_plan
-
-        show_plan(found, Console())
-
-
 @click.command("convert", epilog=EPILOG)
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
-@_geometry_options
+@geometry_options
 @option(
     "--calibration",
     metavar="TEXT",
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
-    "wikitext, synthetic, continued, code, stories (they ship with the program) or self (sampled from SRC); A:3+B: "
-    f"shares of both. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
+    "wikitext, synthetic, continued, code, stories (they ship with the program) or self (sampled from SRC); A:3+B "
+    f"mixes three to one. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
 )
 @option(
     "--refine",
     type=click.Choice(REFINE_LEVELS),
-    help="Gradient refinement on the calibration tokens after the closed form: off, fast or full (eight times the "
-    "steps, on three times the text). [default: fast]",
+    help="Gradient refinement on the calibration text after the closed form; full takes eight times the steps of "
+    "fast, on "
+    "three times the text. [default: fast]",
 )
 @option(
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Windows per refinement step; several processes share them, so no more than N are busy. [default: 1]",
+    help="Windows per step of the refinement. Processes share them, so at most N processes are busy. [default: 1]",
 )
 @option(
     "--tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Calibration tokens in all, at least two windows of each text. "
+    help="Total calibration tokens, at least two windows of each text. "
     f"[default: with --refine off {TOKENS['off']}, fast {TOKENS['fast']}, full {TOKENS['full']}]",
 )
 @option(
     "--sampled",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Tokens more, which SRC itself writes as continuations of the text; needs SRC in memory. [default: 0]",
+    help="Additional tokens that SRC itself writes, as continuations of the text; SRC must fit into memory. "
+    "[default: 0]",
 )
 @option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
 @option(
     "--context",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Positions that half of the windows are spread over, by one gap each, so that distances beyond the window "
-    "count, too; 1: none. [default: those of SRC, at most 8192]",
+    help="Half of the windows skip positions in their middle, up to N, so that distances beyond the window count "
+    "as well; "
+    "1: none does. [default: the context of SRC, at most 8192]",
 )
 @option(
     "--theta",
     metavar="X",
-    help="rope_theta of the result; auto tries a few on a few layers and measures. [default: auto]",
+    help="rope_theta of the result; auto measures a few values on a few layers. [default: auto]",
 )
-@option("--dtype", type=click.Choice(DTYPES), help="Of the written weights; auto: as in SRC. [default: auto]")
+@option("--dtype", type=click.Choice(DTYPES), help="Dtype of the written weights; auto: that of SRC. [default: auto]")
 @device
-@option("--seed", type=int, help="Of the order of windows, their gaps and sampled text. [default: 0]")
+@option("--seed", type=int, help="Seed for the order of windows, their gaps and sampled text. [default: 0]")
 @option(
     "--offload",
     type=click.FloatRange(min=0),
     metavar="GIB",
-    help="Calibration activations go into a file beside DST if they need more than GIB, in each process. "
+    help="Keep calibration activations in a file beside DST if a process needs more than GIB for them. "
     "[default: half of the free memory]",
 )
 @option(
     "--block-layers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Layers that are refined together at the end. [default: all that fit into half of the free memory]",
+    help="Layers that are refined together. [default: all that fit into half of the free memory]",
 )
-@option("--restart", is_flag=True, help="Delete an unfinished conversion to DST instead of going on with it.")
-@option("--dry-run", is_flag=True, help="Only show the plan, with the checks of DST.")
-@option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@option("--restart", is_flag=True, help="Delete an unfinished conversion to DST instead of resuming it.")
+@option("--dry-run", is_flag=True, help="Show the plan and check DST, but write nothing.")
+@option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def convert_command(
     source: str,
     destination: str | None,
@@ -147,7 +129,7 @@ def convert_command(
 
     DST defaults to NAME-mla-LATENT-ROPE in the working directory and is never overwritten. It appears only when all
     of it is written and the stock deepseek_v3 class computes from it what was converted. A conversion that was
-    interrupted or killed keeps its finished layers in DST.partial; the same command goes on from there.
+    interrupted or killed keeps its finished layers in DST.partial, and the same command resumes there.
     """
     with errors():
         import transmla
@@ -155,10 +137,12 @@ def convert_command(
         quiet_libraries(bars=not quiet)
         from rich.console import Console
 
-        from transmla.cli.show.evaluation import progress, show_conversion, show_plan
+        from transmla.cli.progress import progress
+        from transmla.cli.show.conversion import show_conversion
+        from transmla.cli.show.plan import show_plan
 
         given["theta"] = number(given["theta"], "--theta")
-        _sizes(given)
+        sizes(given)
         console = Console()
         if dry_run:
             from transmla.conversion.flow import default_destination
@@ -183,7 +167,7 @@ def convert_command(
             show_conversion(report, _peak_memory(), console)
 
 
-def _sizes(given: dict[str, Any]) -> dict[str, Any]:
+def sizes(given: dict[str, Any]) -> dict[str, Any]:
     """--latent and --budget from words to numbers, in place."""
     latent = given["latent"]
     if latent not in (None, "auto"):

@@ -1,4 +1,4 @@
-"""eval, bench and report."""
+"""transmla eval."""
 
 from __future__ import annotations
 
@@ -32,28 +32,37 @@ from transmla.recipe import DTYPES
 @option("--tasks", metavar="A,B", help="Tasks of lm-eval, separated by commas.")
 @option("--include-path", metavar="DIR", help="Folder of more lm-eval task files.")
 @option("--limit", type=click.IntRange(min=1), metavar="N", help="Documents of each task. [default: all]")
-@option("--quantised", metavar="8,4,2", help="Bits of rounded caches, measured for source and model.")
-@option("--positions", type=click.IntRange(min=1), metavar="N", help="Perplexity by position on N whole contexts.")
+@option(
+    "--quantised", metavar="8,4,2", help="Also measure source and model with caches rounded to these numbers of bits."
+)
+@option(
+    "--positions",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also measure perplexity by position, on N texts as long as the context.",
+)
 @option("--needles", metavar="1024,2048", help="Context lengths of RULER's needle test.")
 @option(
     "--gate",
     multiple=True,
     metavar="NAME=SHARE",
-    help="Smallest recovery of perplexity, tasks or needles, else exit code 5; repeatable. [default: of the suite]",
+    help="Smallest recovery of perplexity, tasks or needles that passes; below it the exit code is 5. Repeatable. "
+    "[default: of the suite]",
 )
-@option("--dtype", type=click.Choice(DTYPES), default="bfloat16", help="To compute and to cache in; auto: as stored.")
+@option(
+    "--dtype", type=click.Choice(DTYPES), default="bfloat16", help="Dtype to compute and to cache in; auto: as stored."
+)
 @device
 @option(
     "--json",
     "json_file",
     metavar="FILE",
-    help="Write the results here, - for stdout instead of tables. An evaluation that is interrupted goes on from "
-    "FILE.partial.",
+    help="Write the results here, - for stdout instead of tables. An interrupted evaluation resumes from FILE.partial.",
 )
 @option("--reuse", metavar="FILE", help="Earlier result of the same SRC and suite: SRC is not measured again.")
-@option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -> None:
-    """Measure MODEL and SRC in the same way: perplexity ± standard error, their paired ratio, cache bytes per token.
+    """Measure MODEL beside SRC: perplexity ± standard error, their paired ratio, cache bytes per token.
 
     A suite adds agreement, rounded caches, positions, tasks and needles; an option adds one of them.
     """
@@ -63,7 +72,8 @@ def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -
         quiet_libraries(bars=not quiet)
         from rich.console import Console
 
-        from transmla.cli.show.evaluation import progress, show_evaluation
+        from transmla.cli.progress import progress
+        from transmla.cli.show.evaluation import show_evaluation
 
         to_file = json_file not in (None, "-")
         with progress(quiet) as update:
@@ -81,7 +91,7 @@ def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -
             raise GateError(
                 f"{len(missed)} of {len(report.gates)} gates missed",
                 where=", ".join(gate.name for gate in missed),
-                why=", ".join(f"{_recovery(gate.found)} of {gate.wanted}" for gate in missed),
+                why=", ".join(f"{_recovery(gate.found)}, at least {gate.wanted} is wanted" for gate in missed),
                 remedy="use a larger latent, more refinement or healing; or set the gate with --gate",
             )
 
@@ -101,54 +111,3 @@ def _lists(given: dict[str, Any]) -> dict[str, Any]:
         name, _, share = gate.partition("=")
         gates[name] = number(share or None, "--gate", auto=False)
     return given | {"gates": gates or None}
-
-
-@click.command("bench", epilog=EPILOG)
-@click.argument("model", metavar="MODEL")
-@option("--against", metavar="SRC", help="The source, timed in turns with MODEL.")
-@option("--context", "contexts", default="512,2048,8192", metavar="A,B", help="Cached tokens per text.")
-@option("--batch", "batches", default="1", metavar="A,B", help="Texts at once.")
-@option("--steps", type=click.IntRange(min=1), default=16, metavar="N", help="Decoding steps per timing.")
-@option("--repeats", type=click.IntRange(min=1), default=3, metavar="N", help="Timings; the median is shown.")
-@option("--stock", is_flag=True, help="Also the stock transformers class of MODEL.")
-@option("--dtype", type=click.Choice(DTYPES[1:]), default="bfloat16", help="To compute and to cache in.")
-@device
-@option("--json", "json_file", metavar="FILE", help="Write the results here, - for stdout instead of the table.")
-@option("-q", "--quiet", is_flag=True, help="No progress bars.")
-def bench_command(model: str, json_file: str | None, quiet: bool, **given: Any) -> None:
-    """Time prefill and decoding of MODEL and SRC in alternating runs, and measure what they cache.
-
-    "x floor" is the time of a decoding step over what its bytes and multiply-adds need on this machine.
-    """
-    with errors():
-        import transmla
-
-        quiet_libraries(bars=not quiet)
-        from rich.console import Console
-
-        from transmla.cli.show.evaluation import progress, show_bench
-
-        for name in ("contexts", "batches"):
-            given[name] = integers(given[name], f"--{name}")
-        with progress(quiet) as update:
-            report = transmla.bench(model, progress=update, **given)
-        content = json.dumps(report.plain(), indent=1)
-        if json_file == "-":
-            click.echo(content)
-            return
-        show_bench(report, Console())
-        if json_file is not None:
-            write_file(json_file, content + "\n")
-
-
-@click.command("report", epilog=EPILOG)
-@click.argument("results", metavar="RESULTS...", nargs=-1, required=True)
-@option("--out", default="report.html", metavar="FILE", help="The page; an existing one is replaced.")
-@option("--pictures", metavar="DIR", help="Also write every figure as PNG and SVG there.")
-@option("--published", metavar="FILE", help="JSON rows of other methods: name, bytes_per_token, ratio to the source.")
-def report_command(results: tuple[str, ...], out: str, pictures: str | None, published: str | None) -> None:
-    """Make one page with tables and pictures of files that `transmla eval --json` and `bench --json` have written."""
-    with errors():
-        import transmla
-
-        click.echo(transmla.report(results, out, pictures=pictures, published=published))

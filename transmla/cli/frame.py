@@ -43,7 +43,7 @@ def errors() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo(
-            "interrupted; nothing is half-written, and the same command goes on where it was",
+            "interrupted; nothing is half-written, and the same command resumes",
             err=True,
         )
         sys.exit(130)

@@ -26,60 +26,94 @@ class Count(click.ParamType[int]):
         except (ValueError, OverflowError):
             found = 0
         if found < 1:
-            self.fail(f"{value!r} is no number of tokens: 300000, 300K, 1.5M ...", param, context)
+            self.fail(f"{value!r} is not a number of tokens such as 300000, 300K or 1.5M", param, context)
         return found
 
 
 @click.command("heal", epilog=EPILOG)
 @click.argument("model", metavar="[OUT]", required=False)
 @click.argument("destination", metavar="[DST]", required=False)
-@option("--source", metavar="SRC", help="Of the conversion. [default: what OUT's provenance file says]")
-@option("--recipe", metavar="R", help="Name or file; its table [heal] is used. [default: the recipe of SRC, if any]")
+@option("--source", metavar="SRC", help="Source of the conversion. [default: as OUT's provenance file says]")
+@option(
+    "--recipe",
+    metavar="R",
+    help="Recipe whose table [heal] is used, by name or file. [default: the recipe of SRC, if any]",
+)
 @option(
     "--data",
     metavar="MIX",
-    help="Texts, A:3+B mixes three to one: FILE (.txt; .jsonl, .parquet, .csv with `text` or chat `messages`), dataset "
+    help="Text to train on; A:3+B mixes three to one. FILE (.txt; .jsonl, .parquet, .csv with `text` or chat "
+    "`messages`), dataset "
     "id OWNER/NAME[:CONFIG], wikitext, synthetic, continued, code, stories, self (SRC writes it). "
     f"[default: {MIX}]",
 )
-@option("--tokens", type=Count(), metavar="N", help="To train on in all: 300K, 100M. [default: 1M]")
-@option("--distinct", type=Count(), metavar="N", help="Of these different; then they repeat. [default: all]")
+@option("--tokens", type=Count(), metavar="N", help="Total training tokens, for example 300K or 100M. [default: 1M]")
+@option("--distinct", type=Count(), metavar="N", help="Distinct tokens; they repeat after that. [default: all]")
 @option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per window. [default: 1024]")
 @option(
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Windows per step. [default: a 400th of all, at least 1, at most 64]",
+    help="Windows per step. [default: a 400th of all, between 1 and 64]",
 )
-@option("--micro", type=click.IntRange(min=1), metavar="N", help="Windows at once on a device. [default: 1]")
+@option(
+    "--micro", type=click.IntRange(min=1), metavar="N", help="Windows that a device processes at once. [default: 1]"
+)
 @option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
     metavar="X",
-    help="Largest step, as a share of what it changes. [default: 5e-4, small models 1e-2]",
+    help="Largest step, relative to the weights that it changes. [default: 5e-4, for small models 1e-2]",
 )
-@option("--train", type=click.Choice(TRAINED), help="What is trained. [default: attention]")
+@option("--train", type=click.Choice(TRAINED), help="Weights that are trained. [default: attention]")
 @option("--lora", type=click.IntRange(min=1), metavar="R", help="Train adapters of rank R, merged at the end.")
-@option("--temperature", type=click.FloatRange(min=0, min_open=True), metavar="T", help="Of the KL. [default: 1]")
-@option("--cross-entropy", type=click.FloatRange(0, 1), metavar="X", help="Share of the text's own loss. [default: 0]")
-@option("--hidden", type=click.FloatRange(min=0), metavar="X", help="Weight of matching residual streams. [default: 0]")
-@option("--top-k", type=click.IntRange(min=1), metavar="K", help="Compare SRC's K likeliest tokens. [default: all]")
-@option("--cached", is_flag=True, default=None, help="Compute SRC's top-k predictions once, keep them on the disk.")
-@option("--heldout", type=click.IntRange(min=2), metavar="N", help="Windows measured on, of each text. [default: 8]")
-@option("--watch", metavar="TEXTS", help="A+B: texts that are only measured on, as wikitext-valid.")
-@option("--evaluations", type=click.IntRange(min=1), metavar="N", help="Measurements and saves. [default: 10]")
-@option("--patience", type=click.IntRange(min=1), metavar="N", help="Stop after N without gain. [default: never]")
-@option("--precision", type=click.Choice(PRECISIONS), help="Of the products. [default: bfloat16]")
-@option("--checkpointing", is_flag=True, default=None, help="Less memory, a third more time.")
-@option("--seed", type=int, help="Of the order of the data. [default: 0]")
+@option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="T",
+    help="Temperature of the KL divergence. [default: 1]",
+)
+@option(
+    "--cross-entropy",
+    type=click.FloatRange(0, 1),
+    metavar="X",
+    help="Weight of the cross-entropy with the text. [default: 0]",
+)
+@option(
+    "--hidden",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Weight of the error of the residual streams. [default: 0]",
+)
+@option(
+    "--top-k", type=click.IntRange(min=1), metavar="K", help="Compare only SRC's K likeliest tokens. [default: all]"
+)
+@option("--cached", is_flag=True, default=None, help="Compute SRC's top-k predictions once and keep them on disk.")
+@option("--heldout", type=click.IntRange(min=2), metavar="N", help="Held-out windows of each text. [default: 8]")
+@option("--watch", metavar="TEXTS", help="Further texts to measure on, such as wikitext-valid+FILE.")
+@option(
+    "--evaluations",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Times that the model is measured and saved. [default: 10]",
+)
+@option(
+    "--patience",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stop after N measurements without a gain. [default: never]",
+)
+@option("--precision", type=click.Choice(PRECISIONS), help="Precision of matrix products. [default: bfloat16]")
+@option("--checkpointing", is_flag=True, default=None, help="Recompute activations: less memory, a third more time.")
+@option("--seed", type=int, help="Seed for the order of the data. [default: 0]")
 @option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", help="Where to compute.")
-@option("--restart", is_flag=True, help="Delete an unfinished run to DST instead of going on with it.")
-@option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@option("--restart", is_flag=True, help="Delete an unfinished run to DST instead of resuming it.")
+@option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def heal_command(model: str | None, destination: str | None, quiet: bool, **given: Any) -> None:
     """Distil SRC's predictions into the converted folder OUT; writes DST, a folder of the same kind.
 
     DST defaults to OUT-healed and is never overwritten; OUT stays as it is. The best of all measured states is kept. A
-    run that was killed goes on where it was when the same command is given again. On several processes or GPUs (DDP or
+    run that was killed resumes when the same command is given again. On several processes or GPUs (DDP or
     FSDP2, as accelerate is configured): accelerate launch -m transmla.heal OUT ...
     """
     with errors():
@@ -88,7 +122,8 @@ def heal_command(model: str | None, destination: str | None, quiet: bool, **give
         quiet_libraries(bars=not quiet)
         from rich.console import Console
 
-        from transmla.cli.show.evaluation import progress, show_healing
+        from transmla.cli.progress import progress
+        from transmla.cli.show.healing import show_healing
 
         with progress(quiet or not is_first_process()) as update:
             report = transmla.heal(model, destination, progress=update, **given)

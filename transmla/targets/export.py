@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transmla.checkpoint.companions import tokenizer
+from transmla.checkpoint.gguf.types import GGUF_TYPES
 from transmla.checkpoint.gguf.vocab import read_vocab
-from transmla.checkpoint.gguf.write import GGUF_TYPES, check_gguf_destination, find_quantiser, write_gguf
+from transmla.checkpoint.gguf.write import check_gguf_destination, find_quantiser, write_gguf
 from transmla.checkpoint.read import Source, open_source
 from transmla.errors import UnsupportedError
 from transmla.progress import Progress, silent

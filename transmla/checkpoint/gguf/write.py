@@ -20,22 +20,16 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from transmla.checkpoint.destination import check_destination, disk_errors, sync
+from transmla.checkpoint.gguf.types import OWN_TYPES
 from transmla.checkpoint.gguf.vocab import GgufVocab, add_vocab
 from transmla.checkpoint.read import Source
 from transmla.errors import DestinationError, UnsupportedError, VerificationError
 
-# what is written here, by numpy; the names are llama.cpp's
-OWN_TYPES: dict[str, tuple[GgmlType, gguf.LlamaFileType]] = {
-    "f32": (GgmlType.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (GgmlType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (GgmlType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GgmlType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+# what numpy writes here: the type of a tensor, and that of the file
+_FORMATS = {
+    name: (GgmlType[name.upper()], gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"])
+    for name in OWN_TYPES
 }
-# what llama.cpp's quantiser makes of a float32 file
-QUANTISER_TYPES = (
-    "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "iq4_nl", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
-)  # fmt: skip
-GGUF_TYPES = (*OWN_TYPES, *QUANTISER_TYPES)
 QUANTISER = "llama-quantize"
 
 
@@ -75,7 +69,7 @@ def write_gguf(
 
     Raises `DestinationError`, and `VerificationError` for a weight that the type cannot hold.
     """
-    own_type, file_type = OWN_TYPES["f32" if quantiser is not None else type]
+    own_type, file_type = _FORMATS["f32" if quantiser is not None else type]
     size = sum(_num_bytes(entry.shape, own_type) for entry in tensors)
     check_gguf_destination(out, size if quantiser is None else 2 * size)
     partial, quantised = (out.with_name(out.name + ending) for ending in (".partial", ".quantised.partial"))

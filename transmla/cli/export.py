@@ -1,0 +1,49 @@
+"""transmla export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from transmla.checkpoint.gguf.types import GGUF_TYPES
+from transmla.cli.frame import EPILOG, errors, option, quiet_libraries
+
+
+@click.command("export", epilog=EPILOG)
+@click.argument("model", metavar="MODEL")
+@click.argument("out", metavar="OUT")
+@option(
+    "--to",
+    type=click.Choice(("gguf", "vllm")),
+    default="gguf",
+    help="gguf: one file for llama.cpp; vllm: a folder, padded with zeros to a size that GPU kernels are built for.",
+)
+@option(
+    "--type",
+    type=click.Choice(GGUF_TYPES),
+    help="Of the GGUF weights; from q6_k on with llama.cpp's own quantiser, if that is installed. [default: bf16]",
+)
+@option(
+    "--size",
+    metavar="RANK+ROPE",
+    help="With --to vllm: 256+64 or 512+64. [default: the smallest that is large enough]",
+)
+@option("-q", "--quiet", is_flag=True, help="Show no progress.")
+def export_command(model: str, out: str, quiet: bool, **given: Any) -> None:
+    """Write the converted folder MODEL in another form to OUT, which must not exist. MODEL stays as it is.
+
+    transformers and MLX-LM run MODEL itself; `transmla doctor MODEL` says what every engine takes.
+    """
+    with errors():
+        import transmla
+
+        quiet_libraries()
+        from rich.console import Console
+
+        from transmla.cli.progress import progress
+        from transmla.cli.show.export import show_export
+
+        with progress(quiet) as update:
+            report = transmla.export(model, out, progress=update, **given)
+        show_export(report, Console())

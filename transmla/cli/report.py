@@ -1,0 +1,20 @@
+"""transmla report."""
+
+from __future__ import annotations
+
+import click
+
+from transmla.cli.frame import EPILOG, errors, option
+
+
+@click.command("report", epilog=EPILOG)
+@click.argument("results", metavar="RESULTS...", nargs=-1, required=True)
+@option("--out", default="report.html", metavar="FILE", help="The page; an existing one is replaced.")
+@option("--pictures", metavar="DIR", help="Also write every figure as PNG and SVG there.")
+@option("--published", metavar="FILE", help="JSON rows of other methods: name, bytes_per_token, ratio to the source.")
+def report_command(results: tuple[str, ...], out: str, pictures: str | None, published: str | None) -> None:
+    """Make one page with tables and pictures of files that `transmla eval --json` and `bench --json` have written."""
+    with errors():
+        import transmla
+
+        click.echo(transmla.report(results, out, pictures=pictures, published=published))

@@ -1,0 +1,67 @@
+"""The summary that `transmla convert` ends with."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from transmla.cli.show.tables import columns, size
+
+if TYPE_CHECKING:
+    from transmla.conversion.distil import BlockReport
+    from transmla.conversion.flow import ConversionReport
+
+
+def show_conversion(report: ConversionReport, peak_memory: int, console: Console) -> None:
+    gqa, mla, heldout = report.plan.gqa, report.plan.mla, report.heldout
+    table = columns("", "source", "converted", "")
+    values = (gqa.cache_values(), mla.cache_values())
+    table.add_row("cached values per token and layer", *map(str, values), f"{report.plan.cache_ratio - 1:+.1%}")
+    rows = report.plan.cache
+    table.add_row(
+        "cache bytes per token, bf16", f"{rows[0].bytes_per_token:,.0f}", f"{rows[-1].bytes_per_token:,.0f}", ""
+    )
+    for row in rows[1:3]:
+        table.add_row(f"  {row.name}", f"{row.bytes_per_token:,.0f}", "", f"{_share(row, rows[0]):+.1%}")
+    table.add_row(
+        f"perplexity, {heldout.num_windows} held-out calibration windows",
+        f"{math.exp(heldout.source):.3f}",
+        f"{math.exp(heldout.converted):.3f}",
+        f"x{math.exp(heldout.converted - heldout.source):.3f}",
+    )
+    console.print(table)
+    last = report.layers[-1]
+    refined = {
+        f"refined, layers {block.first_layer}-{block.last_layer}": _refined(block, block is report.blocks[-1])
+        for block in report.blocks
+    }
+    lost = [layer.query_loss for layer in report.layers if layer.query_loss is not None]
+    narrow = (
+        {f"queries, rank {mla.q_lora_rank}": f"{sum(lost) / len(lost):.2%} of their energy dropped"} if lost else {}
+    )
+    facts = {
+        "rope_theta": f"{report.theta:g}" + (" (chosen by measured error)" if report.theta_losses else ""),
+        "stream error": f"{last.stream_loss_fitted:.2%} fitted windows, {last.stream_loss_heldout:.2%} held out",
+        **narrow,
+        **refined,
+        "verified": f"stock deepseek_v3 class, relative error {report.verification.relative_error:.1e}",
+        "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.mix}",
+        "time, peak memory": f"{report.seconds:.0f} s, {size(peak_memory)}",
+        "written": f"{report.destination}  ({size(report.written_bytes)}, {report.plan.dtype})",
+    }
+    for name, value in facts.items():
+        console.print(f"{name:<24} {value}", highlight=False, soft_wrap=True)
+
+
+def _refined(block: BlockReport, last: bool) -> str:
+    what = "KL in nats" if last else "stream error"
+    found = f"held-out {what} {block.loss_before:.4f} -> {block.loss_after:.4f}, {block.steps} steps"
+    if block.steps < block.planned:
+        found += f" of {block.planned}, until the loss or a gradient was not finite"
+    return found if block.taken else f"{found}; discarded, since it is no better"
+
+
+def _share(row: Any, base: Any) -> float:
+    return float(row.bytes_per_token / base.bytes_per_token - 1)
