@@ -28,7 +28,7 @@ def test_windows_of_a_step(lively: MakeSource, run: Convert) -> None:
     ("descent", "end"),
     [
         (Descent(1.0, 8, 0.0), " 1 steps;"),
-        (Descent(6.0, 8, 1e30), " of 6: then the loss or a gradient was not finite;"),
+        (Descent(6.0, 8, 1e30), " of 6, until the loss or a gradient was not finite;"),
     ],
 )
 def test_a_refinement_that_is_no_gain_is_said_to_be_none(
@@ -37,7 +37,7 @@ def test_a_refinement_that_is_no_gain_is_said_to_be_none(
     report = run(lively(), theta=THETA, refine="fast", refinement=Refinement(descent))
     written = io.StringIO()
     show_conversion(report, 0, Console(file=written, width=200))
-    assert end in written.getvalue() and "not taken: no better than before" in written.getvalue()
+    assert end in written.getvalue() and "discarded, since it is no better" in written.getvalue()
     assert "Closed form, no gradient steps" in (report.destination / "README.md").read_text("utf-8")
     plain = run(lively(), "plain", theta=THETA)
     assert report.heldout.converted == pytest.approx(plain.heldout.converted, abs=1e-9)

@@ -248,7 +248,7 @@ def test_command(converted: Path, text_file: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(main, ["heal", str(converted), str(tmp_path / "out"), *options])
     assert again.exit_code == DestinationError.exit_code and "exists already" in again.output
     wrong = CliRunner().invoke(main, ["heal", str(converted), "--tokens", "some"])
-    assert wrong.exit_code == 2 and "no number of tokens" in wrong.output
+    assert wrong.exit_code == 2 and "not a number of tokens" in wrong.output
 
 
 def launch(program: str, arguments: list[str], size: int, port: int, **extra: str) -> None:

@@ -1,5 +1,7 @@
 """One latent for keys and values: the loss is the dropped energy, and nothing of the same rank is better."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,6 +103,20 @@ def test_rank_beyond_what_the_rows_span_is_filled_with_rows_of_ordinary_size() -
     assert torch.linalg.matrix_rank(encoder) == 6
     rebuilt = encoder.T @ torch.linalg.lstsq(encoder.T, root_kD.T).solution
     assert relative(rebuilt.T, root_kD) < 1e-9
+
+
+@pytest.mark.parametrize("rank", [5, 14])
+def test_a_moment_that_rounding_has_left_indefinite(rank: int) -> None:
+    """As of fewer tokens than dimensions, less the mean of them all."""
+    samples = inputs(6, 14)
+    moment_DD = samples.T @ samples / 6 - torch.outer(samples.mean(0), samples.mean(0))
+    moment_DD = moment_DD - 1e-8 * moment_DD.diagonal().mean() * torch.eye(14, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(moment_DD)[0] < 0
+    keys, values = blocks()
+    found = joint_low_rank(replace(keys, moment_DD=moment_DD), replace(values, moment_DD=moment_DD), rank)
+    assert found.encoder_rD.isfinite().all() and all(decoder.isfinite().all() for decoder in found.decoders)
+    # five directions are all that these tokens have
+    assert found.loss < 1e-6
 
 
 def test_full_rank_loses_nothing() -> None:

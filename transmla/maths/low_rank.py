@@ -48,7 +48,10 @@ def joint_low_rank(keys: Block, values: Block, rank: int) -> LowRank:
     moments = [_regular(block.moment_DD) for block in (keys, values)]
     common = (moments[0] + moments[1]) / 2
     encoder = top_encoder(torch.cat(roots), common, rank)
-    encoder = encoder / (encoder @ common * encoder).sum(1, keepdim=True).clamp_min(1e-300).sqrt()
+    energy_r1 = (encoder @ common * encoder).sum(1, keepdim=True)
+    # rows beyond what the tokens span have no energy but that of rounding, of either sign
+    least_r1 = 1e-9 * common.diagonal().mean() * encoder.square().sum(1, keepdim=True)
+    encoder = encoder / torch.maximum(energy_r1, least_r1.clamp_min(1e-300)).sqrt()
     decoders = tuple(
         decode(block.target_kD, moment, encoder) for block, moment in zip((keys, values), moments, strict=True)
     )
@@ -66,11 +69,10 @@ def top_encoder(root_kD: Tensor, moment_DD: Tensor, rank: int) -> Tensor:
         # below that, rows would be nothing but rounding
         if bool(values[-rank] > 1e-12 * values[-1]):
             return vectors[:, -rank:].flip(1).T @ root_kD
-    lower_DD = torch.linalg.cholesky(moment_DD)
-    seen_kD = root_kD @ lower_DD
+    # a moment of few tokens is singular, and rounding may leave it no longer positive: no Cholesky factor
+    seen_kD = root_kD @ symmetric_power(moment_DD, 0.5)
     _, vectors = torch.linalg.eigh(seen_kD.T @ seen_kD)
-    found: Tensor = torch.linalg.solve_triangular(lower_DD.T, vectors[:, -rank:].flip(1), upper=True)
-    return found.T
+    return vectors[:, -rank:].flip(1).T @ symmetric_power(moment_DD, -0.5)
 
 
 def decode(target_kD: Tensor, moment_DD: Tensor, encoder_rD: Tensor) -> Tensor:
