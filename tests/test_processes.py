@@ -104,7 +104,7 @@ def test_alone_there_is_nothing_to_wait_for() -> None:
 
 
 def test_several_processes_do_not_share_one_gpu() -> None:
-    with pytest.raises(TransmlaError, match="cannot take several") as caught:
+    with pytest.raises(TransmlaError, match="cannot share one GPU") as caught:
         Processes(1, 2).device("cuda:1")
     assert caught.value.where == "--device cuda:1" and "--device cuda," in caught.value.remedy
     assert Processes(1, 2).device("cpu") == torch.device("cpu")

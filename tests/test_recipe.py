@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from transmla import recipe as module
+from transmla import settings
 from transmla.errors import RecipeError
 from transmla.recipe import CALIBRATION, REFINE_LEVELS, TOKENS, Healing, Recipe, find_recipe, list_recipes, load_recipe
 from transmla.text.mixes import parse_mix
@@ -79,7 +79,7 @@ def test_the_table_heal(toml):
         ('train = "mlp"', "train is one of attention, all"),
         ("warmup = 1.5", "warmup is a share"),
         ("patience = 0", "patience must be positive"),
-        ("window = 7", "window is at least 8"),
+        ("window = 7", "window must be at least 8"),
         ("hidden = -1.0", "hidden cannot be negative"),
     ):
         with pytest.raises(RecipeError, match=message) as caught:
@@ -114,7 +114,7 @@ def test_an_integer_is_a_number(toml):
         ("tokens = 0", "tokens must be positive"),
         ("source = 1", "source is a string, not an integer"),
         ("source = []", "source is a string, not a list"),
-        ("[source]", "source is a string, not a dict"),
+        ("[source]", "source is a string, not a table"),
         ('refine = "some"', "refine is one of off, fast, full"),
         ("budget = -0.1", "budget must be positive"),
         ('dtype = "int8"', "dtype is one of auto, float32, bfloat16, float16"),
@@ -167,8 +167,8 @@ def test_installed_recipes_and_those_of_a_checkout(tmp_path, monkeypatch, instal
             raise ModuleNotFoundError
         return tmp_path / "recipes"
 
-    monkeypatch.setattr(module.resources, "files", files)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "transmla" / "recipe.py"))
+    monkeypatch.setattr(settings.resources, "files", files)
+    monkeypatch.setattr(settings, "__file__", str(tmp_path / "transmla" / "settings.py"))
     assert list_recipes() == ["a", "b-1.5"]
     found = find_recipe("b-1.5")
     assert found is not None and load_recipe(found).latent == 3

@@ -2,20 +2,21 @@
 
     import transmla
 
-    transmla.plan("llama-3-8b", latent=512)                  # headers only: what would happen
-    transmla.convert("llama-3-8b", "OUT", latent=512)        # -> ConversionReport
-    transmla.evaluate("OUT", against="SRC")                  # -> EvaluationReport
-    transmla.doctor("OUT")                                   # -> Diagnosis: which engines take it
-    transmla.export("OUT", "OUT.gguf", type="q8_0")          # for llama.cpp; or to="vllm", padded for GPU kernels
-    transmla.bench("OUT", against="SRC")                     # -> BenchReport: prefill and decoding, roofline
-    transmla.report(["a.json"], "report.html")               # what `eval --json` wrote, as one page
-    transmla.heal("OUT", tokens=10_000_000)                  # -> HealReport: distilled from the source
-    transmla.unfold("OUT", "TRAIN"), transmla.fold("TRAIN", "OUT2")  # the form for training, and back
-    transmla.load("OUT")                                     # -> a transformers model, latent cache, absorbed decode
+    transmla.plan("llama-3-8b", latent=512)              # sizes, memory and engines, from headers only
+    transmla.convert("llama-3-8b", "OUT", latent=512)    # convert a model; returns a ConversionReport
+    transmla.evaluate("OUT", against="SRC")              # measure it against its source; returns an EvaluationReport
+    transmla.doctor("OUT")                               # which engines run it; returns a Diagnosis
+    transmla.export("OUT", "OUT.gguf", type="q8_0")      # for llama.cpp, or with to="vllm" padded for GPU kernels
+    transmla.bench("OUT", against="SRC")                 # speed of prefill and decoding; returns a BenchReport
+    transmla.report(["a.json"], "report.html")           # a page with the results of `eval --json`
+    transmla.heal("OUT", tokens=10_000_000)              # distil from the source; returns a HealReport
+    transmla.unfold("OUT", "TRAIN")                      # the form for training
+    transmla.fold("TRAIN", "OUT2")                       # and back
+    transmla.load("OUT")                                 # a transformers model that caches the latent
     for piece in transmla.generate("OUT", "Once upon a time"):
         print(piece, end="")
 
-Everything the command line does is one of these calls. Errors are those of `transmla.errors`.
+Every command of the command line is one of these calls. They raise the errors of `transmla.errors`.
 """
 
 from importlib import import_module
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transmla.targets.fold import fold as fold
     from transmla.targets.fold import unfold as unfold
 
-# imported when first used: `transmla --help` must not wait for torch
+# imported on first use, so that `transmla --help` does not have to wait for torch
 _PUBLIC = {
     "bench": "transmla.evaluation.speed",
     "convert": "transmla.conversion.flow",

@@ -1,4 +1,4 @@
-"""`python -m transmla` is `transmla`."""
+"""`python -m transmla` is the same as `transmla`."""
 
 from transmla.cli import main
 

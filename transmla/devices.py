@@ -1,4 +1,4 @@
-"""Devices: whether there is one, how much of its memory is free, which narrow dtype it multiplies."""
+"""Devices: whether one can be used, how much of its memory is free, and whether it multiplies bfloat16."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from transmla.errors import TransmlaError
 
 CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUP = Path("/proc/self/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")  # names the control group of this process
 
 
 def usable(name: str | torch.device, dtype: torch.dtype = torch.float32) -> torch.device:
-    """The device of that name; `TransmlaError` unless a tensor of `dtype` can be made on it."""
+    """The device called `name`; raises `TransmlaError` unless a tensor of `dtype` can be created on it."""
     try:
         device = torch.device(name)
         torch.empty(1, dtype=dtype, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # what torch raises depends on how it was built
+    except (RuntimeError, AssertionError, TypeError) as error:  # which of these depends on how torch was built
         raise TransmlaError(
             f"the device {name} cannot be used",
             where="--device",
             why=(str(error).splitlines() or [type(error).__name__])[0],
-            remedy="use cpu, or cuda or cuda:1 where torch finds such a GPU (torch.cuda.device_count())",
+            remedy="use cpu, or a GPU that torch finds (cuda, cuda:1 ...; see torch.cuda.device_count())",
         ) from error
     return device
 
 
 def narrow_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware multiplies it; None where it would be emulated."""
+    """torch.bfloat16 if the hardware of `device` multiplies it, None if it would be emulated."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
@@ -38,10 +38,11 @@ def narrow_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may count on: of a GPU what is free, of the machine its share of what is free.
+    """Bytes of memory that this process can use on `device`.
 
-    The processes that a launcher has started on a machine share it; the limits of its control groups (containers,
-    batch systems) count like the size of the machine.
+    On a GPU this is what is free. On the CPU it is what is free on the machine, or in the control groups of this
+    process (containers, batch systems) if they limit it further, divided by the number of processes that the launcher
+    has started on this machine.
     """
     if device.type == "cuda":
         kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -51,19 +52,22 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _left_in_cgroups() -> list[int]:
-    """Bytes to the limit of every control group (version 2) above this process; files in its cache can go."""
+    """Free bytes in each control group (version 2) of this process that has a limit.
+
+    Cached files that are not in active use count as free.
+    """
     try:
-        (own,) = [line[3:] for line in OWN_CGROUP.read_text("utf-8").splitlines() if line.startswith("0::")]
+        (name,) = [line[3:] for line in OWN_CGROUP.read_text("utf-8").splitlines() if line.startswith("0::")]
     except (OSError, ValueError):
         return []
-    folder = CGROUPS / own.strip("/")
+    folder = CGROUPS / name.strip("/")
     left = []
     for group in (folder, *folder.parents):
         try:
-            limit, used = ((group / f"memory.{name}").read_text("utf-8").strip() for name in ("max", "current"))
-            counted = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
-        except (OSError, ValueError):  # the root has no limit, and other systems no such files
+            limit, used = ((group / f"memory.{file}").read_text("utf-8").strip() for file in ("max", "current"))
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
+        except (OSError, ValueError):  # the root group has no limit, and other systems do not have these files
             continue
         if limit != "max":
-            left.append(max(0, int(limit) - int(used) + int(counted.get("inactive_file", 0))))
+            left.append(max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0))))
     return left

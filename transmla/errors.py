@@ -1,28 +1,28 @@
-"""Everything that can go wrong, in one place, with the exit code that the command line returns.
+"""All errors that are raised on purpose, with the exit codes that the command line returns.
 
     TransmlaError             1   base class; also unexpected failures
     (click usage errors)      2   unknown option, missing argument
     ├── SourceError           3   source not found, unreadable, truncated, mis-shaped or NaN
-    ├── UnsupportedError      4   a readable model that this version cannot convert
-    ├── GateError             5   a measured quality is below what was asked for
+    ├── UnsupportedError      4   a model, option or combination that this version does not support
+    ├── GateError             5   a measured quality is below the required one
     ├── GeometryError         6   the requested latent or rotary size is impossible
     ├── DataError             7   calibration or evaluation text missing, unreadable or too short
-    ├── DestinationError      8   output exists, is not writable, or the disk is too small
-    ├── VerificationError     9   what was written does not compute what it should
+    ├── DestinationError      8   output exists, is not writable, or does not fit on the disk
+    ├── VerificationError     9   the written model does not compute what it should
     └── RecipeError          10   unknown recipe or suite, unknown key, a value of the wrong type
-    (interrupted, ctrl-C)   130   nothing is left but DST.partial, from which the same command goes on
+    (interrupted, ctrl-C)   130   the same command resumes from DST.partial, the only thing that is left
 
 Every message has four parts: what happened, where, why, and what to do about it.
 """
 
 
 class TransmlaError(Exception):
-    """Base of all errors raised on purpose. `str(error)` is the text that users see.
+    """Base class of all errors that are raised on purpose. `str(error)` is the message that users see.
 
-    what:   one sentence, what could not be done
+    what:   what is wrong or could not be done, in one sentence
     where:  the file, tensor, option or layer concerned
-    why:    the fact that stands in the way
-    remedy: what the user can do
+    why:    the reason
+    remedy: what the user can do about it
     """
 
     exit_code = 1
@@ -39,13 +39,13 @@ class SourceError(TransmlaError):
 
 
 class UnsupportedError(TransmlaError):
-    """The model can be read but has a structure that cannot be converted."""
+    """The model has a structure, or the command has options, that this version does not support."""
 
     exit_code = 4
 
 
 class GateError(TransmlaError):
-    """A measured quality is below the limit that the user set."""
+    """A measured quality is below the required one."""
 
     exit_code = 5
 

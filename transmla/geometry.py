@@ -1,6 +1,6 @@
-"""Sizes of grouped-query and latent attention: what is cached and what is possible.
+"""Sizes of grouped-query and latent attention: what is cached, and which sizes are possible.
 
-Only arithmetic on the numbers of a config.json; nothing is loaded.
+Only arithmetic on the numbers in a config.json; nothing is loaded.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,10 @@ CACHE_BITS = {"bf16": 16.0, "8-bit": 8.5, "4-bit": 4.5}
 
 @dataclass(frozen=True)
 class GqaGeometry:
-    """Attention of the source. MHA is num_key_value_heads = num_attention_heads, MQA is 1."""
+    """Sizes of the source's attention, in the words of its config.json.
+
+    num_key_value_heads is num_attention_heads for multi-head attention (MHA), and 1 for multi-query attention (MQA).
+    """
 
     num_hidden_layers: int
     hidden_size: int
@@ -29,18 +32,22 @@ class GqaGeometry:
 
     @property
     def kind(self) -> str:
+        """ "GQA", "MHA" or "MQA"."""
         if self.num_key_value_heads == 1:
             return "MQA"
         return "MHA" if self.num_key_value_heads == self.num_attention_heads else "GQA"
 
     def cache_values(self, num_key_value_heads: int | None = None) -> int:
-        """Cached values per token and layer, keys and values together."""
+        """Values in the cache per token and layer, keys and values together.
+
+        num_key_value_heads: count for this many key/value heads instead of the source's
+        """
         return 2 * (num_key_value_heads or self.num_key_value_heads) * self.head_dim
 
 
 @dataclass(frozen=True)
 class MlaGeometry:
-    """Attention of the target, in the words of a deepseek_v3 config."""
+    """Sizes of the converted model's attention, in the words of a deepseek_v3 config."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -52,17 +59,17 @@ class MlaGeometry:
     q_lora_rank: int | None = None
 
     def cache_values(self) -> int:
-        """Cached values per token and layer: the latent and one rotary key."""
+        """Values in the cache per token and layer: the latent and one rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def expanded_values(self) -> int:
-        """Unrotated keys and values of all heads of one token."""
+        """Unrotated keys and values of all heads for one token."""
         return self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
 
     @property
     def attention_weights(self) -> int:
-        """Weights of one attention block."""
+        """Number of weights in one attention block."""
         queries = self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
         inner = self.q_lora_rank or queries
         rows = inner + self.cache_values() + self.num_attention_heads * self.v_head_dim
@@ -71,7 +78,12 @@ class MlaGeometry:
 
 
 def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
-    """The source geometry from a parsed config.json; raises `UnsupportedError` on sizes that cannot be."""
+    """The geometry of the source, from a parsed config.json.
+
+    where: path of that file, for error messages
+
+    Raises `UnsupportedError` if sizes are missing or impossible.
+    """
     try:
         num_heads = int(config["num_attention_heads"])
         geometry = GqaGeometry(
@@ -85,7 +97,7 @@ def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
             raise ValueError("vocab_size, intermediate_size and rms_norm_eps must be positive")
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedError(
-            "the config does not describe an attention model",
+            "the config lacks sizes of the attention, or they are invalid",
             where=where,
             why=f"{type(error).__name__}: {error}",
             remedy="check that config.json is complete and belongs to the checkpoint",
@@ -95,18 +107,17 @@ def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
             "the config describes an impossible attention geometry",
             where=where,
             why=f"{num_heads} query heads, {geometry.num_key_value_heads} key/value heads of {geometry.head_dim}",
-            remedy="query heads must be a multiple of key/value heads, and head_dim even",
+            remedy="correct config.json: query heads are a multiple of key/value heads, and head_dim is even",
         )
     return geometry
 
 
 def default_sizes(source: GqaGeometry) -> tuple[int, int]:
-    """(kv_lora_rank, qk_rope_head_dim) when the user gives none: the largest engine-friendly pair that
-    saves at least half of the cache.
+    """The default kv_lora_rank and qk_rope_head_dim: the largest convenient sizes that halve the cache.
 
-    A pair with GPU kernels (512+64, 256+64) if one fits and the rotary key is not wider than a head.
-    Otherwise half a head of rotary (at most 64), and the largest multiple of 32 (below 32 values: of 4)
-    that still fits into half of the source's cache.
+    This is a pair with GPU kernels (512+64 or 256+64) if one fits into half of the source's cache and its rotary key is
+    not wider than a head. Otherwise the rotary key is half as wide as a head (at most 64), and the latent is the
+    largest multiple of 32 (or of 4, if there is no room for 32) that fits into half of the cache beside it.
     """
     half = source.cache_values() // 2
     for rank, rope in GPU_KERNELS:
@@ -119,13 +130,16 @@ def default_sizes(source: GqaGeometry) -> tuple[int, int]:
 
 
 def latent_candidates(source: GqaGeometry, rope: int | None) -> tuple[int, ...]:
-    """Values of kv_lora_rank among which `--latent auto` chooses: about twenty, ascending, smaller than the cache."""
+    """The values of kv_lora_rank that `--latent auto` chooses from: about twenty, ascending.
+
+    rope: qk_rope_head_dim; None takes the default. Latent and rotary key together are smaller than the source's cache.
+    """
     rope = default_sizes(source)[1] if rope is None else rope
-    most = min(source.cache_values() - rope - 1, source.hidden_size)
+    largest = min(source.cache_values() - rope - 1, source.hidden_size)
     step = max(1, source.cache_values() // 24)
     if step >= 16:
         step = step // 16 * 16
-    return tuple(range(step, most + 1, step)) or (max(1, most),)
+    return tuple(range(step, largest + 1, step)) or (max(1, largest),)
 
 
 def mla_geometry(
@@ -134,12 +148,13 @@ def mla_geometry(
     rope: int | None,
     q_latent: int | None = None,
 ) -> MlaGeometry:
-    """The target geometry, or a `GeometryError` that names the nearest possible size.
+    """The geometry of the converted model.
 
-    latent: kv_lora_rank, 1 .. min(2 * num_key_value_heads * head_dim, hidden_size)
-    rope:   qk_rope_head_dim, even, 2 .. head_dim
+    latent:   kv_lora_rank, 1 .. min(2 * num_key_value_heads * head_dim, hidden_size); None takes the default
+    rope:     qk_rope_head_dim, even, 2 .. head_dim; None takes the default
     q_latent: q_lora_rank, 1 .. hidden_size; None: queries without a latent
-    The first two may be None: `default_sizes`.
+
+    Raises `GeometryError` for an impossible size; its remedy names the nearest possible one.
     """
     if latent is None or rope is None:
         latent, rope = _complete(source, latent, rope)
@@ -155,13 +170,13 @@ def mla_geometry(
         nearest = min(max(2, rope - rope % 2), source.head_dim)
         raise _impossible(
             f"qk_rope_head_dim {rope} is impossible",
-            f"rotary dimensions come in pairs, and the source turns {source.head_dim // 2} pairs per head",
+            f"rotary dimensions come in pairs, and the source rotates {source.head_dim // 2} pairs per head",
             f"--rope {nearest}",
         )
     if q_latent is not None and not 1 <= q_latent <= source.hidden_size:
         raise _impossible(
             f"q_lora_rank {q_latent} is impossible",
-            f"queries are made of hidden_size = {source.hidden_size} values",
+            f"queries are computed from hidden_size = {source.hidden_size} values",
             f"--q-latent {min(max(q_latent, 1), source.hidden_size)}",
             "--q-latent",
         )
@@ -178,13 +193,14 @@ def mla_geometry(
 
 
 def _complete(source: GqaGeometry, latent: int | None, rope: int | None) -> tuple[int, int]:
+    """Latent and rotary size, with defaults for those that are None."""
     default_latent, default_rope = default_sizes(source)
     if rope is None:
         return (default_latent if latent is None else latent), default_rope
-    # the user chose the rotary size: what it takes comes out of (or returns to) the latent
+    # the user chose the rotary size, so the latent grows or shrinks to keep the size of the cache
     room = min(default_latent + default_rope - rope, source.cache_values(), source.hidden_size)
     return max(1, room), rope
 
 
 def _impossible(what: str, why: str, nearest: str, where: str = "--latent / --rope") -> GeometryError:
-    return GeometryError(what, where=where, why=why, remedy=f"the nearest possible size is {nearest}")
+    return GeometryError(what, where=where, why=why, remedy=f"use the nearest possible size: {nearest}")

@@ -1,4 +1,7 @@
-"""`accelerate launch -m transmla.heal ...` is `transmla heal ...` in several processes. The call is `transmla.heal`."""
+"""`accelerate launch -m transmla.heal ...` runs `transmla heal ...` in several processes.
+
+The Python call is `transmla.heal`.
+"""
 
 from transmla.cli import main
 

@@ -1,6 +1,6 @@
-"""Several processes on one conversion: calibration windows are dealt out, sums are reduced, one process writes.
+"""Several processes that work on one conversion: each takes some of the windows, and process 0 writes the result.
 
-Started by `accelerate launch -m transmla convert ...` or torchrun; a process that was started alone is all there is.
+They are started by `accelerate launch -m transmla convert ...` or torchrun. Without a launcher there is one process.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ from torch import Tensor
 from transmla.devices import usable
 from transmla.errors import TransmlaError
 
-# the others wait while process 0 samples text, or writes and verifies a large model
+# how long processes wait for each other; process 0 may sample text, or write and verify a large model, in the meantime
 PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """rank: of this process, 0 .. size - 1. Process 0 writes and speaks."""
+    """The processes of a run, as seen from one of them.
+
+    rank: number of this process, 0 .. size - 1; process 0 writes files and reports progress
+    size: number of processes
+    """
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def current(cls, device: str) -> Processes:
-        """What the launcher's environment says; joins the process group (gloo for the CPU) if there are several."""
+        """The processes that the launcher has started, according to the environment variables that it sets.
+
+        device: "cpu" or a GPU. If there are several processes, this joins their process group (gloo for the CPU).
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         from accelerate import PartialState
@@ -40,52 +47,59 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Whether this is process 0."""
         return self.rank == 0
 
-    def device(self, wanted: str) -> torch.device:
-        """The device of this process, of several on GPUs each takes the next one; `TransmlaError` if it cannot be
-        used for the conversion, which needs float64, or if all would take the same one."""
-        if wanted.startswith("cuda:") and self.size > 1:
+    def device(self, name: str) -> torch.device:
+        """The device of this process. Of several processes on GPUs, each takes another GPU.
+
+        name: "cpu", "cuda" or, with one process, "cuda:1" and the like
+
+        Raises `TransmlaError` if the device cannot be used, or does not support float64, which the conversion needs,
+        or if all processes would take the same GPU.
+        """
+        if name.startswith("cuda:") and self.size > 1:
             raise TransmlaError(
-                "one GPU cannot take several processes",
-                where=f"--device {wanted}",
-                why=f"the launcher has started {self.size}, and each needs a GPU of its own",
-                remedy="use --device cuda, which deals them out; CUDA_VISIBLE_DEVICES says which ones",
+                "several processes cannot share one GPU",
+                where=f"--device {name}",
+                why=f"the launcher has started {self.size} processes, and each needs a GPU of its own",
+                remedy="use --device cuda, which assigns a GPU to each process; CUDA_VISIBLE_DEVICES selects the GPUs",
             )
-        if wanted == "cuda" and self.size > 1:
-            wanted = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
-        return usable(wanted, torch.float64)
+        if name == "cuda" and self.size > 1:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
+        return usable(name, torch.float64)
 
     def mine(self, num_windows: int) -> list[int]:
-        """Indices of the windows that this process holds: every size-th."""
+        """Indices of the windows that this process works on: rank, rank + size, ..."""
         return list(range(self.rank, num_windows, self.size))
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Add up each tensor over all processes, in place."""
+        """Sum each tensor over all processes, in place; all processes have to call this with the same shapes."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
     def gather(self, values: dict[int, Any]) -> dict[int, Any]:
-        """The union of what all processes hold, by key, sorted."""
-        found: list[Any] = [values]
+        """The union of the dicts of all processes, sorted by key."""
+        parts: list[Any] = [values]
         if self.size > 1:
-            found = [None] * self.size
-            torch.distributed.all_gather_object(found, values)
-        return dict(sorted((key, value) for part in found for key, value in part.items()))
+            parts = [None] * self.size
+            torch.distributed.all_gather_object(parts, values)
+        return dict(sorted((key, value) for part in parts for key, value in part.items()))
 
     def from_first(self, value: Any) -> Any:
-        """What process 0 holds, in all of them (any object that pickles between processes of one program)."""
+        """The value that process 0 has passed, in every process; any object that can be pickled."""
         if self.size > 1:
-            held = [value]
-            torch.distributed.broadcast_object_list(held, src=0)
-            value = held[0]
+            broadcast = [value]
+            torch.distributed.broadcast_object_list(broadcast, src=0)
+            value = broadcast[0]
         return value
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             torch.distributed.barrier()
 
 
+# a run without a launcher
 ALONE = Processes()

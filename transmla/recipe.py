@@ -1,13 +1,10 @@
 """Recipes: what to convert and how, as TOML. Unknown keys are errors that name the nearest known key."""
 
-import difflib
-import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
-from transmla.errors import RecipeError
+from transmla.settings import bad_value, installed, read_toml, replaced
 
 REFINE_LEVELS = ("off", "fast", "full")
 # calibration text and tokens of each level, where the recipe does not say: what takes many steps needs much text that
@@ -19,9 +16,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRAINED = ("attention", "all")
 PRECISIONS = ("bfloat16", "float32")
 
-_WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-# of keys that take words, the words
-_WORDS_ALLOWED = {
+# the words that a key takes, where it does not take every string
+_WORDS = {
     "theta": ("auto",), "latent": ("auto",), "refine": REFINE_LEVELS, "dtype": DTYPES, "train": TRAINED,
     "precision": PRECISIONS,
 }  # fmt: skip
@@ -116,25 +112,10 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file; `RecipeError` if it cannot be read or says something unknown."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            "the recipe cannot be read",
-            where=str(path),
-            why=error.strerror or str(error),
-            remedy=f"give the path of a .toml file, or one of: {', '.join(list_recipes()) or '(none)'}",
-        ) from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
-        raise RecipeError(
-            "the recipe is not valid TOML",
-            where=str(path),
-            why=str(error),
-            remedy="correct the file; strings need quotes, one `key = value` a line",
-        ) from error
+    values = read_toml(path, "recipe", list_recipes())
     healing = values.pop("heal", {})
     if not isinstance(healing, dict):
-        raise _bad_value("heal", healing, str(path), "heal is a table: [heal]")
+        raise bad_value("heal", healing, kind="recipe", where=str(path), why="heal is a table: [heal]")
     return replace(_checked(Recipe(), values, str(path)), heal=_checked(Healing(), healing, f"{path}, [heal]"))
 
 
@@ -144,69 +125,26 @@ def find_recipe(name: str) -> Path | None:
 
 
 def list_recipes() -> list[str]:
-    return sorted(_installed())
+    """Names of the installed recipes."""
+    return list(_installed())
 
 
 def _installed() -> dict[str, Path]:
-    try:
-        folders = [resources.files("transmla.recipes")]
-    except ModuleNotFoundError:
-        folders = [Path(__file__).parent.parent / "recipes"]  # a source checkout that is not installed
-    return {
-        Path(entry.name).stem: Path(str(entry))
-        for folder in folders
-        if folder.is_dir()
-        for entry in folder.iterdir()
-        if entry.name.endswith(".toml")
-    }
+    return installed("transmla.recipes", checkout="recipes")
 
 
-def _checked(recipe: Settings, values: dict[str, Any], where: str) -> Settings:
-    known = [field.name for field in fields(recipe) if field.name != "heal"]
-    hints = get_type_hints(type(recipe))
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            raise RecipeError(
-                f"unknown recipe key {key!r}",
-                where=where,
-                why="a misspelt key would silently leave a default in place",
-                remedy=(f"did you mean {near[0]!r}? " if near else "") + f"known keys: {', '.join(known)}",
-            )
-        values[key] = _typed(key, value, hints[key], where)
-    return replace(recipe, **values)
+def _checked(settings: Settings, values: dict[str, Any], where: str) -> Settings:
+    return replaced(settings, values, kind="recipe", where=where, words=_WORDS, objection=_objection)
 
 
-def _typed(key: str, value: Any, hint: Any, where: str) -> Any:
-    allowed = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    if type(value) is int and float in allowed:  # `type is`, because True is an int
-        value = float(value)
-    if type(value) not in allowed:
-        given = "a boolean" if type(value) is bool else _WORDS.get(type(value), f"a {type(value).__name__}")
-        wanted = " or ".join(_WORDS[kind] for kind in allowed)
-        raise _bad_value(key, value, where, f"{key} is {wanted}, not {given}")
-    if isinstance(value, str) and key in _WORDS_ALLOWED and value not in _WORDS_ALLOWED[key]:
-        words = ", ".join(_WORDS_ALLOWED[key])
-        kinds = [_WORDS[kind] for kind in allowed if kind is not str]
-        raise _bad_value(
-            key, value, where, f'{key} is {kinds[0]} or "{words}"' if kinds else f"{key} is one of {words}"
-        )
+def _objection(key: str, value: Any) -> str | None:
     # latent and rope are judged by geometry.py, which can name the nearest possible size
     if key in _POSITIVE and not isinstance(value, str) and not 0 < value < float("inf"):
-        raise _bad_value(key, value, where, f"{key} must be positive")
+        return f"{key} must be positive"
     if key in _LEAST and value < _LEAST[key]:
-        raise _bad_value(key, value, where, f"{key} is at least {_LEAST[key]}")
+        return f"{key} must be at least {_LEAST[key]}"
     if key in _NOT_NEGATIVE and not 0 <= value < float("inf"):
-        raise _bad_value(key, value, where, f"{key} cannot be negative")
+        return f"{key} cannot be negative"
     if key in _SHARES and not 0 <= value <= 1:
-        raise _bad_value(key, value, where, f"{key} is a share, 0 to 1")
-    return value
-
-
-def _bad_value(key: str, value: Any, where: str, why: str) -> RecipeError:
-    return RecipeError(
-        f"recipe key {key!r} cannot be {value!r}",
-        where=where,
-        why=why,
-        remedy=f"change the value of {key}, or leave the key out to get the default",
-    )
+        return f"{key} is a share, from 0 to 1"
+    return None

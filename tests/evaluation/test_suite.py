@@ -30,12 +30,12 @@ def test_a_file_and_options(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         ("window = 3", "did you mean 'windows'"),
-        ('windows = "3"', "it has to be a int"),
+        ('windows = "3"', "windows is an integer, not a string"),
         ("quantised = [5]", "bits are 2, 3, 4 or 8"),
         ("[gates]\nspeed = 1.0", "gates are perplexity, tasks, needles"),
-        ("[gates]\ntasks = 95", "a share like 0.95"),
-        ("windows = 0", "one window at least"),
-        ("texts = []", "one text"),
+        ("[gates]\ntasks = 95", "share of the source, like 0.95"),
+        ("windows = 0", "at least one window"),
+        ("texts = []", "at least one text"),
         ("windows = ", "not valid TOML"),
     ],
 )

@@ -85,8 +85,8 @@ def test_unsupported_attention_is_refused(folder: Path) -> None:
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
         load(tmp_path / "nowhere")
-    assert "there is no such folder" in str(caught.value)
-    with pytest.raises(SourceError, match="there is no such file"):
+    assert "the folder does not exist" in str(caught.value)
+    with pytest.raises(SourceError, match="the file does not exist"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(SourceError, match="cannot be read"):

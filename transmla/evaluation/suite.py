@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transmla.errors import RecipeError
+from transmla.settings import installed, read_toml, replaced
+
+GATES = ("perplexity", "tasks", "needles")
 
 
 @dataclass(frozen=True)
@@ -49,64 +48,35 @@ class Suite:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-GATES = ("perplexity", "tasks", "needles")
-
-
 def load_suite(name: str) -> Suite:
-    """The suite of an installed name or of a TOML file; `RecipeError` if there is none or it says something unknown."""
+    """The suite of that installed name or in that TOML file; `RecipeError` if it cannot be read or used."""
     path = _installed().get(name, Path(name))
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"no suite {name!r}",
-            where=name,
-            why=error.strerror or str(error),
-            remedy=f"give a .toml file, or one of: {', '.join(list_suites())}",
-        ) from error
-    except ValueError as error:
-        raise RecipeError(
-            "the suite is not valid TOML", where=str(path), why=str(error), remedy="correct it"
-        ) from error
-    return _checked(Suite(), values, str(path))
+    return _checked(Suite(), read_toml(path, "suite", list_suites()), str(path))
 
 
 def list_suites() -> list[str]:
     """Names of the installed suites."""
-    return sorted(_installed())
+    return list(_installed())
 
 
 def _installed() -> dict[str, Path]:
-    try:
-        folder = Path(str(resources.files("transmla.suites")))
-    except ModuleNotFoundError:
-        folder = Path(__file__).parents[2] / "eval" / "suites"  # a source checkout that is not installed
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return installed("transmla.suites", checkout="eval/suites")
 
 
 def _checked(suite: Suite, values: dict[str, Any], where: str) -> Suite:
-    defaults = Suite()
-    known = [entry.name for entry in fields(Suite)]
-    made: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            remedy = (f"did you mean {near[0]!r}? " if near else "") + f"known keys: {', '.join(known)}"
-            raise RecipeError(f"unknown suite key {key!r}", where=where, why="nobody would read it", remedy=remedy)
-        default = getattr(defaults, key)
-        value = tuple(value) if isinstance(value, list) else value
-        if type(value) is not type(default):
-            raise _bad(key, value, where, f"it has to be a {type(default).__name__}")
-        made[key] = value
-    for gate, share in made.get("gates", {}).items():
-        if gate not in GATES or not isinstance(share, int | float) or not 0 < share <= 2:
-            raise _bad(f"gates.{gate}", share, where, f"gates are {', '.join(GATES)}, each a share like 0.95")
-    if any(bits not in (2, 3, 4, 8) for bits in made.get("quantised", ())):
-        raise _bad("quantised", made["quantised"], where, "bits are 2, 3, 4 or 8")
-    if made.get("windows", 1) < 1 or not made.get("texts", ("",)):
-        raise _bad("windows, texts", "nothing", where, "perplexity needs one text and one window at least")
-    return replace(suite, **made)
+    return replaced(suite, values, kind="suite", where=where, objection=_objection)
 
 
-def _bad(key: str, value: Any, where: str, why: str) -> RecipeError:
-    return RecipeError(f"suite key {key!r} cannot be {value!r}", where=where, why=why, remedy=f"change {key}")
+def _objection(key: str, value: Any) -> str | None:
+    if key == "gates":
+        if unknown := [name for name in value if name not in GATES]:
+            return f"there is no gate {unknown[0]!r}; gates are {', '.join(GATES)}"
+        if not all(0 < share <= 2 for share in value.values()):
+            return "a gate is a share of the source, like 0.95"
+    if key == "quantised" and any(bits not in (2, 3, 4, 8) for bits in value):
+        return "bits are 2, 3, 4 or 8"
+    if key == "windows" and value < 1:
+        return "perplexity needs at least one window"
+    if key == "texts" and not value:
+        return "perplexity needs at least one text"
+    return None

@@ -1,1 +1,1 @@
-"""Models: the source's layers, loading, generation, and the class that ships inside converted folders."""
+"""Models: layers of the source, loading, generation, and the class that is copied into converted folders."""

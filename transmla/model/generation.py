@@ -1,4 +1,4 @@
-"""`transmla generate`: stream text from a converted model or a source, so that a person can try it at once."""
+"""`transmla generate`: stream text from a converted model or a source."""
 
 from __future__ import annotations
 
@@ -26,11 +26,19 @@ def generate(
     dtype: str = "auto",
     device: str = "cpu",
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece, as it is made.
+    """The continuation of `prompt`, piece by piece while it is generated.
 
-    model:       converted folder, or anything that `transmla.convert` takes as a source
-    temperature: 0 takes the most likely token;  top_p: nucleus to sample from;  seed: of the sampling
-    chat:        put the prompt through the model's chat template as a user's message
+    model:          converted folder, or anything that `transmla.convert` accepts as a source
+    max_new_tokens: longest continuation, in tokens
+    temperature:    0 always takes the most likely token
+    top_p:          probability mass to sample from
+    seed:           seed of the sampling
+    chat:           treat the prompt as a user's message and put it into the model's chat template
+    dtype:          a torch dtype or its name; "auto" keeps the dtype of the weights
+    device:         where the model is run
+
+    Raises `SourceError` if the model is not found, `UnsupportedError` if it cannot be loaded, and `TransmlaError` if
+    the device is not available, generation fails, or `chat` is set and the model has no chat template.
     """
     from transformers import TextIteratorStreamer
 
@@ -78,8 +86,8 @@ def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:
         raise TransmlaError(
             "the model has no chat template",
             where="--chat",
-            why="its tokenizer does not say how messages are written",
-            remedy="leave --chat out and write the prompt as plain text",
+            why="its tokenizer does not define how a message is formatted",
+            remedy="leave out --chat and write the prompt as plain text",
         )
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -1,4 +1,7 @@
-"""Load models: a converted folder with the packaged class, a source with its own. Code in a folder is never run."""
+"""Load models: converted folders with the class of this package, sources with their own class.
+
+Code that lies in a folder is never run.
+"""
 
 import json
 from pathlib import Path
@@ -16,17 +19,20 @@ from transmla.errors import SourceError, UnsupportedError
 from transmla.model.modeling_transmla import DeepseekV3ForCausalLM, UnfoldedConfig, UnfoldedForCausalLM
 from transmla.recipe import Recipe, find_recipe, load_recipe
 
-# wherever this package is imported, Auto classes know the unfolded form without code from its folder
+# lets the Auto classes of transformers load the unfolded form without running code from its folder
 AutoConfig.register(UnfoldedConfig.model_type, UnfoldedConfig, exist_ok=True)
 AutoModelForCausalLM.register(UnfoldedConfig, UnfoldedForCausalLM, exist_ok=True)
 
 
 def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwargs: Any) -> DeepseekV3ForCausalLM:
-    """The converted model in `model`, ready for inference.
+    """The converted model in the folder `model`, in evaluation mode.
 
-    dtype:  a torch dtype or its name; "auto" keeps what the folder holds
-    device: where the model goes; with `device_map` among `kwargs` that decides instead
-    kwargs: passed on to `from_pretrained`; attn_implementation is "sdpa" unless given
+    dtype:  a torch dtype or its name; "auto" keeps the dtype of the weights
+    device: where the model is put; ignored if `kwargs` has a `device_map`
+    kwargs: passed on to `from_pretrained`; attn_implementation is "sdpa" by default
+
+    Raises `SourceError` if the folder does not exist or its config cannot be read, `UnsupportedError` if it is not a
+    converted model, and `TransmlaError` if the device is not available.
     """
     folder = Path(model)
     if "device_map" not in kwargs:
@@ -43,7 +49,10 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
 
 
 def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
-    """The source model itself, as transformers loads it; GGUF files are dequantised, with their rotary scaling."""
+    """The source model as transformers loads it, in evaluation mode.
+
+    GGUF files are dequantised, and the rotary scaling that they store is applied.
+    """
     device = usable(device)
     if source.format != "gguf":
         model = AutoModelForCausalLM.from_pretrained(str(source.path), dtype=dtype, local_files_only=True)
@@ -51,14 +60,17 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
     model = AutoModelForCausalLM.from_pretrained(
         str(source.path.parent), gguf_file=source.path.name, dtype=dtype, local_files_only=True
     )
-    if source.rope_frequency_factors is not None:  # transformers leaves these out
+    if source.rope_frequency_factors is not None:  # transformers ignores these
         inv_freq = model.model.rotary_emb.inv_freq
         inv_freq /= torch.tensor(source.rope_frequency_factors)
     return model.to(device).eval()
 
 
 def load_any(name: str | Path, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
-    """A converted folder through `load`, anything else as a source: folder, .gguf, hub id, recipe or embedded name."""
+    """The converted model or source called `name`, in evaluation mode.
+
+    name: a converted folder, or a source: folder, .gguf file, hub id, recipe or embedded model
+    """
     if is_converted(Path(name)):
         return load(name, dtype=dtype, device=device)
     return load_source(open_model(str(name)), dtype=dtype, device=device)
@@ -70,19 +82,22 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def open_model(name: str) -> Source:
-    """Resolve a path, recipe, embedded name or hub id, and open it."""
+    """The opened checkpoint of the source called `name`: a folder, .gguf file, recipe, embedded model or hub id.
+
+    Raises `SourceError` if it is not found or cannot be read, and `RecipeError` if the recipe is invalid.
+    """
     recipe = None if Path(name).exists() else find_recipe(name)
-    found = load_recipe(recipe) if recipe is not None else Recipe(source=name)
-    return open_source(resolve(found.source or name, found.revision).path)
+    settings = load_recipe(recipe) if recipe is not None else Recipe(source=name)
+    return open_source(resolve(settings.source or name, settings.revision).path)
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether `transmla convert` wrote this folder."""
+    """Whether `transmla convert` has written this folder, judged by its provenance file."""
     return (folder / FILE_NAME).is_file()
 
 
 def _checked_type(folder: Path) -> str:
-    """model_type of a converted folder, folded or not."""
+    """The model_type of a converted folder; raises `SourceError` or `UnsupportedError` if it is not one."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -90,8 +105,8 @@ def _checked_type(folder: Path) -> str:
         raise SourceError(
             "the converted model was not found",
             where=str(path),
-            why="there is no such file" if folder.is_dir() else "there is no such folder",
-            remedy="give the folder that `transmla convert` wrote",
+            why="the file does not exist" if folder.is_dir() else "the folder does not exist",
+            remedy="pass a folder that `transmla convert` has written",
         ) from error
     except (OSError, ValueError) as error:
         raise SourceError(
@@ -101,13 +116,13 @@ def _checked_type(folder: Path) -> str:
             remedy="convert again, or restore the file",
         ) from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    known = model_type in ("deepseek_v3", UnfoldedConfig.model_type)
-    if not known or not config.get("kv_lora_rank"):
-        fact = "it has no kv_lora_rank" if known else f"model_type is {model_type!r}"
+    is_known = model_type in ("deepseek_v3", UnfoldedConfig.model_type)
+    if not is_known or not config.get("kv_lora_rank"):
+        fact = "it has no kv_lora_rank" if is_known else f"model_type is {model_type!r}"
         raise UnsupportedError(
             "this is not a converted model",
             where=str(path),
-            why=f"{fact}; a converted model is a deepseek_v3 with a kv_lora_rank",
+            why=f"{fact}; a converted model has model_type 'deepseek_v3' and a kv_lora_rank",
             remedy="convert it first: transmla convert SRC OUT",
         )
     return str(model_type)

@@ -1,8 +1,8 @@
-"""Multi-head latent attention that keeps the latent in the cache and attends in latent space.
+"""Multi-head latent attention that caches the latent and attends in latent space.
 
-One self-contained file: it travels inside each converted folder and is named in config.json's `auto_map`.
-Parameters, their names and the function are those of transformers' deepseek_v3; what differs is the cache
-(`kv_lora_rank + qk_rope_head_dim` values per token in one tensor, nothing expanded) and the decoding speed.
+This file is self-contained: it is copied into each converted folder and named in the `auto_map` of its config.json.
+Parameters, their names and the results are those of transformers' deepseek_v3. What differs is the cache
+(`kv_lora_rank + qk_rope_head_dim` values per token in one tensor, nothing expanded) and the speed of decoding.
 
 Shape legend: B batch, T query tokens, S cached tokens, D hidden_size, H num_attention_heads, r kv_lora_rank,
 e qk_rope_head_dim, n qk_nope_head_dim, v v_head_dim.
@@ -25,20 +25,21 @@ Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class FoldedRMSNorm(nn.Module):
-    """RMSNorm of a latent so small that only epsilon is left under the root: times weight / sqrt(eps).
+    """RMSNorm of a latent so small that epsilon dominates: multiplies by weight / sqrt(eps).
 
-    No subclass of the stock norm, which kernel libraries find by its class and replace.
+    Not a subclass of the stock norm, because kernel libraries replace modules of that class.
     """
 
     weight: nn.Parameter
     variance_epsilon: float
 
     def forward(self, latent_BTr: torch.Tensor) -> torch.Tensor:
+        """The scaled latent [B, T, r], in the dtype of the input; warns if it is called for training."""
         if self.training and torch.is_grad_enabled():
             logger.warning_once(
-                "This checkpoint has its latent norm folded (latent_norm_folded in config.json), a form for "
-                "inference: the latent rows of kv_a_proj_with_mqa are about 1e-6 and an optimizer step "
-                "destroys them. Train the unfolded form (transmla unfold) and fold it again afterwards."
+                "This checkpoint is for inference only: its latent norm is folded (latent_norm_folded in config.json), "
+                "so the latent rows of kv_a_proj_with_mqa are about 1e-6, and an optimizer step destroys them. Train "
+                "the unfolded form (transmla unfold), and fold it again afterwards (transmla fold)."
             )
         # weight / sqrt(eps) overflows float16
         wide = torch.promote_types(latent_BTr.dtype, torch.float32)
@@ -48,18 +49,22 @@ class FoldedRMSNorm(nn.Module):
 
 
 class LatentGain(nn.Module):
-    """The latent times a weight per channel: the norm of an unfolded checkpoint, whose latent has an ordinary size."""
+    """What an unfolded checkpoint has in place of the latent norm: multiplies each channel by a weight."""
 
     weight: nn.Parameter
 
     def forward(self, latent_BTr: torch.Tensor) -> torch.Tensor:
+        """The scaled latent [B, T, r]."""
         return latent_BTr * self.weight
 
 
 class LatentAttention(stock.DeepseekV3Attention):
-    """Stock parameters, latent cache, and two routes to the same output: `decompressed` and `absorbed`."""
+    """Attention with the parameters of the stock class, and the latent in the cache.
 
-    # None where the config has, or has no, q_lora_rank
+    There are two ways to compute the same output, `decompressed` and `absorbed`; `absorbs` picks the faster one.
+    """
+
+    # with a q_lora_rank, q_proj is None; without one, the others are
     q_proj: Any
     q_a_proj: Any
     q_a_layernorm: Any
@@ -73,11 +78,18 @@ class LatentAttention(stock.DeepseekV3Attention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output of the attention block [B, T, D], and the attention weights [B, H, T, S] where they are computed.
+
+        hidden_states:       [B, T, D]
+        position_embeddings: cosine and sine of the rotary angles, [B, T, e] each
+        attention_mask:      boolean or additive [B, 1 or H, T, S], or None
+        past_key_values:     a cache; its values stay empty, since they are a part of the keys
+        """
         q_nope_BHTn, q_rot_BHTe, key_B1Tk = self.project(hidden_states, position_embeddings)
         key_B1Sk = key_B1Tk
         if past_key_values is not None:
-            # the value is a slice of the key: a zero-width tensor stands in for it in the cache
-            # static caches of older releases are told where to write, newer ones count for themselves
+            # the values are a slice of the keys, so the cache gets a tensor of zero width for them
+            # static caches of older releases need to be told where to write, newer ones count themselves
             where = {"cache_position": kwargs["cache_position"]} if "cache_position" in kwargs else None
             key_B1Sk, _ = past_key_values.update(key_B1Tk, key_B1Tk[..., :0], self.layer_idx, where)
 
@@ -89,13 +101,16 @@ class LatentAttention(stock.DeepseekV3Attention):
 
     @property
     def expanded_width(self) -> int:
-        """n + v: what kv_b_proj makes of the latent for each head."""
+        """n + v, the number of values that kv_b_proj expands the latent to for each head."""
         return self.qk_nope_head_dim + (self.v_head_dim or 0)
 
     def project(
         self, hidden_BTD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries without and with rotation, and what is cached: the latent (r), then the rotated key (e)."""
+        """Queries without rotation [B, H, T, n], rotated queries [B, H, T, e], and what is cached [B, 1, T, r + e].
+
+        The cache holds the latent (r values), followed by the rotated rotary key (e values).
+        """
         if self.q_lora_rank is None:
             q_BTq = self.q_proj(hidden_BTD)
         else:
@@ -113,7 +128,7 @@ class LatentAttention(stock.DeepseekV3Attention):
         return q_nope_BHTn, q_rot_BHTe, torch.cat((latent_BTr[:, None], k_rot_B1Te), dim=-1)
 
     def absorbs(self, q_nope_BHTn: torch.Tensor, key_B1Sk: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        """Whether the absorbed route can be taken and costs less.
+        """Whether `absorbed` is possible and costs less than `decompressed`.
 
         Multiply-adds per head and cached token:
 
@@ -130,10 +145,10 @@ class LatentAttention(stock.DeepseekV3Attention):
             return False
         if self.config._attn_implementation not in ("sdpa", "eager"):
             return False
-        # several queries and no mask: prefill of an empty static cache, which the stock interface knows
+        # several queries without a mask are the prefill of an empty static cache; the stock interface handles it
         if mask is None and num_queries > 1:
             return False
-        # adapters, quantised and offloaded layers must go through their own forward
+        # adapters, quantised and offloaded layers have to run their own forward
         linear = self.kv_b_proj
         return type(linear) is nn.Linear and linear.weight.device == key_B1Sk.device
 
@@ -144,7 +159,11 @@ class LatentAttention(stock.DeepseekV3Attention):
         key_B1Sk: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Multi-query attention in latent space: the H * T queries are rows against the one cached key."""
+        """Output of the heads [B, T, H, v] by multi-query attention in latent space, and the weights if eager.
+
+        The keys' half of kv_b_proj is applied to the queries and the values' half to the output, so that nothing is
+        expanded for cached tokens (DeepSeek-V2, 2405.04434, section 2.1.2). All H * T queries attend to one key.
+        """
         w_Hxr = self.kv_b_proj.weight.view(-1, self.expanded_width, self.kv_lora_rank)
         w_uk_Hnr, w_uv_Hvr = w_Hxr[:, : self.qk_nope_head_dim], w_Hxr[:, self.qk_nope_head_dim :]
         q_latent_BHTr = torch.einsum("bhtn,hnr->bhtr", q_nope_BHTn, w_uk_Hnr)
@@ -164,7 +183,7 @@ class LatentAttention(stock.DeepseekV3Attention):
                 q_BHTk, key_B1Sk, key_B1Sk, scale=scale, enable_gqa=True
             )[..., :rank]
         else:
-            # key as value: the fused kernels want equal widths, and they read the tensor anyway
+            # the key serves as the value: fused kernels need equal widths, and they read this tensor anyway
             attended_B1Rr = nn.functional.scaled_dot_product_attention(
                 rows_B1Rk, key_B1Sk, key_B1Sk, attn_mask=_mask_of_rows(mask, num_heads), scale=scale
             )[..., :rank]
@@ -179,7 +198,10 @@ class LatentAttention(stock.DeepseekV3Attention):
         mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keys and values of every head expanded from the latent, then the attention the config names."""
+        """Output of the heads [B, T, H, v] by the attention that the config names, and the weights if it returns them.
+
+        Keys and values of all heads are expanded from the latent first.
+        """
         batch, _, num_keys, _ = key_B1Sk.shape
         latent_BSr = key_B1Sk[:, 0, :, : self.kv_lora_rank]
         expanded_BHSx = self.kv_b_proj(latent_BSr).view(batch, num_keys, -1, self.expanded_width).transpose(1, 2)
@@ -195,7 +217,7 @@ class LatentAttention(stock.DeepseekV3Attention):
         dropout = self.attention_dropout if self.training else 0.0
         width, missing = value_BHSv.shape[-1], key_BHSq.shape[-1] - value_BHSv.shape[-1]
         if missing > 0 and self.config._attn_implementation == "sdpa" and value_BHSv.device.type == "cpu":
-            # on CPUs the fused kernel wants equal widths, and is three times as fast as what is done otherwise
+            # on CPUs the fused kernel needs equal widths; it is three times as fast as the fallback
             value_BHSv = nn.functional.pad(value_BHSv, (0, missing))
         out_BTHv, weights = attend(
             self, query_BHTq, key_BHSq, value_BHSv, mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -204,14 +226,14 @@ class LatentAttention(stock.DeepseekV3Attention):
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A boolean mask (true: attend) as one to add to scores; finite, so that a fully masked row is no NaN."""
+    """A boolean mask (true: attend) as a mask to add to scores; finite, so that fully masked rows do not become NaN."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _mask_of_rows(mask: torch.Tensor | None, num_heads: int) -> torch.Tensor | None:
-    """[B, 1 or H, T, S] to [B, 1, H * T, S]; one query shared by all heads broadcasts as it is."""
+    """A mask [B, 1 or H, T, S] as [B, 1, H * T, S]; [B, 1, 1, S] broadcasts and stays."""
     if mask is None or mask.shape[1:3] == (1, 1):
         return mask
     return mask.expand(-1, num_heads, -1, -1).flatten(1, 2)[:, None]
@@ -237,6 +259,7 @@ def _kernel(q_BHTk: torch.Tensor, key_B1Sk: torch.Tensor, mask: torch.Tensor | N
 def _products(
     rows_B1Rk: torch.Tensor, key_B1Sk: torch.Tensor, rank: int, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attended latents [B, 1, R, r] and attention weights [B, 1, R, S] of R rows of queries, with a float32 softmax."""
     scores_B1RS = rows_B1Rk @ key_B1Sk.transpose(-1, -2) * scaling
     bias = _additive(mask, scores_B1RS.dtype)
     if bias is not None:
@@ -249,13 +272,13 @@ def _products(
 class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):
     """The stock model with `LatentAttention`.
 
-    The name is the stock one on purpose: save_pretrained writes the class name to `architectures`, by which
-    vLLM, SGLang and the GGUF converter choose their implementation.
+    It has the name of the stock class on purpose: save_pretrained writes the class name to `architectures`, by which
+    vLLM, SGLang and llama.cpp's converter choose their implementation.
     """
 
-    # save_pretrained then copies this file and writes auto_map, whichever way the model was loaded
+    # makes save_pretrained copy this file and write auto_map, however the model was loaded
     _auto_class = "AutoModelForCausalLM"
-    # the absorbed route takes 4D masks only
+    # `absorbed` needs 4D masks
     _supports_flash_attn = False
     _supports_flex_attn = False
 
@@ -263,7 +286,7 @@ class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):
         super().__init__(config)
         folded = getattr(config, "latent_norm_folded", False)
         for layer in self.model.layers:
-            # changing the class keeps parameters, initialisation and meta tensors exactly as stock made them
+            # changing the class keeps the parameters of the stock class, their initialisation and meta tensors
             layer.self_attn.__class__ = LatentAttention
             if folded:
                 layer.self_attn.kv_a_layernorm.__class__ = FoldedRMSNorm
@@ -272,14 +295,14 @@ class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):
 
 
 class UnfoldedConfig(DeepseekV3Config):
-    """A config that no stock class takes for its own: it would put a real norm on the latent."""
+    """Config of the unfolded form. Stock classes refuse its model_type; they would apply a norm to the latent."""
 
     model_type = "deepseek_v3_unfolded"
     _auto_class = "AutoConfig"
 
 
 class UnfoldedForCausalLM(DeepseekV3ForCausalLM):
-    """For training: all weights of ordinary size, no norm on the latent. `transmla fold` makes the stock form of it."""
+    """The form for training: weights of ordinary size, no latent norm. `transmla fold` writes the stock form of it."""
 
     config_class = UnfoldedConfig
 

@@ -52,7 +52,7 @@ def doctor(model: str | Path) -> Diagnosis:
             "this is not a deepseek_v3 model",
             where=source.config_where,
             why=f"model_type is {config.get('model_type')!r}",
-            remedy="use `transmla plan` for a model that is not converted yet, `transmla fold` for an unfolded one",
+            remedy="use `transmla plan` for a source that is not converted yet, or fold an unfolded model first",
         )
     if config.get("latent_norm_folded"):
         source.require(expected_tensors(config))
