@@ -232,7 +232,7 @@ def test_refusals(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(UnsupportedError, match="cannot export"):
             transmla.export(converted, tmp_path / "model.gguf", **wrong)
     for unfit in ({"size": "512+64"}, {"to": "vllm", "type": "f16"}):
-        with pytest.raises(UnsupportedError, match="does not go with"):
+        with pytest.raises(UnsupportedError, match="cannot be combined with"):
             transmla.export(converted, tmp_path / "model.gguf", **unfit)
     assert [path.name for path in tmp_path.iterdir()] == ["taken.gguf"]
 

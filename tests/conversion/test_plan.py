@@ -113,7 +113,7 @@ def test_the_source_that_writes_is_in_memory(lively: MakeSource, text_file: Path
     def notes(**settings: Any) -> str:
         return "\n".join(plan(str(lively()), **settings).notes)
 
-    said = "the source is in memory as a whole"
+    said = "the whole source is in memory"
     assert said in notes(calibration="self") and said in notes(calibration=f"{text_file}:3+self")
     assert said in notes(sampled=64) and said not in notes(calibration=str(text_file))
 

@@ -109,5 +109,8 @@ def _lists(given: dict[str, Any]) -> dict[str, Any]:
     gates = {}
     for gate in given.pop("gate"):
         name, _, share = gate.partition("=")
-        gates[name] = number(share or None, "--gate", auto=False)
+        if not share:
+            why = f"{gate!r} has no share, as in {name or 'perplexity'}=0.95"
+            raise click.BadParameter(why, param_hint="--gate")
+        gates[name] = number(share, "--gate", auto=False)
     return given | {"gates": gates or None}
