@@ -1,0 +1,260 @@
+"""What each section of the report page holds: tables and pictures, or None where there is nothing to show."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transmla.evaluation.evaluate import quantised_sizes
+from transmla.evaluation.results import Result, frontier_rows, perplexity_of
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are text; a `Cell` has a class of the style sheet as well."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    css: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """label: what it shows, for those who do not see it;  svg: the drawing"""
+
+    label: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Picture] = ()
+    quotes: Sequence[dict[str, str]] = field(default=())
+
+
+def cards(results: list[Result]) -> list[dict[str, str]]:
+    """The few numbers at the top of the page, one card each."""
+    cards = []
+    for result in results:
+        model, source, compared = (result.content[key] for key in ("model", "source", "comparison"))
+        if not source:
+            continue
+        saved = model["cache_bytes_per_token"] / source["cache_bytes_per_token"] - 1
+        text, found = next(iter(compared["texts"].items()))
+        cards.append({"value": f"{saved:+.1%}", "label": f"cache of {result.name}"})
+        cards.append({"value": f"×{found['ratio']:.3f}", "label": f"perplexity on {Path(text).name}, {result.name}"})
+    return cards
+
+
+def texts(results: list[Result]) -> Section:
+    """Perplexity of every model on every text, beside the source's."""
+    rows = []
+    for result in results:
+        model, source, compared = (result.content[key] for key in ("model", "source", "comparison"))
+        for text in model["texts"]:
+            own = perplexity_of(model, text)
+            base = perplexity_of(source, text) if source and text in source["texts"] else None
+            found = (compared or {}).get("texts", {}).get(text)
+            rows.append([
+                result.name, Path(text).name,
+                f"{base.value:.3f} ± {_error(base.standard_error)}" if base else "",
+                f"{own.value:.3f} ± {_error(own.standard_error)}",
+                f"{found['ratio']:.4f} ± {_error(found['standard_error'], 4)}" if found else "",
+                f"{len(own.nats_N)} × {model['texts'][text]['length']:,}",
+            ])  # fmt: skip
+    agreed = [
+        f"{result.name} follows its source with a KL divergence of {one['kl']['value']:.4f} ± "
+        f"{_error(one['kl']['standard_error'], 4)} nats per token and the same first choice for "
+        f"{one['top1']['value']:.1%} of the tokens."
+        for result in results
+        if (one := (result.content["comparison"] or {}).get("agreement"))
+    ]
+    head = ("model", "text", "source perplexity", "perplexity", "ratio", "windows")
+    return Section("Perplexity", agreed, [Table("On the same windows as the source", head, rows)])
+
+
+def sources(results: list[Result]) -> list[str]:
+    """Names, each once."""
+    return list(dict.fromkeys(result.content["source"]["name"] for result in results if result.content["source"]))
+
+
+def caches(results: list[Result], shown: dict[str, Picture]) -> Section | None:
+    """Every cache that was measured, by bytes per token."""
+    rows = frontier_rows(results)
+    if not rows:
+        return None
+    cells = [
+        [row.name, f"{row.bytes_per_token:,.0f}", f"{row.perplexity:.3f} ± {_error(row.perplexity_error)}",
+         f"{row.ratio:.4f} ± {_error(row.ratio_error, 4)}"]
+        for row in rows
+    ]  # fmt: skip
+    sizes: dict[str, list[str]] = {}
+    several = len(sources(results)) > 1
+    for result in results:
+        source = result.content["source"]
+        if source and not source.get("quantised"):
+            for name, size in quantised_sizes(source, result.content["made"]["dtype"]).items():
+                label = f"{source['name'] if several else 'source'}, {name} (size only)"
+                sizes[label] = [label, f"{size:,.0f}", "", ""]
+    head = ("cache", "bytes per token", "perplexity", "ratio")
+    note = "Rounded caches beside it are what a user gets without converting anything."
+    return Section(
+        "Cache",
+        [note],
+        [Table("Every cache that was measured", head, [*cells, *sizes.values()])],
+        _one(shown, "frontier"),
+    )
+
+
+def tasks(results: list[Result], shown: dict[str, Picture]) -> Section | None:
+    """Scores of tasks and needles, beside the source's."""
+    rows = []
+    for result in results:
+        compared = {
+            (row["task"], row["metric"]): row for row in (result.content["comparison"] or {}).get("tasks") or []
+        }
+        base = {(row["task"], row["metric"]): row for row in (result.content["source"] or {}).get("tasks") or []}
+        for own in result.content["model"].get("tasks") or []:
+            key = (own["task"], own["metric"])
+            one = compared.get(key)
+            rows.append([
+                result.name, *key,
+                f"{base[key]['value']:.4f}" if key in base else "",
+                f"{own['value']:.4f} ± {_error(own['standard_error'], 4)}",
+                f"{one['difference']:+.4f} ± {_error(one['standard_error'], 4)}" if one else "",
+                f"{one['recovery']:.1%}" if one and one["recovery"] is not None else "",
+            ])  # fmt: skip
+    if not rows:
+        return None
+    head = ("model", "task", "metric", "source", "model", "difference", "recovery")
+    return Section("Tasks", [], [Table("One by one: an average hides losses", head, rows)], _one(shown, "recovery"))
+
+
+def positions(results: list[Result], shown: dict[str, Picture]) -> Section | None:
+    """Perplexity by position in the text."""
+    tables = []
+    for result in results:
+        model, source = (result.content[key] for key in ("model", "source"))
+        if model.get("positions"):
+            edges = model["positions"]["edges"]
+            rows = []
+            for one in filter(None, (source, model)):
+                if one.get("positions") and one["positions"]["edges"] == edges:
+                    means = (sum(column) / len(column) for column in zip(*one["positions"]["nats"], strict=True))
+                    rows.append([Path(one["name"]).name, *(f"{math.exp(mean):.2f}" for mean in means)])
+            head = ("perplexity at", *(f"{a:,}-{b:,}" for a, b in itertools.pairwise(edges)))
+            tables.append(Table(f"{result.name}, {len(model['positions']['nats'])} windows", head, rows))
+    return Section("By position", [], tables, _one(shown, "positions")) if tables else None
+
+
+def layers(shown: dict[str, Picture]) -> Section | None:
+    """What each layer's latent keeps and loses."""
+    note = (
+        "What the rank keeps of each layer's keys and values, in the metric of the scores, and what the closed form "
+        "loses of the residual stream, before refinement."
+    )
+    figures = [*_one(shown, "spectrum"), *_one(shown, "layers")]
+    return Section("By layer", [note], [], figures) if figures else None
+
+
+def speed(timings: list[Result], shown: dict[str, Picture]) -> Section | None:
+    """Prefill and decoding as `transmla bench` timed them."""
+    tables = []
+    for timing in timings:
+        setting, rates = timing.content["setting"], timing.content["rates"]
+        rows = [
+            [row["model"], str(row["batch"]), f"{row['context']:,}", f"{row['first_token_seconds']:.2f}",
+             f"{row['prefill_tokens_per_second']:,.0f}",
+             f"{row['tokens_per_second']:.1f} ({row['slowest']:.1f}-{row['fastest']:.1f})",
+             f"{row['speed_ratio']:.2f}" if row["speed_ratio"] else "", f"{row['of_floor']:.1f}"]
+            if row["tokens_per_second"] is not None
+            else [row["model"], str(row["batch"]), f"{row['context']:,}", Cell(row["failed"] or "", "text")]
+            for row in timing.content["rows"]
+        ]  # fmt: skip
+        caption = (
+            f"{setting['dtype']} on {setting['device_name']}, {setting['threads']} threads, medians of "
+            f"{setting['repeats']} alternating runs (slowest-fastest); this machine multiplies "
+            f"{rates['multiply_adds'] / 1e9:,.0f} G/s and copies {rates['bytes'] / 2**30:,.1f} GiB/s"
+        )
+        head = (
+            "model", "batch", "context", "first token, s", "prefill, tokens/s", "decoding, tokens/s",
+            "times the source", "times the roofline's floor",
+        )  # fmt: skip
+        tables.append(Table(caption, head, rows))
+    return Section("Speed", [], tables, _one(shown, "speed")) if tables else None
+
+
+def texts_written(results: list[Result]) -> Section | None:
+    """What the models write."""
+    rows, quotes = [], []
+    for result in results:
+        for one in filter(None, (result.content["source"], result.content["model"])):
+            found = one.get("smoke")
+            if not found:
+                continue
+            name = Path(one["name"]).name
+            total = len(found["continuations"])
+            rows.append([name, f"{found['num_empty']} of {total}", f"{found['repeated']:.0%}"])
+            quotes += [
+                {"title": f"{name}: {text['prompt']}", "text": text["prompt"] + text["text"]}
+                for text in found["continuations"]
+            ]
+    if not rows:
+        return None
+    head = ("greedy text of", "empty", "repeated four-token runs")
+    return Section("What it writes", [], [Table("Continuations of a few prompts", head, rows)], [], quotes)
+
+
+def gates(results: list[Result]) -> Section | None:
+    """Which gates were passed and which were missed."""
+    gates = [
+        [result.name, gate["name"], f"{gate['wanted']}", _share(gate["found"]),
+         Cell("passed", "good") if gate["passed"] else Cell("missed", "bad")]
+        for result in results for gate in result.content["gates"]
+    ]  # fmt: skip
+    left_out = [
+        f"Left out: {one['part']} of {one['model']}. {one['why']}"
+        for result in results
+        for one in result.content["skipped"]
+    ]
+    if not gates and not left_out:
+        return None
+    head = ("model", "gate", "wanted", "recovery", "")
+    return Section("Gates", left_out, [Table("Smallest recoveries that pass", head, gates)] if gates else [])
+
+
+def provenance(results: list[Result]) -> Section:
+    """What the numbers were measured with."""
+    rows = []
+    for result in results:
+        made = result.content["made"]
+        versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        if made.get("commit"):
+            versions += f", commit {made['commit']}"
+        rows.append([result.name, made["date"], made["device"], made["dtype"], Cell(versions, "text")])
+    return Section("Made with", [], [Table("", ("result", "date", "device", "dtype", "versions"), rows)])
+
+
+def _one(shown: dict[str, Picture], name: str) -> list[Picture]:
+    return [shown[name]] if name in shown else []
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _error(value: float | None, digits: int = 3) -> str:
+    return "?" if value is None or math.isnan(value) else f"{value:.{digits}f}"
