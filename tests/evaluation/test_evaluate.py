@@ -119,7 +119,7 @@ def test_the_source_is_taken_from_an_earlier_result(
     assert again.plain() == first.plain() and set(measured) == {"DeepseekV3ForCausalLM"}
     with pytest.raises(RecipeError, match="another way"):
         transmla.evaluate(converted, "stories260k", suite=suite, reuse=earlier, **settings | {"windows": 2})
-    with pytest.raises(DataError, match="no result file"):
+    with pytest.raises(DataError, match="not a result file"):
         transmla.evaluate(converted, "stories260k", suite=suite, reuse=tmp_path / "none.json", **settings)
 
 

@@ -208,7 +208,7 @@ def test_timings_alone_are_no_report(timing: Path, tmp_path: Path) -> None:
     content = json.loads(timing.read_text())
     del content["rows"][0]["failed"]
     timing.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="no result file"):
+    with pytest.raises(DataError, match="not a result file"):
         transmla.report([timing], tmp_path / "page.html")
 
 
@@ -216,7 +216,7 @@ def test_what_is_no_result(tmp_path: Path, result: Path) -> None:
     for content in ("{", "[]", '{"format": 0}'):
         path = tmp_path / "other.json"
         path.write_text(content)
-        with pytest.raises(DataError, match="no result file"):
+        with pytest.raises(DataError, match="not a result file"):
             transmla.report([result, path], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
     for content in ("{", '[{"name": "a"}]', "7", '[{"name": "a", "bytes_per_token": "b", "ratio": 1}]'):

@@ -62,7 +62,7 @@ def test_mixes(mix: str, parts: list[tuple[str, float]]) -> None:
 
 @pytest.mark.parametrize("mix", ["", "a+", "a:0", "a:-1+b", "a:inf"])
 def test_what_is_no_mix(mix: str) -> None:
-    with pytest.raises(DataError, match="no mix of texts") as caught:
+    with pytest.raises(DataError, match="not a mix of texts") as caught:
         parse_mix(mix, "--data")
     assert caught.value.where == "--data"
 

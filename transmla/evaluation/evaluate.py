@@ -118,7 +118,7 @@ def evaluate(
     windows: the first so many windows of a text;  length: tokens per window, default 1024 or the context
     tasks, include_path, limit, quantised, positions, needles, gates: see `Suite`; each overrides the suite's value
     dtype:   to compute and cache in, "auto" for the stored one;  device: where
-    kept:    file for finished parts; the same call goes on from there, and removes it at the end
+    kept:    file for finished parts; the same call resumes from there and removes it at the end
     reuse:   an earlier result file of the same source, suite, dtype and device: its source is not measured again
     Raises SourceError, DataError (the first text, unknown tasks), VerificationError (NaN), RecipeError (suite). What
     else cannot be measured is named in `skipped`. Gates are not enforced here: see `EvaluationReport.gates`.
@@ -293,8 +293,10 @@ def _task(row: dict[str, Any]) -> TaskResult:
 def _gates(
     suite: Suite, model: dict[str, Any], source: dict[str, Any] | None, skipped: Sequence[Skipped]
 ) -> tuple[Gate, ...]:
-    """Every recovery that the suite has a gate for, of a task its first metric; NaN, which is no pass, where it was not
-    measured."""
+    """Every recovery that the suite has a gate for, of a task by its first metric.
+
+    What was not measured is NaN, which does not pass.
+    """
     if source is None:
         return ()
     compared = _comparison(model, source, None)

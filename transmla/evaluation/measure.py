@@ -1,4 +1,4 @@
-"""One model, every part of a suite. Parts that are finished are kept, so that an interrupted evaluation goes on."""
+"""One model, every part of a suite. Parts that are finished are kept, so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 

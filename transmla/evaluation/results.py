@@ -156,7 +156,7 @@ def frontier_table(rows: list[FrontierRow]) -> str:
 
 def _no_result(path: Path, why: str) -> DataError:
     return DataError(
-        "this is no result file",
+        "this is not a result file",
         where=str(path),
         why=why,
         remedy="pass files that `transmla eval --json` has written, and for `transmla report` those of bench, too",

@@ -31,8 +31,10 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Recovery:
-    """A task of a model beside its source: value over value (below 1 is worse for every metric), and the difference
-    with the standard error of the paired difference over documents (NaN for what is no mean over documents)."""
+    """A task of a model beside its source: value over value (below 1 is worse for every metric), and the difference.
+
+    standard_error: of the paired difference over documents, NaN for a metric that is not a mean over documents
+    """
 
     task: str
     metric: str

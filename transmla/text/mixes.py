@@ -23,7 +23,7 @@ def parse_mix(text: str, where: str) -> tuple[Part, ...]:
     """ "A:3+B" -> parts; a weight is what stands behind the last colon, if that is a number; a dataset whose
     configuration is a number needs one: OWNER/NAME:2023:1.
 
-    where: the option that it was given to, for the `DataError` about what is no mix
+    where: the option that it was given to, for the `DataError` about what is not a mix
     """
     parts = []
     # a file may have a plus in its path
@@ -32,7 +32,7 @@ def parse_mix(text: str, where: str) -> tuple[Part, ...]:
         parts.append(Part(name, float(weight)) if colon and _is_number(weight) else Part(word))
     if any(not 0 < part.weight < float("inf") or not part.name for part in parts):
         raise DataError(
-            f"{text!r} is no mix of texts",
+            f"{text!r} is not a mix of texts",
             where=where,
             why="every part has a name and a positive weight",
             remedy="write A+B or A:3+B:1",

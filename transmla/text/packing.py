@@ -23,9 +23,9 @@ class Window:
 
 
 def pack(documents: Iterable[list[int]], length: int) -> Iterator[Window]:
-    """Windows of `length` tokens, one document behind the other; what does not fit goes on in the next window.
+    """Windows of `length` tokens, one document behind the other; what does not fit continues in the next window.
 
-    A piece that goes on starts at position 0 again, since its beginning is not there to be seen. What is left at the
+    A piece that continues starts at position 0 again, since its beginning is not there to be seen. What is left at the
     end does not fill a window and is dropped, as are documents of a single token, which predict nothing.
     """
     ids: list[int] = []

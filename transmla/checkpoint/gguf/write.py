@@ -150,7 +150,7 @@ def _encode(weight: torch.Tensor, type: GgmlType, name: str) -> np.ndarray[Any, 
 
 
 def _stored_type(shape: tuple[int, ...], wanted: GgmlType) -> GgmlType:
-    """Vectors stay float32; rows that are no multiple of a block become float16."""
+    """Vectors stay float32; rows that are not a multiple of a block become float16."""
     if len(shape) == 1:
         return GgmlType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
