@@ -49,7 +49,7 @@ def test_embedded_model(tmp_path, monkeypatch):
     ("name", "near"), [("smollm2", "smollm2-135m"), ("stories", "stories260k"), ("qqq", None), ("", None)]
 )
 def test_plain_words(name, near):
-    with pytest.raises(SourceError, match="no hub id") as error:
+    with pytest.raises(SourceError, match="or a hub id") as error:
         resolve(name)
     assert "known recipes and models: llama-3.2-1b, smollm2-135m, stories260k" in error.value.remedy
     assert (f"did you mean {near}?" in error.value.remedy) if near else ("did you mean" not in error.value.remedy)

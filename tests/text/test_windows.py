@@ -37,7 +37,7 @@ def test_shares_of_a_mix(tmp_path: Path) -> None:
         windows_of_one = int((found.ids_NT[:, 1] == ord("a")).sum())
         assert (len(found.ids_NT), windows_of_one, found.name) == (20, share, mix)
     assert calibration_tokens(f"{one}:7", Letters(), 200, 10).ids_NT.shape == (20, 10)
-    with pytest.raises(DataError, match="no mix"):
+    with pytest.raises(DataError, match="not a mix"):
         calibration_tokens(f"{one}:0+{two}", Letters(), 200, 10)
 
 

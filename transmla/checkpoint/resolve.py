@@ -45,7 +45,7 @@ def resolve(name: str, revision: str | None = None, *, headers_only: bool = Fals
     elif "/" in name:
         return _from_hub(name, revision, headers_only)
     else:
-        why = "it is neither a folder, nor a .gguf file, an embedded model or a hub id (owner/name)"
+        why = "it is not a folder, a .gguf file, an embedded model or a hub id (owner/name)"
         raise _not_found(name, why, "pass one of these, or a recipe")
     if revision is not None:
         raise _not_found(name, f"revision {revision!r} was given, but only hub ids have revisions", "leave it out")
