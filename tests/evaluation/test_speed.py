@@ -13,7 +13,7 @@ import transmla
 from transmla.checkpoint.resolve import resolve
 from transmla.cli import main
 from transmla.errors import GeometryError
-from transmla.evaluation import speed
+from transmla.evaluation import roofline, speed
 from transmla.model.loading import load_any
 
 STORIES = resolve("stories260k").path
@@ -28,8 +28,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "PRODUCT", 64)
-    monkeypatch.setattr(speed, "BLOCK", 4096)
+    monkeypatch.setattr(roofline, "PRODUCT", 64)
+    monkeypatch.setattr(roofline, "BLOCK", 4096)
 
 
 def test_rows_of_the_grid(converted: Path) -> None:
@@ -53,8 +53,10 @@ def test_rows_of_the_grid(converted: Path) -> None:
 
 
 # what limits a step: multiply-adds and bytes per second of the machine
-@pytest.mark.parametrize("rates", [speed.Rates(1e6, 1e12), speed.Rates(1e12, 1e6)], ids=["products", "memory"])
-def test_times_stand_beside_their_floor(converted: Path, monkeypatch: pytest.MonkeyPatch, rates: speed.Rates) -> None:
+@pytest.mark.parametrize("rates", [roofline.Rates(1e6, 1e12), roofline.Rates(1e12, 1e6)], ids=["products", "memory"])
+def test_times_stand_beside_their_floor(
+    converted: Path, monkeypatch: pytest.MonkeyPatch, rates: roofline.Rates
+) -> None:
     """Of a machine with known rates and steps that take known times: the first is not counted, the median is shown."""
     times = {"LlamaForCausalLM": [900.0, 2.0, 8.0, 4.0], "DeepseekV3ForCausalLM": [900.0, 1.0, 7.0, 1.6]}
     left = {name: list(values) for name, values in times.items()}
@@ -72,7 +74,7 @@ def test_times_stand_beside_their_floor(converted: Path, monkeypatch: pytest.Mon
         report.rows, ([2.0, 8.0, 4.0], [1.0, 7.0, 1.6]), (("stories260k", 1280), (str(converted), 640)), strict=True
     ):
         assert row.model == model and row.cache_bytes_per_token == cached
-        multiply_adds, moved = speed.step_cost(load_any(model, dtype=torch.float32), 3, 16, 3 * 16 * cached)
+        multiply_adds, moved = roofline.step_cost(load_any(model, dtype=torch.float32), 3, 16, 3 * 16 * cached)
         floor = multiply_adds / 1e6 if rates.bytes == 1e12 else moved / 1e6
         median = sorted(values)[1] / 2
         assert row.floor_seconds == pytest.approx(floor) and row.of_floor == pytest.approx(median / floor)
@@ -85,9 +87,9 @@ def test_times_stand_beside_their_floor(converted: Path, monkeypatch: pytest.Mon
 def test_the_machine_s_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the fastest product and copy; a copy reads and writes."""
     seconds = iter([9.0, 4.0, 5.0, 6.0, 7.0, 3.0, 2.0, 8.0, 8.0, 8.0])
-    monkeypatch.setattr(speed, "_seconds", lambda call, device: call() is None or next(seconds))
-    found = speed.machine_rates(torch.device("cpu"), torch.float32)
-    assert found == speed.Rates(64**3 / 4.0, 2 * 4096 * 4 / 2.0)
+    monkeypatch.setattr(roofline, "seconds", lambda call, device: call() is None or next(seconds))
+    found = roofline.machine_rates(torch.device("cpu"), torch.float32)
+    assert found == roofline.Rates(64**3 / 4.0, 2 * 4096 * 4 / 2.0)
 
 
 def test_cost_of_a_step_counts_every_product() -> None:
@@ -105,7 +107,7 @@ def test_cost_of_a_step_counts_every_product() -> None:
     config = model.config
     attention = config.num_hidden_layers * config.num_attention_heads * 2 * config.head_dim
     norms = sum(weight.numel() for name, weight in model.named_parameters() if "norm" in name)
-    multiply_adds, moved = speed.step_cost(model, 2, 7, 1000.0)
+    multiply_adds, moved = roofline.step_cost(model, 2, 7, 1000.0)
     assert multiply_adds == seen + 2 * (norms + 7 * attention)
     assert moved == 1000 + 4 * sum(weight.numel() for weight in model.parameters())
 

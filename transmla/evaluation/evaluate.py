@@ -13,29 +13,16 @@ from transmla.checkpoint.provenance import FILE_NAME, commit, read_provenance, v
 from transmla.devices import usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
+from transmla.evaluation.compare import Gate, comparison, judged
 from transmla.evaluation.measure import Kept, Skipped, Subject, measure, window_length, windows_of
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
-from transmla.evaluation.tasks import TaskResult, check_tasks, recoveries
+from transmla.evaluation.tasks import check_tasks
 from transmla.geometry import CACHE_BITS
 from transmla.model.loading import load_tokenizer
 from transmla.progress import Progress, silent
 from transmla.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A recovery that had to be reached: of perplexity on a text, of a task, of needles at a context."""
-
-    name: str
-    wanted: float
-    found: float
-
-    @property
-    def passed(self) -> bool:
-        """NaN does not pass."""
-        return self.found >= self.wanted
 
 
 @dataclass(frozen=True)
@@ -163,7 +150,7 @@ def evaluate(
         agreed = None
         if wanted.agreement:
             agreed = store.get(str(model), "agreement", lambda: _agreement(subject, source_predictions, wanted, tell))
-        compared = _comparison(found, source_found, agreed)
+        compared = comparison(found, source_found, agreed)
     subject.release()
     length_used = window_length(wanted, load_tokenizer(model))
     made = {
@@ -180,7 +167,7 @@ def evaluate(
         found,
         source_found,
         compared,
-        _gates(wanted, found, source_found, skipped),
+        judged(wanted, found, source_found, skipped),
         tuple(skipped),
     )
     store.drop()
@@ -267,55 +254,6 @@ def _agreement(
         name: {"value": mean.value, "standard_error": mean.standard_error}
         for name, mean in (("kl", found.kl), ("top1", found.top1))
     }
-
-
-def _comparison(
-    model: dict[str, Any], source: dict[str, Any], agreed: dict[str, dict[str, float]] | None
-) -> dict[str, Any]:
-    ratios = {}
-    for text in model["texts"]:
-        if text in source["texts"]:
-            found = ratio(perplexity_of(model, text), perplexity_of(source, text))
-            ratios[text] = {"ratio": found.value, "standard_error": found.standard_error}
-    compared: dict[str, Any] = {"texts": ratios}
-    if agreed is not None:
-        compared["agreement"] = agreed
-    if "tasks" in model and "tasks" in source:
-        own, base = ([_task(row) for row in one["tasks"]] for one in (model, source))
-        compared["tasks"] = [asdict(row) for row in recoveries(own, base)]
-    return compared
-
-
-def _task(row: dict[str, Any]) -> TaskResult:
-    return TaskResult(**row | {"values": tuple(row["values"])})
-
-
-def _gates(
-    suite: Suite, model: dict[str, Any], source: dict[str, Any] | None, skipped: Sequence[Skipped]
-) -> tuple[Gate, ...]:
-    """Every recovery that the suite has a gate for, of a task by its first metric.
-
-    What was not measured is NaN, which does not pass.
-    """
-    if source is None:
-        return ()
-    compared = _comparison(model, source, None)
-    recovered: dict[str, dict[str, float]] = {
-        "perplexity": {Path(text).name: 1 / one["ratio"] for text, one in compared["texts"].items()},
-        "tasks": {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))},
-        "needles": {},
-    }
-    for size, one in (model.get("needles") or {}).items():
-        base = (source.get("needles") or {}).get(size, {}).get("found")
-        recovered["needles"][size] = one["found"] / base if base else math.nan
-    for kind, word in (("perplexity", "text "), ("tasks", "task ")):
-        missing = {one.part.removeprefix(word) for one in skipped if one.part.startswith(word)}
-        recovered[kind] |= {Path(name).name: math.nan for name in missing}
-    return tuple(
-        Gate(f"{kind} {name}".strip(), wanted, value)
-        for kind, wanted in suite.gates.items()
-        for name, value in (recovered[kind] or {"": math.nan}).items()
-    )
 
 
 def _without_nan(value: Any) -> Any:

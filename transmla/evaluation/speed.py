@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,11 @@ from transmla.checkpoint.provenance import commit, versions
 from transmla.devices import usable
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import cache_bytes
+from transmla.evaluation.roofline import Rates, machine_rates, step_cost, wait
 from transmla.model.loading import is_converted, load, load_any
 from transmla.progress import Progress, silent
 
 PREFILL_CHUNK = 512
-# the machine's rates: sides of a square product, elements of a copied block
-PRODUCT, BLOCK = 2048, 2**26
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Of the machine, in the dtype that is computed in: multiply-adds and bytes per second."""
-
-    multiply_adds: float
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -134,41 +125,11 @@ def bench(
     return BenchReport(tuple(rows), rates, tuple(notes), setting)
 
 
-def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Best of a few square products, and of a few copies of a block that no cache holds."""
-    a, b = (torch.randn(PRODUCT, PRODUCT, device=device).to(dtype) for _ in range(2))
-    # both written before: the first touch of new memory costs more than the copy
-    block, copied = (torch.zeros(BLOCK, dtype=dtype, device=device) for _ in range(2))
-    product = min(_seconds(lambda: a @ b, device) for _ in range(5))
-    copy = min(_seconds(lambda: copied.copy_(block), device) for _ in range(5))
-    return Rates(PRODUCT**3 / product, 2 * BLOCK * block.element_size() / copy)
-
-
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether that is what an error says, on any device; also when no batch size was small enough."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return should_reduce_batch_size(error) or "No executable batch size found" in str(error)
-
-
-def step_cost(model: Any, batch: int, context: int, cached_bytes: float) -> tuple[float, float]:
-    """(multiply-adds, bytes) of one decoding step: every weight but the embedding once, the whole cache once.
-
-    Attention per head and cached token: GQA 2 d; MLA in latent space 2 r + e.
-    """
-    config = model.config
-    embedding = model.get_input_embeddings().weight
-    weights = [weight for weight in model.parameters() if weight is not embedding]
-    count = sum(weight.numel() for weight in weights)
-    if model.get_output_embeddings().weight is embedding:
-        weights, count = [*weights, embedding], count + embedding.numel()
-    if getattr(config, "kv_lora_rank", None):
-        per_head = 2 * config.kv_lora_rank + config.qk_rope_head_dim
-    else:
-        per_head = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    attention = config.num_hidden_layers * config.num_attention_heads * per_head * context
-    moved = sum(weight.numel() * weight.element_size() for weight in weights)
-    return float(batch * (count + attention)), moved + cached_bytes
 
 
 def _loaded(
@@ -206,7 +167,7 @@ def _measured(
         try:
             started = time.perf_counter()
             caches[name] = _fill(model, ids_BS[:, :context])
-            _wait(device)
+            wait(device)
             first[name] = time.perf_counter() - started
         except (MemoryError, RuntimeError) as error:
             if not ran_out_of_memory(error):
@@ -261,25 +222,12 @@ def _fill(model: Any, ids_BS: torch.Tensor) -> DynamicCache:
 
 @torch.inference_mode()
 def _decode(model: Any, cache: DynamicCache, ids_BT: torch.Tensor, device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     for token_B1 in torch.split(ids_BT, 1, dim=1):
         model(token_B1, past_key_values=cache)
-    _wait(device)
+    wait(device)
     return time.perf_counter() - started
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,75 @@
+"""Where text comes from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from transmla.errors import DataError
+from transmla.model.loading import load_tokenizer
+from transmla.recipe import find_recipe, load_recipe
+from transmla.text.mixes import needs_source
+from transmla.text.sources import read_text
+from transmla.text.windows import calibration_tokens
+
+
+def test_shipped_text() -> None:
+    text = read_text("wikitext", 500)
+    assert len(text) == 500 and " the " in text
+
+
+def test_the_stories_of_the_model_that_ships() -> None:
+    """What the README's first command calibrates on: read from a file, so the same tokens on every machine; enough of
+    them for its recipe; and none of the text that it is measured on."""
+    recipe = load_recipe(find_recipe("stories260k"))
+    assert recipe.calibration == "stories" and not needs_source(recipe.calibration, recipe.sampled)
+    assert recipe.evaluation == "tinystories-valid"
+    tokenizer = load_tokenizer("stories260k")
+    found = calibration_tokens(recipe.calibration, tokenizer, recipe.num_tokens, recipe.window)
+    assert found.ids_NT.shape == (64, 512) and found.name == "stories"
+    assert found.digest == "efef7fc577f1e7a29ce44ab0bb0b502a8814482d431e1dbec0c69d0bd74cd4de"
+    unknown = tokenizer.unk_token_id
+    assert unknown is not None and not (found.ids_NT == unknown).any()
+    text, valid = read_text("stories", 10**9), read_text("tinystories-valid", 10**9, evaluation=True)
+    assert len(text.encode()) < 2**18
+    # the beginnings of such stories are alike, but no sentence and the next one are
+    length = 32
+    theirs, ours = valid.split(), text.split()
+    pieces = {tuple(theirs[place : place + length]) for place in range(len(theirs) - length + 1)}
+    assert not any(tuple(ours[place : place + length]) in pieces for place in range(len(ours) - length + 1))
+
+
+def test_plain_file(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("größer\n" * 10, encoding="utf-8")
+    assert read_text(str(tmp_path / "a.md"), 14) == "größer\n" * 2
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_table_by_its_text_column(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".csv":
+        path.write_text("other,text\n1,one\n2,two\n3,three\n", encoding="utf-8")
+    else:
+        rows = [{"other": number, "text": text} for number, text in enumerate(("one", "two", "three"))]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert read_text(str(path), 100) == "one\n\ntwo\n\nthree"
+    if suffix == ".jsonl":  # datasets leaves a CSV file open that is not read to its end
+        assert read_text(str(path), 8) == "one\n\ntwo"
+
+
+def test_texts_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"gr\xf6sser")
+    (tmp_path / "no_column.jsonl").write_text('{"words": "one"}\n', encoding="utf-8")
+    (tmp_path / "broken.jsonl").write_text("{", encoding="utf-8")
+    cases = {
+        "nothing": "no text 'nothing'",
+        str(tmp_path): "no text",
+        str(tmp_path / "latin.txt"): "cannot read the text file",
+        str(tmp_path / "no_column.jsonl"): "cannot read the dataset",
+        str(tmp_path / "broken.jsonl"): "cannot read the dataset",
+        str(tmp_path / "absent.txt"): "cannot read the dataset",
+    }
+    for name, what in cases.items():
+        with pytest.raises(DataError, match=what) as caught:
+            read_text(name, 100)
+        assert caught.value.where == name and caught.value.exit_code == 7

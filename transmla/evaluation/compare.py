@@ -1,0 +1,82 @@
+"""A model beside its source: ratios with the errors of paired differences, recoveries, and the gates on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transmla.evaluation.measure import Skipped
+from transmla.evaluation.perplexity import ratio
+from transmla.evaluation.results import perplexity_of
+from transmla.evaluation.suite import Suite
+from transmla.evaluation.tasks import TaskResult, recoveries
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A recovery that had to be reached: of perplexity on a text, of a task, of needles at a context."""
+
+    name: str
+    wanted: float
+    found: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN does not pass."""
+        return self.found >= self.wanted
+
+
+def comparison(
+    model: dict[str, Any], source: dict[str, Any], agreed: dict[str, dict[str, float]] | None
+) -> dict[str, Any]:
+    """Ratios of the perplexities with the errors of the paired differences, and recoveries of the tasks.
+
+    model, source: what `measure` returned for them;  agreed: what was found of the agreement of their predictions
+    """
+    ratios = {}
+    for text in model["texts"]:
+        if text in source["texts"]:
+            found = ratio(perplexity_of(model, text), perplexity_of(source, text))
+            ratios[text] = {"ratio": found.value, "standard_error": found.standard_error}
+    compared: dict[str, Any] = {"texts": ratios}
+    if agreed is not None:
+        compared["agreement"] = agreed
+    if "tasks" in model and "tasks" in source:
+        own, base = ([_result_of(row) for row in one["tasks"]] for one in (model, source))
+        compared["tasks"] = [asdict(row) for row in recoveries(own, base)]
+    return compared
+
+
+def judged(
+    suite: Suite, model: dict[str, Any], source: dict[str, Any] | None, skipped: Sequence[Skipped]
+) -> tuple[Gate, ...]:
+    """Every recovery that the suite has a gate for, of a task by its first metric.
+
+    What was not measured is NaN, which does not pass.
+    """
+    if source is None:
+        return ()
+    compared = comparison(model, source, None)
+    recovered: dict[str, dict[str, float]] = {
+        "perplexity": {Path(text).name: 1 / one["ratio"] for text, one in compared["texts"].items()},
+        "tasks": {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))},
+        "needles": {},
+    }
+    for size, one in (model.get("needles") or {}).items():
+        base = (source.get("needles") or {}).get(size, {}).get("found")
+        recovered["needles"][size] = one["found"] / base if base else math.nan
+    for kind, word in (("perplexity", "text "), ("tasks", "task ")):
+        missing = {one.part.removeprefix(word) for one in skipped if one.part.startswith(word)}
+        recovered[kind] |= {Path(name).name: math.nan for name in missing}
+    return tuple(
+        Gate(f"{kind} {name}".strip(), wanted, value)
+        for kind, wanted in suite.gates.items()
+        for name, value in (recovered[kind] or {"": math.nan}).items()
+    )
+
+
+def _result_of(row: dict[str, Any]) -> TaskResult:
+    return TaskResult(**row | {"values": tuple(row["values"])})

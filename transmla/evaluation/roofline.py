@@ -1,0 +1,69 @@
+"""The floor of a decoding step: its bytes and multiply-adds over what the machine moves and multiplies.
+
+Both rates are measured, in the run that they are compared with (Williams et al., "Roofline", CACM 52/4).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# sides of a square product, elements of a copied block
+PRODUCT, BLOCK = 2048, 2**26
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of the machine, in the dtype that is computed in: multiply-adds and bytes per second."""
+
+    multiply_adds: float
+    bytes: float
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Best of a few square products, and of a few copies of a block that no cache holds."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=device).to(dtype) for _ in range(2))
+    # both written before: the first touch of new memory costs more than the copy
+    block, copied = (torch.zeros(BLOCK, dtype=dtype, device=device) for _ in range(2))
+    product = min(seconds(lambda: a @ b, device) for _ in range(5))
+    copy = min(seconds(lambda: copied.copy_(block), device) for _ in range(5))
+    return Rates(PRODUCT**3 / product, 2 * BLOCK * block.element_size() / copy)
+
+
+def step_cost(model: Any, batch: int, context: int, cached_bytes: float) -> tuple[float, float]:
+    """(multiply-adds, bytes) of one decoding step: every weight but the embedding once, the whole cache once.
+
+    Attention per head and cached token: GQA 2 d; MLA in latent space 2 r + e.
+    """
+    config = model.config
+    embedding = model.get_input_embeddings().weight
+    weights = [weight for weight in model.parameters() if weight is not embedding]
+    count = sum(weight.numel() for weight in weights)
+    if model.get_output_embeddings().weight is embedding:
+        weights, count = [*weights, embedding], count + embedding.numel()
+    if getattr(config, "kv_lora_rank", None):
+        per_head = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        per_head = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    attention = config.num_hidden_layers * config.num_attention_heads * per_head * context
+    moved = sum(weight.numel() * weight.element_size() for weight in weights)
+    return float(batch * (count + attention)), moved + cached_bytes
+
+
+def wait(device: torch.device) -> None:
+    """Return when all work that was given to the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, until the device has finished."""
+    wait(device)
+    started = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - started
