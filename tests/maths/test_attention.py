@@ -8,7 +8,14 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.maths.weights import THETA, gqa_weights, inputs, lively, mla_weights, relative
-from transmla.maths.attention import gqa_attention, inverse_frequencies, mla_attention, rotate
+from transmla.maths.attention import (
+    feature_attention,
+    features,
+    gqa_attention,
+    inverse_frequencies,
+    mla_attention,
+    rotate,
+)
 from transmla.maths.reference import gqa_naive, mla_naive
 
 X_TD = inputs()
@@ -108,3 +115,67 @@ def test_to_moves_every_tensor_and_nothing_else() -> None:
     moved = mla_weights().to(dtype=torch.bfloat16)
     assert {value.dtype for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {torch.bfloat16}
     assert moved.scaling == mla_weights().scaling
+
+
+ODD = {
+    "window": {"window": 4},
+    "capped": {"softcap": 0.7},
+    "both": {"window": 5, "softcap": 0.7},
+    "output bias": {"o_bias_D": lively(24, seed=40)},
+}
+GAP = [0, 1, 2, 3, 7, 8, 9, 20, 21, 22, 23, 24]
+
+
+@pytest.mark.parametrize("positions", [None, GAP], ids=["", "gap"])
+@pytest.mark.parametrize("odd", ODD)
+def test_what_some_families_add(odd: str, positions: list[int] | None) -> None:
+    at = None if positions is None else torch.tensor(positions)
+    gqa, mla = replace(gqa_weights(), **ODD[odd]), replace(mla_weights(), **ODD[odd])
+    for weights, found, naive in (
+        (gqa, gqa_attention(X_TD, gqa, at) @ gqa.o_DHd.T, gqa_naive),
+        (mla, mla_attention(X_TD, mla, at) @ mla.o_DHv.T, mla_naive),
+    ):
+        bias = 0.0 if weights.o_bias_D is None else weights.o_bias_D
+        assert relative(found + bias, naive(X_TD, weights, positions)) < 1e-12
+        plain = replace(weights, window=None, softcap=None, o_bias_D=None)
+        assert relative(naive(X_TD, plain, positions), naive(X_TD, weights, positions)) > 1e-2
+
+
+def test_windows_of_several_texts() -> None:
+    mla = replace(mla_weights(), window=4)
+    positions_BT = torch.stack([torch.arange(12), torch.tensor(GAP)])
+    together_BTk = mla_attention(torch.stack([X_TD, X_TD]), mla, positions_BT)
+    for found_Tk, positions_T in zip(together_BTk, positions_BT, strict=True):
+        assert relative(found_Tk, mla_attention(X_TD, mla, positions_T)) < 1e-12
+
+
+@pytest.mark.parametrize("q_rank", [None, 7])
+@pytest.mark.parametrize("missing", [None, "q_nope_bias_Hn", "q_rope_bias_He", "k_rope_bias_e"])
+def test_biases_of_projections(q_rank: int | None, missing: str | None) -> None:
+    biases = {
+        "q_nope_bias_Hn": lively(4, 8, seed=41),
+        "q_rope_bias_He": lively(4, 6, seed=42),
+        "k_rope_bias_e": lively(6, seed=43),
+    }
+    mla = replace(mla_weights(q_rank=q_rank), **biases)
+    wanted = mla_naive(X_TD, mla)
+    if missing is not None:
+        mla = replace(mla, **{missing: None})
+        assert relative(mla_naive(X_TD, mla), wanted) > 1e-2
+    assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, mla_naive(X_TD, mla)) < 1e-12
+
+
+def test_attention_over_features_is_the_naive_one() -> None:
+    """Two groups of keys of 8 and values of 5 are 26 features; queries read those of their own head."""
+    q_HTd, k_GTd, v_GTv = (lively(*shape, seed=44) for shape in ((4, 12, 8), (2, 12, 8), (2, 12, 5)))
+    mla = replace(
+        mla_weights(hidden=26),
+        q_nope_HnD=torch.eye(8).double().expand(4, -1, -1),
+        q_rope_HeD=lively(4, 6, 8, seed=45),
+        encoder={},
+    )
+    seen_TF = features(k_GTd, v_GTv)
+    assert torch.equal(seen_TF[:, 8:16], k_GTd[1]) and torch.equal(seen_TF[:, 21:], v_GTv[1])
+    found = feature_attention(q_HTd, seen_TF, mla) @ mla.o_DHv.T
+    assert relative(found, mla_naive(seen_TF, mla, queries_HTd=q_HTd)) < 1e-12
+    assert relative(found, mla_naive(seen_TF, mla, queries_HTd=q_HTd.flip(0))) > 0.1

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, on, relative
-from transmla.maths.attention import GqaWeights, mla_attention
+from transmla.maths.attention import (
+    GqaWeights,
+    MlaWeights,
+    feature_attention,
+    grouped_attention,
+    inverse_frequencies,
+    mla_attention,
+    over_features,
+    with_one,
+)
 from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
 from transmla.maths.reference import gqa_naive
 from transmla.maths.rotary_split import rotary_split
@@ -176,3 +185,79 @@ def test_narrow_queries_beat_a_plain_svd() -> None:
     )
     wanted = mla_attention(X_TD, wide)
     assert relative(mla_attention(X_TD, narrow), wanted) < relative(mla_attention(X_TD, plain), wanted)
+
+
+def biased(groups: int = 1) -> GqaWeights:
+    """The last of 25 inputs is a bias."""
+    return replace(gqa_weights(groups=groups, hidden=25), biased=True, o_DHd=lively(24, 32, seed=3) / 5)
+
+
+def moments_with_one(gqa: GqaWeights) -> Moments:
+    x_TD = with_one(inputs(500))
+    weights_T = lively(500, seed=3).square()
+    weights_T = weights_T / weights_T.mean()
+    mean_D = (x_TD * weights_T[:, None]).mean(0)
+    moment_DD = x_TD.T @ x_TD / len(x_TD)
+    received_DD = (x_TD * weights_T[:, None]).T @ x_TD / len(x_TD) - torch.outer(mean_D, mean_D)
+    return replace(
+        moments(replace(gqa, q_HdD=gqa.q_HdD[..., :-1])),
+        converted_DD=moment_DD,
+        cross_DD=moment_DD,
+        received_DD=received_DD,
+        attended_DD=moment_DD,
+        query_Hdd=gqa.q_HdD @ moment_DD @ gqa.q_HdD.transpose(1, 2),
+    )
+
+
+def with_output_bias(mla: MlaWeights) -> Tensor:
+    assert mla.o_bias_D is not None
+    return mla_attention(X_TD, mla) @ mla.o_DHv.T + mla.o_bias_D
+
+
+@pytest.mark.parametrize("q_rank", [None, 25])
+def test_biases_are_kept_exactly(q_rank: int | None) -> None:
+    """One key head, all of it rotary, and values of full rank; the latent needs no bias for it."""
+    gqa = biased()
+    mla = fit_layer(gqa, moments_with_one(gqa), 8, 8, THETA, ClosedForm(), q_rank).mla
+    wanted = gqa_naive(X_TD, gqa)
+    assert relative(with_output_bias(mla), wanted) < 1e-7
+    assert mla.kv_down_rD.shape == (8, 24) and mla.k_rope_bias_e is not None
+    for name in ("q_nope_bias_Hn", "q_rope_bias_He", "k_rope_bias_e", "o_bias_D"):
+        changed = replace(mla, **{name: torch.zeros_like(getattr(mla, name))})
+        if name != "q_nope_bias_Hn":  # nothing of the keys is left to the latent here
+            assert relative(with_output_bias(changed), wanted) > 1e-2, name
+
+
+def test_a_bias_of_the_values_takes_no_rank() -> None:
+    """However large: what all tokens share goes into the bias of the output."""
+    gqa = biased()
+    large = replace(gqa, v_GdD=torch.cat([gqa.v_GdD[..., :-1], 1000 * gqa.v_GdD[..., -1:]], dim=-1))
+    found = [fit_layer(one, moments_with_one(one), 4, 8, THETA, ClosedForm()) for one in (gqa, large)]
+    assert found[1].latent_loss == pytest.approx(found[0].latent_loss, rel=1e-3)
+
+
+def test_features_are_kept_exactly() -> None:
+    """Of a block whose keys and values come from elsewhere: one group of 8 + 8 features."""
+    gqa = over_features(gqa_weights(groups=1), 1, 4, 8, 8)
+    f_TF, q_HTd = inputs(500, 16), lively(4, 500, 8, seed=30)
+    moment_FF = f_TF.T @ f_TF / 500
+    seen = replace(
+        moments(gqa_weights(groups=1, hidden=16)),
+        converted_DD=moment_FF, cross_DD=moment_FF, received_DD=moment_FF, attended_DD=moment_FF,
+        query_Hdd=q_HTd.transpose(1, 2) @ q_HTd / 500,
+    )  # fmt: skip
+    f_TF, q_HTd = f_TF[:12], q_HTd[:, :12]
+    wanted = grouped_attention(q_HTd, f_TF[None, :, :8], f_TF[None, :, 8:], gqa)
+    for rank, same in ((8, True), (7, False)):
+        mla = fit_layer(gqa, seen, rank, 8, THETA, ClosedForm()).mla
+        error = relative(feature_attention(q_HTd, f_TF, mla), wanted)
+        assert (error < 1e-7) if same else (error > 1e-3)
+    assert mla.q_rope_HeD.shape == (4, 8, 8) and torch.equal(mla.q_nope_HnD, torch.eye(8).double().expand(4, -1, -1))
+
+
+def test_pairs_that_stand_are_left_to_the_latent() -> None:
+    """Partial rotary embeddings: half of the pairs turn, and four rotary values hold them exactly."""
+    half_P = torch.cat([inverse_frequencies(THETA, 4), torch.zeros(2, dtype=torch.float64)])
+    gqa = replace(gqa_weights(groups=1), inv_freq_P=half_P)
+    mla = fit_layer(gqa, moments(gqa), 16, 4, THETA, ClosedForm()).mla
+    assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, gqa_naive(X_TD, gqa)) < 1e-7

@@ -3,28 +3,36 @@
 Shape legend: see transmla/maths/__init__.py.
 """
 
-from dataclasses import dataclass, fields
-from typing import Self
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 
 class _Weights:
-    """Moves every tensor field at once; other fields stay."""
+    """Moves every tensor at once, those of mappings as well; other fields stay."""
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
-        moved = {
-            field.name: value.to(dtype=dtype, device=device) if isinstance(value, Tensor) else value
-            for field in fields(self)  # type: ignore[arg-type]
-            for value in (getattr(self, field.name),)
-        }
-        return type(self)(**moved)
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(dtype=dtype, device=device)
+            return {name: moved(one) for name, one in value.items()} if isinstance(value, Mapping) else value
+
+        return type(self)(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class GqaWeights(_Weights):
-    """One attention block of the source. Queries are scored as <Rot_t q, Rot_s k> * scaling."""
+    """One attention block of the source. Queries are scored as <Rot_t q, Rot_s k> * scaling.
+
+    biased:   the last column of the projections is a bias, and their inputs end in a 1: D + 1 columns
+    encoded:  the projections are maps of what other projections and norms give: see `over_features`
+    o_bias_D: added to the output
+    window:   queries see keys less than `window` positions away; None: all
+    softcap:  scores are softcap * tanh(score / softcap); None: as they are
+    """
 
     q_HdD: Tensor
     k_GdD: Tensor
@@ -32,6 +40,11 @@ class GqaWeights(_Weights):
     o_DHd: Tensor
     inv_freq_P: Tensor
     scaling: float
+    o_bias_D: Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
+    biased: bool = False
+    encoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,14 @@ class MlaWeights(_Weights):
     c = kv_down x is cached (r values) beside Rot_s k_rope x (e values);
     score = (<q_nope x_t, k_up c_s> + <Rot_t q_rope x_t, Rot_s k_rope x_s>) * scaling, value = v_up c_s.
     With q_down, queries read q_down x_t (q values) instead of x_t: q_nope is [H, n, q], q_rope [H, e, q].
+
+    Biases: None where there are none. The latent needs none: that of the keys is the same for all of a softmax's
+    scores, and that of the values adds to `o_bias_D`, since attention weights sum to one.
+
+    encoder: None, or weights of the source's own projections and norms by name (see `over_features`); then x is what
+             they make of it: kv_down and k_rope read all keys and values of a token, [., F], and q_rope the queries of
+             its own head, [H, e, d]; q_nope is the identity, [H, d, d]
+    window, softcap: see `GqaWeights`
     """
 
     q_nope_HnD: Tensor
@@ -53,6 +74,13 @@ class MlaWeights(_Weights):
     inv_freq_M: Tensor
     scaling: float
     q_down_qD: Tensor | None = None
+    q_nope_bias_Hn: Tensor | None = None
+    q_rope_bias_He: Tensor | None = None
+    k_rope_bias_e: Tensor | None = None
+    o_bias_D: Tensor | None = None
+    encoder: Mapping[str, Tensor] | None = None
+    window: int | None = None
+    softcap: float | None = None
 
 
 def inverse_frequencies(theta: float, dim: int) -> Tensor:
@@ -76,17 +104,31 @@ def gqa_projections(x_TD: Tensor, gqa: GqaWeights) -> tuple[Tensor, Tensor, Tens
     return q_HTd, k_GTd, v_GTd
 
 
+def with_one(x_BTD: Tensor) -> Tensor:
+    """A 1 behind each token's values, for projections whose last column is a bias: [..., T, D + 1]."""
+    return torch.nn.functional.pad(x_BTD, (0, 1), value=1.0)
+
+
 def gqa_attention(x_TD: Tensor, gqa: GqaWeights, positions_T: Tensor | None = None) -> Tensor:
     """Causal grouped-query attention of one text, heads side by side [T, H d]; no o_proj.
 
     positions_T: int64, ascending; None: 0..T-1
     """
-    q_HTd, k_GTd, v_GTd = gqa_projections(x_TD, gqa)
-    positions = torch.arange(len(x_TD), device=x_TD.device) if positions_T is None else positions_T
-    out_HTd = _causal(
-        rotate(q_HTd, gqa.inv_freq_P, positions), rotate(k_GTd, gqa.inv_freq_P, positions), v_GTd, gqa.scaling
-    )
-    return out_HTd.transpose(0, 1).flatten(1)
+    return grouped_attention(*gqa_projections(x_TD, gqa), gqa, positions_T)
+
+
+def grouped_attention(
+    q_BHTd: Tensor, k_BGTd: Tensor, v_BGTv: Tensor, gqa: GqaWeights, positions_BT: Tensor | None = None
+) -> Tensor:
+    """Causal attention of unrotated heads, side by side [..., T, H v]; of `gqa` only what is no projection counts.
+
+    positions_BT: of all texts [T] or of each [B, T], int64, ascending; None: 0..T-1
+    """
+    at = torch.arange(q_BHTd.shape[-2], device=q_BHTd.device) if positions_BT is None else positions_BT
+    of_heads = at if at.dim() == 1 else at[..., None, :]
+    q_BHTd, k_BGTd = (rotate(x_BHTd, gqa.inv_freq_P, of_heads) for x_BHTd in (q_BHTd, k_BGTd))
+    out_BHTv = causal(q_BHTd, k_BGTd, v_BGTv, gqa.scaling, at, gqa.window, gqa.softcap)
+    return out_BHTv.transpose(-3, -2).flatten(-2)
 
 
 def mla_attention(x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None) -> Tensor:
@@ -97,26 +139,88 @@ def mla_attention(x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = 
     """
     heads, nope, _ = mla.q_nope_HnD.shape
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
-    positions = (
-        torch.arange(x_BTD.shape[-2], device=x_BTD.device) if positions_BT is None else positions_BT[..., None, :]
-    )
     # few wide products instead of many narrow ones: this is the inner loop of the refinement
     queries_kD = torch.cat([mla.q_nope_HnD.flatten(0, 1), mla.q_rope_HeD.flatten(0, 1)])
     down_kD = torch.cat([queries_kD if mla.q_down_qD is None else mla.q_down_qD, mla.kv_down_rD, mla.k_rope_eD])
-    up_kr = torch.cat([mla.k_up_Hnr.flatten(0, 1), mla.v_up_Hvr.flatten(0, 1)])
-    projected_BTk = torch.nn.functional.linear(x_BTD, down_kD)
+    q_bias_k = _joined((mla.q_nope_bias_Hn, heads * nope), (mla.q_rope_bias_He, heads * rope))
+    asked, asked_bias_k = (len(down_kD) - rank - rope, q_bias_k if mla.q_down_qD is None else None)
+    bias_k = _joined((asked_bias_k, asked), (None, rank), (mla.k_rope_bias_e, rope))
+    projected_BTk = torch.nn.functional.linear(x_BTD, down_kD, bias_k)
     q_BTk, c_BTr, k_rope = projected_BTk.split([len(down_kD) - rank - rope, rank, rope], dim=-1)
     if mla.q_down_qD is not None:
-        q_BTk = torch.nn.functional.linear(q_BTk, queries_kD)
+        q_BTk = torch.nn.functional.linear(q_BTk, queries_kD, q_bias_k)
     q_nope, q_rope = q_BTk.split([heads * nope, heads * rope], dim=-1)
+    return _latent(_per_head(q_nope, heads), _per_head(q_rope, heads), c_BTr, k_rope, mla, positions_BT)
+
+
+def feature_attention(
+    q_BHTd: Tensor, features_BTF: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None
+) -> Tensor:
+    """Causal latent attention of weights with an encoder, heads side by side [..., T, H v]; no o_proj.
+
+    q_BHTd:       queries of the encoder, unrotated;  features_BTF: its unrotated keys and its values, side by side
+    positions_BT: see `mla_attention`
+    """
+    rank = len(mla.kv_down_rD)
+    down_BTk = torch.nn.functional.linear(features_BTF, torch.cat([mla.kv_down_rD, mla.k_rope_eD]))
+    q_rope_BHTe = torch.einsum("...HTd,Hed->...HTe", q_BHTd, mla.q_rope_HeD)
+    c_BTr, k_rope_BTe = down_BTk[..., :rank], down_BTk[..., rank:]
+    return _latent(q_BHTd, q_rope_BHTe, c_BTr, k_rope_BTe, mla, positions_BT)
+
+
+def features(k_BGTd: Tensor, v_BGTv: Tensor) -> Tensor:
+    """Keys of all groups, then values of all groups, of each token: [..., T, F]."""
+    return torch.cat([x.transpose(-3, -2).flatten(-2) for x in (k_BGTd, v_BGTv)], dim=-1)
+
+
+def over_features(gqa: GqaWeights, groups: int, heads: int, head_dim: int, value_dim: int) -> GqaWeights:
+    """The same block as maps of what the source's projections and norms give: see `MlaWeights.encoder`.
+
+    Queries are the identity on those of their own head, [H, d, d]; keys and values pick theirs among F features.
+    """
+    size = groups * (head_dim + value_dim)
+    eye = torch.eye(size, dtype=gqa.o_DHd.dtype, device=gqa.o_DHd.device)
+    return replace(
+        gqa,
+        q_HdD=torch.eye(head_dim).to(eye).expand(heads, -1, -1).contiguous(),
+        k_GdD=eye[: groups * head_dim].unflatten(0, (groups, head_dim)),
+        v_GdD=eye[groups * head_dim :].unflatten(0, (groups, value_dim)),
+        encoded=True,
+    )
+
+
+def _joined(*parts: tuple[Tensor | None, int]) -> Tensor | None:
+    """Biases of the given sizes side by side, zeros for those that are missing; None if all are."""
+    given = next((bias for bias, _ in parts if bias is not None), None)
+    if given is None:
+        return None
+    return torch.cat([given.new_zeros(size) if bias is None else bias.flatten() for bias, size in parts])
+
+
+def _latent(
+    q_nope_BHTn: Tensor,
+    q_rope_BHTe: Tensor,
+    c_BTr: Tensor,
+    k_rope_BTe: Tensor,
+    mla: MlaWeights,
+    positions_BT: Tensor | None,
+) -> Tensor:
+    """Attention of projected queries over latents and rotary keys, heads side by side [..., T, H v]."""
+    heads, nope = mla.k_up_Hnr.shape[:2]
+    at = torch.arange(c_BTr.shape[-2], device=c_BTr.device) if positions_BT is None else positions_BT
+    of_heads = at if at.dim() == 1 else at[..., None, :]
+    up_kr = torch.cat([mla.k_up_Hnr.flatten(0, 1), mla.v_up_Hvr.flatten(0, 1)])
     k_nope, value = torch.nn.functional.linear(c_BTr, up_kr).split([heads * nope, len(up_kr) - heads * nope], dim=-1)
-    q_rope_BHTe = rotate(_per_head(q_rope, heads), mla.inv_freq_M, positions)
-    k_rope_BHTe = rotate(_per_head(k_rope, 1), mla.inv_freq_M, positions).expand_as(q_rope_BHTe)
-    out_BHTv = _causal(
-        torch.cat([_per_head(q_nope, heads), q_rope_BHTe], -1),
+    q_rope_BHTe = rotate(q_rope_BHTe, mla.inv_freq_M, of_heads)
+    k_rope_BHTe = rotate(_per_head(k_rope_BTe, 1), mla.inv_freq_M, of_heads).expand_as(q_rope_BHTe)
+    out_BHTv = causal(
+        torch.cat([q_nope_BHTn, q_rope_BHTe], -1),
         torch.cat([_per_head(k_nope, heads), k_rope_BHTe], -1),
         _per_head(value, heads),
         mla.scaling,
+        at,
+        mla.window,
+        mla.softcap,
     )
     return out_BHTv.transpose(-3, -2).flatten(-2)
 
@@ -126,15 +230,50 @@ def _per_head(x_BTk: Tensor, heads: int) -> Tensor:
     return x_BTk.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def _causal(q_BHTk: Tensor, k_BGTk: Tensor, v_BGTv: Tensor, scaling: float) -> Tensor:
-    """Attention of one text [H, T, .] or several [B, H, T, .]."""
+def visible(positions_BT: Tensor, window: int | None) -> Tensor | None:
+    """Which keys a query sees, bool [..., T, T]; None if that is all up to itself."""
+    if window is None or int((positions_BT[..., -1] - positions_BT[..., 0]).max()) < window:
+        return None
+    distance_BTT = positions_BT[..., :, None] - positions_BT[..., None, :]
+    return (distance_BTT < window) & (distance_BTT >= 0)
+
+
+def causal(
+    q_BHTk: Tensor,
+    k_BGTk: Tensor,
+    v_BGTv: Tensor,
+    scaling: float,
+    positions_BT: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of one text [H, T, .] or several [B, H, T, .], each query over the keys up to its own."""
     width = v_BGTv.shape[-1]
-    if q_BHTk.shape[-1] > width:
-        # fused kernels on CPUs want keys and values of one width; the zeros cost less than the fallback
-        v_BGTv = torch.nn.functional.pad(v_BGTv, (0, q_BHTk.shape[-1] - width))
     one = q_BHTk.dim() == 3
     q, k, v = (x[None] if one else x for x in (q_BHTk, k_BGTk, v_BGTv))  # kernels want four axes
+    seen_BTT = visible(positions_BT, window)
+    if seen_BTT is not None and seen_BTT.dim() == 3:
+        seen_BTT = seen_BTT[:, None]
+    if softcap is not None:
+        out_BHTv = _capped(q, k, v, scaling, seen_BTT, softcap)
+        return out_BHTv[0] if one else out_BHTv
+    if q.shape[-1] > width:
+        # fused kernels on CPUs want keys and values of one width; the zeros cost less than the fallback
+        v = torch.nn.functional.pad(v, (0, q.shape[-1] - width))
     out_BHTv = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=seen_BTT, is_causal=seen_BTT is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )[..., :width]
     return out_BHTv[0] if one else out_BHTv
+
+
+def _capped(
+    q_BHTk: Tensor, k_BGTk: Tensor, v_BGTv: Tensor, scaling: float, seen_BTT: Tensor | None, softcap: float
+) -> Tensor:
+    """Attention with capped scores (Gemma 2, 2408.00118, section 2), for which there is no fused kernel."""
+    tokens, repeated = q_BHTk.shape[-2], q_BHTk.shape[1] // k_BGTk.shape[1]
+    k_BHTk, v_BHTv = (x.repeat_interleave(repeated, 1) for x in (k_BGTk, v_BGTv))
+    if seen_BTT is None:
+        seen_BTT = torch.ones(tokens, tokens, dtype=torch.bool, device=q_BHTk.device).tril()
+    scores_BHTT = softcap * torch.tanh((q_BHTk @ k_BHTk.mT) * (scaling / softcap))
+    p_BHTT = scores_BHTT.masked_fill(~seen_BTT, float("-inf")).softmax(-1).to(v_BHTv.dtype)
+    return p_BHTT @ v_BHTv

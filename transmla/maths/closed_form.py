@@ -74,12 +74,16 @@ def fit_layer(
     method: ClosedForm,
     q_lora_rank: int | None = None,
 ) -> FittedLayer:
-    """Latent attention of the given sizes that stands in for `gqa` (float64) on the converted stream."""
+    """Latent attention of the given sizes that stands in for `gqa` (float64) on the converted stream.
+
+    Where `gqa` is biased, the inputs that `moments` are of end in a 1; where it is encoded, they are features.
+    """
     groups = len(gqa.k_GdD)
     # aim at the source's queries, keys and values from the converted stream, which repairs earlier layers
     estimate_DD = stream_map(moments.converted_DD, moments.cross_DD, method.stream_ridge)
-    q_HdD, k_GdD, v_GdD = (weight @ estimate_DD for weight in (gqa.q_HdD, gqa.k_GdD, gqa.v_GdD))
-    gqa = replace(gqa, q_HdD=q_HdD)
+    k_GdD, v_GdD = gqa.k_GdD @ estimate_DD, gqa.v_GdD @ estimate_DD
+    if not gqa.encoded:  # else queries read other features than keys and values
+        gqa = replace(gqa, q_HdD=gqa.q_HdD @ estimate_DD)
     split = rotary_split(
         gqa,
         k_GdD,
@@ -93,6 +97,9 @@ def fit_layer(
     )
     # key errors count by the attention that tokens receive, value errors by what they add up to under attention
     attended_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
+    mean_D = attended_DD[-1]
+    if gqa.biased:  # what all tokens share is left to the bias of the output
+        attended_DD = attended_DD - torch.outer(mean_D, mean_D)
     low = joint_low_rank(
         Block(k_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), moments.received_DD),
         Block(v_GdD.flatten(0, 1), _value_metric(gqa.o_DHd, groups, v_GdD.shape[1]), attended_DD),
@@ -110,11 +117,43 @@ def fit_layer(
         o_DHv=gqa.o_DHd,
         inv_freq_M=split.inv_freq_M,
         scaling=gqa.scaling,
+        o_bias_D=gqa.o_bias_D,
+        window=gqa.window,
+        softcap=gqa.softcap,
     )
-    if q_lora_rank is None:
-        return FittedLayer(mla, low.loss)
-    mla, query_loss = narrow_queries(mla, moments, q_lora_rank)
+    query_loss = None
+    if q_lora_rank is not None:
+        mla, query_loss = narrow_queries(mla, moments, q_lora_rank)
+    if gqa.biased:
+        mean_value_Hv = (v_GdD @ mean_D).repeat_interleave(len(gqa.q_HdD) // groups, 0)
+        mla = _with_biases(mla, mean_D, mean_value_Hv)
     return FittedLayer(mla, low.loss, query_loss)
+
+
+def _with_biases(mla: MlaWeights, mean_D: Tensor, mean_value_Hv: Tensor) -> MlaWeights:
+    """The last columns as biases. The latent gets none: see `MlaWeights`.
+
+    mean_D: mean input of the values, weighted by attention;  mean_value_Hv: of the source's values under it
+    """
+    latent_mean_r = mla.kv_down_rD[:, :-1] @ mean_D[:-1]
+    missing_Hv = mean_value_Hv - mla.v_up_Hvr @ latent_mean_r
+    o_bias_D = mla.o_DHv @ missing_Hv.flatten()
+    queries = {"q_nope_HnD": mla.q_nope_HnD, "q_rope_HeD": mla.q_rope_HeD}
+    changes: dict[str, Tensor | None] = {name: weight[..., :-1] for name, weight in queries.items()}
+    changes |= {"q_nope_bias_Hn": mla.q_nope_HnD[..., -1], "q_rope_bias_He": mla.q_rope_HeD[..., -1]}
+    if mla.q_down_qD is not None:
+        # queries read their latent, whose bias they multiply
+        bias_q = mla.q_down_qD[:, -1]
+        changes = {"q_down_qD": mla.q_down_qD[:, :-1]}
+        changes |= {"q_nope_bias_Hn": mla.q_nope_HnD @ bias_q, "q_rope_bias_He": mla.q_rope_HeD @ bias_q}
+    return replace(
+        mla,
+        **changes,  # type: ignore[arg-type]
+        kv_down_rD=mla.kv_down_rD[:, :-1],
+        k_rope_eD=mla.k_rope_eD[:, :-1],
+        k_rope_bias_e=mla.k_rope_eD[:, -1],
+        o_bias_D=o_bias_D if mla.o_bias_D is None else mla.o_bias_D + o_bias_D,
+    )
 
 
 def narrow_queries(mla: MlaWeights, moments: Moments, rank: int) -> tuple[MlaWeights, float]:

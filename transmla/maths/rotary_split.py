@@ -31,8 +31,8 @@ class RotarySplit:
 
 
 def nearest_pairs(inv_freq_P: Tensor, inv_freq_M: Tensor) -> Tensor:
-    """For every source pair the target pair nearest in log-frequency, int64 [P]."""
-    return (inv_freq_P.log()[:, None] - inv_freq_M.log()).abs().argmin(dim=1)
+    """For every source pair the target pair nearest in log-frequency, int64 [P]; the slowest for pairs that stand."""
+    return (inv_freq_P.clamp_min(1e-30).log()[:, None] - inv_freq_M.log()).abs().argmin(dim=1)
 
 
 def mean_turn(distance_HS: Tensor, f_P: Tensor) -> Tensor:
@@ -71,13 +71,15 @@ def rotary_split(
     bucket_P = nearest_pairs(gqa.inv_freq_P, inv_freq_M)
     still_HP = mean_turn(distance_HS, gqa.inv_freq_P)
     mismatch_HP = 2 - 2 * mean_turn(distance_HS, gqa.inv_freq_P - inv_freq_M[bucket_P]).real
-    gain_HP = 1 - still_HP.abs() ** 2 - mismatch_HP + rank_pressure
+    # pairs that stand are held exactly by the latent
+    gain_HP = (1 - still_HP.abs() ** 2 - mismatch_HP + rank_pressure) * (gqa.inv_freq_P != 0)
     omega_GP = _pair_weights(query_Hdd, importance_H, gain_HP, num_groups)
     z_GPD, q_HPD = _as_complex(k_GdD), _as_complex(gqa.q_HdD)
     component_GP = torch.zeros(num_groups, pairs, dtype=torch.complex128, device=k_GdD.device)
     reader_GP = torch.zeros_like(component_GP)
     k_rope_MD = torch.zeros(len(inv_freq_M), k_GdD.shape[2], dtype=torch.complex128, device=k_GdD.device)
-    q_rope_HMD = torch.zeros(len(q_HPD), *k_rope_MD.shape, dtype=torch.complex128, device=k_GdD.device)
+    num_asked = gqa.q_HdD.shape[2]  # what queries read: as much as keys, or those of their own head
+    q_rope_HMD = torch.zeros(len(q_HPD), len(inv_freq_M), num_asked, dtype=torch.complex128, device=k_GdD.device)
     for m in range(len(inv_freq_M)):
         bucket = (bucket_P == m).nonzero()[:, 0]
         omega_GB = omega_GP[:, bucket]
