@@ -19,7 +19,7 @@ import torch
 
 import transmla
 from transmla.checkpoint.journal import Journal
-from transmla.conversion.block import BlockDistiller, FrozenLayer
+from transmla.conversion.block import BlockDistiller
 from transmla.conversion.descent import tokens_per_pass
 from transmla.conversion.kept import KeptLayers
 from transmla.conversion.levels import LEVELS, Descent
@@ -99,7 +99,7 @@ def main() -> None:
         kept = KeptLayers(Journal(Path(folder) / "out", {}), planned.mla, ALONE, device)
         run = Run(planned, model, text, kept, ClosedForm(), LEVELS["fast"], device, ALONE, silent)
         streams = run.streams()
-        block = [FrozenLayer.of(model.layer(index), run.compute) for index in range(layers)]
+        block = [model.layer(index).narrowed(run.compute) for index in range(layers)]
         weights = [random_weights(run) for _ in range(layers)]
         distiller = BlockDistiller(block, weights, streams, model.head(run.compute), Descent(1.0, windows, 1e-3))
         places = {place: place for place in range(len(ids_NT))}

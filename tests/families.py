@@ -11,15 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 # the fixture `lively`
 MakeSource = Callable[..., Path]
 
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
+# what makes each family what it is, so that a converter that overlooks it is wrong; the others need nothing
+_TWO_KINDS = {
+    "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
 }
+_PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+_GEMMA = {"sliding_window": 8, "query_pre_attn_scalar": 20}
+ODDITIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": _GEMMA | {"rope_parameters": _TWO_KINDS, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "olmo3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "logit_scale": 0.5},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1]},
+    "ministral": {"sliding_window": 256},
+    "glm4": _PARTIAL | {"attention_bias": True},
+    "phi3": _PARTIAL | {"sliding_window": None},
+    "phi": _PARTIAL,
+    "stablelm": _PARTIAL | {"use_qkv_bias": True},
+    "starcoder2": {"sliding_window": None},
+    "gpt_neox": _PARTIAL,
+}  # fmt: skip
+# these have no head_dim of their own: it is hidden_size / num_attention_heads
+_NO_HEAD_DIM = ("phi", "stablelm", "starcoder2", "gpt_neox")
 # of the tokenizer that goes along
 VOCAB = 512
 THETA = 10000.0
@@ -50,30 +74,39 @@ def lively_config(
     **others: Any,
 ) -> Any:
     """More query than key/value heads, and heads * head_dim != hidden."""
-    config_class, _ = CLASSES[model_type]
-    return config_class(
-        hidden_size=hidden,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-        rope_parameters=dict(rope or {"rope_type": "default", "rope_theta": THETA}),
-        rms_norm_eps=eps,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        **({"sliding_window": None} if model_type == "mistral" else {}) | others,
-    )
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "rope_parameters": dict(rope or {"rope_type": "default", "rope_theta": THETA}),
+        "rms_norm_eps": eps,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if model_type in ("llama", "mistral"):
+        del sizes["pad_token_id"]
+    if model_type in _NO_HEAD_DIM:
+        del sizes["head_dim"]
+    oddities = dict(ODDITIES.get(model_type, {}))
+    for key in ("layer_types", "no_rope_layers"):
+        if key in oddities:
+            oddities[key] = oddities[key][:layers]
+    if rope is not None:
+        oddities.pop("rope_parameters", None)
+    return AutoConfig.for_model(model_type, **sizes | oddities | others)
 
 
 def lively_model(config: Any, seed: int = 0) -> PreTrainedModel:
     """A random model whose every weight matters."""
     generator = torch.Generator().manual_seed(seed)
-    _, model_class = CLASSES[config.model_type]
-    model: PreTrainedModel = model_class(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = 0.2 * torch.randn(weight.shape, generator=generator)

@@ -124,7 +124,6 @@ def test_geometry_of_a_config() -> None:
         {"hidden_size": "many"},
         {"hidden_size": None},
         {"vocab_size": 0},
-        {"rms_norm_eps": None},
         {"rms_norm_eps": 0.0},
     ],
     ids=str,

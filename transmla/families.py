@@ -5,77 +5,87 @@ code elsewhere reads the row and never checks for a model by name.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transmla.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
-class Required:
-    """A requirement on a config value without which the conversion would be wrong.
-
-    allowed: values that are accepted;  why: the reason, for the error message
-    """
-
-    allowed: tuple[Any, ...]
-    why: str
-
-
-# What stock implementations of deepseek_v3 cannot express.
-NO_ATTENTION_BIAS = Required(
-    (False, None), "inference engines do not support biases in the attention of a deepseek_v3 model"
-)
-NO_MLP_BIAS = Required((False, None), "the MLP of stock deepseek_v3 has no biases")
-SILU = Required(("silu",), "engines hard-code SiLU for deepseek_v3")
-
-
-@dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """One row of the table: where things are, and what the modules themselves do not tell.
 
     model_type:   as in config.json
-    layer_class:  "module:class" of the decoder layer; its norms and MLP are run, its attention is read as weights
-    embed_tokens, norm, lm_head: names of tensors in the checkpoint
-    layer_prefix: prefix of the names of a layer's tensors; `{}` is the index of the layer
-    requires:     config keys that must have certain values, if they are present
+    gguf_architecture: general.architecture in GGUF files, which store rows of q and k interleaved (pairs 2m, 2m + 1);
+                  None: GGUF files of the family are not read
+    embed_tokens, norm, lm_head, layers: names of modules in the model and of their tensors in the checkpoint
+    attention, o_proj: names of modules in a layer, and in its attention
+    rotary:       layout of the pairs that turn together: "half" (m, m + d / 2) or "interleaved" (2m, 2m + 1)
+    unrotated:    layers without rotary embeddings: "no_rope_layers", where that list of the config has a 0, or
+                  "full_attention", the layers of that type; None: no layer
+    embedding_scale: "sqrt": embeddings are multiplied with the root of hidden_size
+    adds_output:  whether the output of the attention is added to the residual stream as it is, or as a multiple of it;
+                  False: it goes through a norm first
+    obstacles:    what stock deepseek_v3 cannot express of any model of the family
     """
 
     model_type: str
-    layer_class: str
-    # general.architecture in GGUF files; they store rows of q and k interleaved (pairs 2m, 2m+1)
-    gguf_architecture: str
-    embed_tokens: str = "model.embed_tokens.weight"
-    norm: str = "model.norm.weight"
-    lm_head: str = "lm_head.weight"
-    layer_prefix: str = "model.layers.{}."
+    gguf_architecture: str | None = None
+    embed_tokens: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    lm_head: str = "lm_head"
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    o_proj: str = "o_proj"
+    rotary: str = "half"
+    unrotated: str | None = None
+    embedding_scale: str | None = None
+    adds_output: bool = True
     # supported rope types: their frequencies do not depend on the length of the text
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
-    requires: Mapping[str, Required] = field(default_factory=dict)
+    obstacles: tuple[str, ...] = ()
 
 
-_LLAMA_LIKE = {"attention_bias": NO_ATTENTION_BIAS, "mlp_bias": NO_MLP_BIAS, "hidden_act": SILU}
+_SANDWICH = "norms behind attention and MLP"
+_ONE_PLUS_NORM = "norms that multiply with 1 + weight"
+_LAYER_NORM = "LayerNorm"
+_PARALLEL = "attention and MLP side by side"
+_FUSED_MLP = "a fused MLP"
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        # Llama 1 to 3.2, SmolLM2, TinyLlama, Yi, DeepSeek-LLM and other models with this model_type
-        Family(
-            "llama",
-            layer_class="transformers.models.llama.modeling_llama:LlamaDecoderLayer",
-            gguf_architecture="llama",
-            requires=_LLAMA_LIKE,
-        ),
+        # Llama 1 to 3.2, SmolLM2, TinyLlama, Yi, DeepSeek-LLM, Falcon 3 and other models with this model_type
+        Family("llama", gguf_architecture="llama"),
         # Mistral 7B, Nemo, Small. deepseek_v3 has no sliding window, so a sliding window limits the context of the
         # converted model; within it, full and sliding attention are the same function.
+        Family("mistral", gguf_architecture="llama"),
+        # Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen: biases on q, k and v
+        Family("qwen2"),
+        # a norm on the queries and keys of each head
+        Family("qwen3"),
+        Family("gemma3_text", embedding_scale="sqrt", adds_output=False, obstacles=(_SANDWICH, _ONE_PLUS_NORM)),
+        Family("gemma2", embedding_scale="sqrt", adds_output=False, obstacles=(_SANDWICH, _ONE_PLUS_NORM)),
+        Family("gemma", embedding_scale="sqrt", obstacles=(_ONE_PLUS_NORM,)),
+        # a norm on the queries and keys of all heads together, none before attention and MLP
+        Family("olmo2", adds_output=False, obstacles=(_SANDWICH,)),
+        Family("olmo3", adds_output=False, obstacles=(_SANDWICH,)),
+        Family("phi3", obstacles=(_FUSED_MLP,)),
+        Family("granite"),
+        Family("smollm3", unrotated="no_rope_layers"),
+        Family("ministral"),
+        Family("cohere", rotary="interleaved", obstacles=(_LAYER_NORM, _PARALLEL)),
+        Family("cohere2", rotary="interleaved", unrotated="full_attention", obstacles=(_LAYER_NORM, _PARALLEL)),
+        Family("glm4", rotary="interleaved", adds_output=False, obstacles=(_SANDWICH, _FUSED_MLP)),
+        Family("starcoder2", obstacles=(_LAYER_NORM, "an MLP without a gate")),
+        Family("stablelm", obstacles=(_LAYER_NORM,)),
+        Family("phi", norm="model.final_layernorm", o_proj="dense", obstacles=(_LAYER_NORM, _PARALLEL)),
         Family(
-            "mistral",
-            layer_class="transformers.models.mistral.modeling_mistral:MistralDecoderLayer",
-            gguf_architecture="llama",
-            requires={"hidden_act": SILU},
+            "gpt_neox", embed_tokens="gpt_neox.embed_in", norm="gpt_neox.final_layer_norm", lm_head="embed_out",
+            layers="gpt_neox.layers", attention="attention", o_proj="dense", obstacles=(_LAYER_NORM,),
         ),
     )
-}
+}  # fmt: skip
 
 # keys that each rope type needs besides rope_theta
 _ROPE_KEYS = {
@@ -97,7 +107,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     where: path of that file, for error messages
 
     Raises `UnsupportedError` for encoder-decoder models, models with latent attention already, models without rotary
-    embeddings, unknown families, and config values that the row does not allow.
+    embeddings, unknown families, and rotary settings that change with the length of the text.
     """
     model_type = str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
@@ -124,56 +134,74 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             remedy=f"use a model of a known family: {', '.join(sorted(FAMILIES))}; or add a row and a test model",
         )
     family = FAMILIES[model_type]
-    for key, required in family.requires.items():
-        if key in config and config[key] not in required.allowed:
-            raise UnsupportedError(
-                f"{model_type} with {key} = {config[key]!r} cannot be converted",
-                where=where,
-                why=required.why,
-                remedy=f"use a checkpoint with {key} = {required.allowed[0]!r}",
-            )
     _check_rotary(family, config, where)
     return family
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def has_rotary_kinds(config: Mapping[str, Any]) -> bool:
+    """Whether layers of different types have rotary settings of their own."""
+    settings = config.get("rope_parameters")
+    return isinstance(settings, Mapping) and any(isinstance(value, Mapping) for value in settings.values())
+
+
+def layer_kind(config: Mapping[str, Any], index: int) -> str | None:
+    """The layer's entry in `layer_types`: "full_attention", "sliding_attention"; None if all layers are alike."""
+    kinds = config.get("layer_types")
+    return str(kinds[index]) if kinds else None
+
+
+def rope_parameters(config: Mapping[str, Any], kind: str | None = None) -> dict[str, Any]:
     """The rotary settings of a config, with `rope_theta`, `rope_type` and what else the type needs.
 
     They are read from `rope_parameters` (transformers 5) or from the older `rope_theta` and `rope_scaling`.
+
+    kind: the type of the layers that they are wanted of, where layers differ; see `layer_kind`
     """
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if has_rotary_kinds(config):
+        settings = settings.get(kind) or next(one for one in settings.values() if isinstance(one, Mapping))
     parameters = dict(settings) if isinstance(settings, Mapping) else {"rope_type": f"of {settings!r}"}
-    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    parameters.setdefault("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
     return parameters
 
 
+def rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
+    """How many values of a head turn, the first ones."""
+    share = rope_parameters(config).get("partial_rotary_factor")
+    share = config.get("partial_rotary_factor", config.get("rotary_pct")) if share is None else share
+    return head_dim if share is None else int(head_dim * float(share))
+
+
+def is_unrotated(family: Family, config: Mapping[str, Any], index: int) -> bool:
+    """Whether a layer has no rotary embeddings."""
+    if family.unrotated == "no_rope_layers":
+        rotated = config.get("no_rope_layers") or ()
+        return bool(rotated) and not rotated[index]
+    return family.unrotated is not None and layer_kind(config, index) == family.unrotated
+
+
 def _check_rotary(family: Family, config: Mapping[str, Any], where: str) -> None:
     """Raise `UnsupportedError` for rotary settings that cannot be converted or are incomplete."""
-    parameters = rope_parameters(config)
-    rope_type = parameters["rope_type"]
-    if rope_type not in family.rope_types:
-        raise UnsupportedError(
-            f"rope_type {rope_type!r} cannot be converted",
-            where=where,
-            why="only fixed frequencies can be converted, and these may change with the length of the text",
-            remedy=f"use a checkpoint with one of: {', '.join(family.rope_types)}",
-        )
-    missing = [key for key in _ROPE_KEYS.get(rope_type, ()) if not isinstance(parameters.get(key), int | float)]
-    if missing:
-        raise UnsupportedError(
-            f"rope_type {rope_type!r} is incomplete",
-            where=where,
-            why=f"missing or not a number: {', '.join(missing)}",
-            remedy="restore the rotary settings from the original config.json",
-        )
-    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (1.0, None):
-        raise UnsupportedError(
-            f"{family.model_type} with partial rotary embeddings cannot be converted",
-            where=where,
-            why="this family is only supported with rotary embeddings on whole heads",
-            remedy="use a checkpoint with partial_rotary_factor = 1.0",
-        )
+    settings = config["rope_parameters"] if has_rotary_kinds(config) else {}
+    kinds = [kind for kind, one in settings.items() if isinstance(one, Mapping)] or [None]
+    for parameters in (rope_parameters(config, kind) for kind in kinds):
+        rope_type = parameters["rope_type"]
+        if rope_type not in family.rope_types:
+            raise UnsupportedError(
+                f"rope_type {rope_type!r} cannot be converted",
+                where=where,
+                why="only fixed frequencies can be converted, and these may change with the length of the text",
+                remedy=f"use a checkpoint with one of: {', '.join(family.rope_types)}",
+            )
+        missing = [key for key in _ROPE_KEYS.get(rope_type, ()) if not isinstance(parameters.get(key), int | float)]
+        if missing:
+            raise UnsupportedError(
+                f"rope_type {rope_type!r} is incomplete",
+                where=where,
+                why=f"missing or not a number: {', '.join(missing)}",
+                remedy="restore the rotary settings from the original config.json",
+            )
 
 
 def _without_rotary(model_type: str, where: str) -> UnsupportedError:

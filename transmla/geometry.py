@@ -93,8 +93,11 @@ def gqa_geometry(config: Mapping[str, Any], where: str) -> GqaGeometry:
             num_key_value_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
         )
-        if not all(float(config[key]) > 0 for key in ("vocab_size", "intermediate_size", "rms_norm_eps")):
-            raise ValueError("vocab_size, intermediate_size and rms_norm_eps must be positive")
+        if not int(config["vocab_size"]) > 0:
+            raise ValueError("vocab_size must be positive")
+        for key in ("intermediate_size", "rms_norm_eps", "layer_norm_eps"):
+            if config.get(key) is not None and not float(config[key]) > 0:
+                raise ValueError(f"{key} must be positive")
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedError(
             "the config lacks sizes of the attention, or they are invalid",

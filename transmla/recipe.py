@@ -13,13 +13,14 @@ MIX = "wikitext:2+synthetic+code"
 CALIBRATION = {"off": MIX, "fast": MIX, "full": "wikitext:4+code:2+synthetic:5+continued:3"}
 TOKENS = {"off": 131072, "fast": 180224, "full": 573440}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = ("auto", "deepseek_v3", "transmla")
 TRAINED = ("attention", "all")
 PRECISIONS = ("bfloat16", "float32")
 
 # the words that a key takes, where it does not take every string
 _WORDS = {
-    "theta": ("auto",), "latent": ("auto",), "refine": REFINE_LEVELS, "dtype": DTYPES, "train": TRAINED,
-    "precision": PRECISIONS,
+    "theta": ("auto",), "latent": ("auto",), "refine": REFINE_LEVELS, "dtype": DTYPES, "format": FORMATS,
+    "train": TRAINED, "precision": PRECISIONS,
 }  # fmt: skip
 _POSITIVE = (
     "theta", "tokens", "window", "context", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature",
@@ -85,6 +86,7 @@ class Recipe:
     window: int = 1024  # tokens per calibration window
     context: int | None = None  # positions that half of the windows are spread over; None: the source's, at most 8,192
     dtype: str = "auto"  # of the written weights
+    format: str = "auto"  # of the folder: deepseek_v3, or transmla where that cannot express the model
     seed: int = 0
     heal: Healing = field(default_factory=Healing)
 

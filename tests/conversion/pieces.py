@@ -9,7 +9,7 @@ from tests.families import lively_config, lively_model
 from transmla.conversion.streams import Streams
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
-from transmla.model.source import SourceLayer, build_layer, layer_tensor_names, source_frequencies
+from transmla.model.source import SourceLayer, build_layer, layer_tensor_names, skeleton
 
 CPU = torch.device("cpu")
 
@@ -18,9 +18,13 @@ def model_and_layer(index: int = 1, device: torch.device = CPU, **settings: Any)
     """The model stays on the CPU, the layer is on the device. settings: those of `families.lively_config`"""
     config = lively_config(layers=2, vocab=97, **settings)
     model = lively_model(config)
-    family, geometry = FAMILIES[config.model_type], gqa_geometry(config.to_dict(), "config.json")
-    tensors = {name: model.state_dict()[name].to(device) for name in layer_tensor_names(family, config, index)}
-    return model, build_layer(family, config, geometry, index, tensors, *source_frequencies(config, geometry))
+    family, geometry, bare = (
+        FAMILIES[config.model_type],
+        gqa_geometry(config.to_dict(), "config.json"),
+        skeleton(config),
+    )
+    tensors = {name: model.state_dict()[name].to(device) for name in layer_tensor_names(family, bare, index)}
+    return model, build_layer(family, bare, geometry, index, tensors)
 
 
 def random_streams(

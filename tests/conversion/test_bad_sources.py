@@ -78,12 +78,17 @@ K_PROJ, UP_PROJ = "model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.
 SOURCES: dict[str, tuple[Change, type[TransmlaError], str, tuple[str, ...]]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), SourceError, "", ("model.safetensors",)),
     "no config": (lambda folder: (folder / "config.json").unlink(), SourceError, "config.json", ("config.json",)),
-    "unknown family": (config(model_type="qwen9"), UnsupportedError, "config.json", ("'qwen9'", "llama, mistral")),
+    "unknown family": (
+        config(model_type="qwen9"),
+        UnsupportedError,
+        "config.json",
+        ("'qwen9'", "llama, ministral, mistral"),
+    ),
     "encoder-decoder": (
         config(model_type="t5", is_encoder_decoder=True),
         UnsupportedError,
         "config.json",
-        ("encoder-decoder", "decoder-only", "llama, mistral"),
+        ("encoder-decoder", "decoder-only", "llama, ministral, mistral"),
     ),
     "no rotary positions": (config(model_type="gpt2"), UnsupportedError, "config.json", ("gpt2", "RoPE")),
     "already latent": (
@@ -110,7 +115,7 @@ SOURCES: dict[str, tuple[Change, type[TransmlaError], str, tuple[str, ...]]] = {
         "config.json",
         ("of 'fast'", "llama3"),
     ),
-    "attention bias": (config(attention_bias=True), UnsupportedError, "config.json", ("attention_bias",)),
+    "biases that are not there": (config(attention_bias=True), SourceError, "", ("missing", "q_proj.bias")),
     "quantised": (
         config(quantization_config={"quant_method": "gptq"}),
         UnsupportedError,
@@ -119,7 +124,7 @@ SOURCES: dict[str, tuple[Change, type[TransmlaError], str, tuple[str, ...]]] = {
     ),
     "impossible heads": (config(num_key_value_heads=4), UnsupportedError, "config.json", ("4 key/value heads",)),
     "incomplete config": (config(vocab_size=...), UnsupportedError, "config.json", ("vocab_size",)),
-    "config without epsilon": (config(rms_norm_eps=...), UnsupportedError, "config.json", ("rms_norm_eps",)),
+    "epsilon of zero": (config(rms_norm_eps=0.0), UnsupportedError, "config.json", ("rms_norm_eps",)),
     "missing shard": (
         shards(lambda folder, _: (folder / "model-00002-of-00002.safetensors").unlink()),
         SourceError,

@@ -7,22 +7,15 @@ import torch
 
 from tests.conversion.pieces import model_and_layer, random_streams
 from tests.maths.weights import relative
-from transmla.conversion.block import BlockDistiller, FrozenLayer, Head, through
+from transmla.conversion.block import BlockDistiller, Head, through
 from transmla.conversion.levels import Descent
 from transmla.conversion.moments import observe
-from transmla.conversion.streams import (
-    Streams,
-    add_converted_attention,
-    add_mlp,
-    add_source_attention,
-    converted_heads,
-)
+from transmla.conversion.streams import Streams, advance_converted, advance_source, converted_heads
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.model.source import SourceLayer
 
 LAYERS = [model_and_layer(index, heads=4, head_dim=16)[1] for index in (0, 1)]
-BLOCK = [FrozenLayer(layer.input_layernorm, layer.post_attention_layernorm, layer.mlp) for layer in LAYERS]
 HEAD = Head(lambda x_TD: x_TD, 0.3 * torch.randn(97, 48, generator=torch.Generator().manual_seed(3)))
 
 
@@ -31,9 +24,8 @@ def converted(layer: SourceLayer, streams: Streams) -> MlaWeights:
     moments = observe(layer, streams, 16)
     mla = fit_layer(layer.gqa.to(dtype=torch.float64), moments, 8, 4, 10000.0, ClosedForm()).mla.to(dtype=torch.float32)
     heads = converted_heads(layer, mla, streams)
-    add_source_attention(layer, streams)
-    add_converted_attention(mla.o_DHv, heads.out_NTF, streams)
-    add_mlp(layer, streams)
+    advance_source(layer, streams)
+    advance_converted(layer, mla, heads.out_NTF, streams)
     return mla
 
 
@@ -50,22 +42,22 @@ def fitted() -> tuple[Streams, list[MlaWeights], torch.Tensor]:
 def test_a_block_is_its_layers_one_by_one(fitted: Any) -> None:
     streams, weights, behind_NTD = fitted
     start_NTD, positions_NT = streams.converted_NTD, streams.positions_NT
-    assert relative(through(BLOCK, weights, start_NTD, positions_NT), behind_NTD) < 1e-5
-    assert relative(through(BLOCK[:1], weights[:1], start_NTD, positions_NT), behind_NTD) > 0.1
-    assert relative(through(BLOCK, weights, start_NTD), behind_NTD) > 0.01
+    assert relative(through(LAYERS, weights, start_NTD, positions_NT), behind_NTD) < 1e-5
+    assert relative(through(LAYERS[:1], weights[:1], start_NTD, positions_NT), behind_NTD) > 0.1
+    assert relative(through(LAYERS, weights, start_NTD), behind_NTD) > 0.01
 
 
 @pytest.mark.parametrize("head", [None, HEAD], ids=["stream", "predictions"])
 def test_it_lowers_the_loss_that_it_reports(fitted: Any, head: Head | None) -> None:
     streams, weights, behind_NTD = fitted
-    distiller = BlockDistiller(BLOCK, weights, streams, head, Descent(10.0, 10, 5e-3))
+    distiller = BlockDistiller(LAYERS, weights, streams, head, Descent(10.0, 10, 5e-3))
     before = distiller.heldout()
     assert before == pytest.approx(_naive(streams.source_NTD[100:], behind_NTD[100:], head), rel=1e-4)
     losses: list[float] = []
     found = distiller.run(before, losses.append)
     assert len(losses) == 100 and sum(losses[-10:]) < 0.95 * sum(losses[:10])
     assert found.loss_after < before
-    again_NTD = through(BLOCK, found.weights, streams.converted_NTD, streams.positions_NT)
+    again_NTD = through(LAYERS, found.weights, streams.converted_NTD, streams.positions_NT)
     assert found.loss_after == pytest.approx(_naive(streams.source_NTD[100:], again_NTD[100:], head), rel=1e-4)
 
 
@@ -78,7 +70,7 @@ def test_only_the_first_windows_are_trained_on(fitted: Any) -> None:
             seen.extend(places)
             return super().losses(places, weights)
 
-    distiller = Watched(BLOCK, weights, streams, HEAD, Descent(1.0, 1, 1e-3), 3)
+    distiller = Watched(LAYERS, weights, streams, HEAD, Descent(1.0, 1, 1e-3), 3)
     distiller.run(1e9, lambda loss: None)
     assert sorted(seen[:3]) == [0, 1, 2] and distiller.descender.num_steps == 3
     assert set(seen[3:]) == set(range(streams.num_fitted, len(streams.source_NTD)))  # what is held out measures
@@ -86,7 +78,7 @@ def test_only_the_first_windows_are_trained_on(fitted: Any) -> None:
 
 def test_what_does_not_help_is_not_taken(fitted: Any) -> None:
     streams, weights, _ = fitted
-    distiller = BlockDistiller(BLOCK, weights, streams, HEAD, Descent(1.0, 2, 10.0))
+    distiller = BlockDistiller(LAYERS, weights, streams, HEAD, Descent(1.0, 2, 10.0))
     before = distiller.heldout()
     found = distiller.run(before, lambda _: None)
     assert found.loss_after == before and torch.equal(found.weights[0].o_DHv, weights[0].o_DHv)

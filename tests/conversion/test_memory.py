@@ -12,7 +12,6 @@ import torch
 from tests.conversion.made import QUICK, Convert, digest, weights
 from tests.families import THETA, MakeSource
 from transmla.checkpoint.read import Source
-from transmla.conversion import block
 from transmla.conversion import run as run_module
 from transmla.errors import DestinationError
 from transmla.model import source as source_module
@@ -73,7 +72,7 @@ def test_holding_on_to_layers_would_show(lively: MakeSource, run: Convert, monke
 
 def test_blocks_bound_the_memory(lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight layers never more than a block of two."""
-    alive, peaks, made = [0], [0], block.FrozenLayer.of
+    alive, peaks, made = [0], [0], source_module.SourceLayer.narrowed
 
     def counted(layer: Any, dtype: Any) -> Any:
         layer = made(layer, dtype)
@@ -82,7 +81,7 @@ def test_blocks_bound_the_memory(lively: MakeSource, run: Convert, monkeypatch: 
         weakref.finalize(layer, lambda: alive.__setitem__(0, alive[0] - 1))
         return layer
 
-    monkeypatch.setattr(block.FrozenLayer, "of", counted)
+    monkeypatch.setattr(source_module.SourceLayer, "narrowed", counted)
     run(lively(layers=8), refine="fast", refinement=QUICK, block_layers=2)
     peaks.append(0)
     run(lively(layers=8), "whole", refine="fast", refinement=QUICK)

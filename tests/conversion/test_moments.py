@@ -59,7 +59,8 @@ def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, positions_T: Tensor |
 def test_attended_is_the_double_loop(layer: SourceLayer, device: torch.device) -> None:
     streams = random_streams(tokens=TOKENS)
     x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
-    seen = attended(x_TD.to(device), x_hat_TD.to(device), layer.gqa.to(device=device))
+    heads = tuple(part.to(device) for part in layer.heads(x_TD))
+    seen = attended(heads, x_hat_TD.to(device), layer.gqa.to(device=device))
     expected = naive(x_TD, x_hat_TD, layer.gqa)
     for name, value in expected.items():
         assert relative(getattr(seen, name), value) < 1e-5, name
@@ -71,8 +72,9 @@ def test_attended_across_gaps(layer: SourceLayer, gaps: tuple[int, ...]) -> None
     positions_T = torch.arange(TOKENS)
     for number, gap in enumerate(gaps, 1):
         positions_T[number * TOKENS // 3 :] += gap
-    given = (streams.source_NTD[0], streams.converted_NTD[0], layer.gqa, positions_T)
-    seen, expected = attended(*given), naive(*given)
+    x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
+    seen = attended(layer.heads(x_TD), x_hat_TD, layer.gqa, positions_T)
+    expected = naive(x_TD, x_hat_TD, layer.gqa, positions_T)
     for name, value in expected.items():
         assert relative(getattr(seen, name), value) < 1e-5, name
     assert float(seen.distance_HS[:, TOKENS:].sum()) > 0 or gaps == (1,)
@@ -90,7 +92,7 @@ def test_distances_of_windows_that_reach_differently(layer: SourceLayer) -> None
 def test_narrow_products_round_only_the_attended_moment(layer: SourceLayer) -> None:
     streams = random_streams(tokens=TOKENS)
     x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
-    exact, narrow = (attended(x_TD, x_hat_TD, layer.gqa, narrow=dtype) for dtype in (None, torch.bfloat16))
+    exact, narrow = (attended(layer.heads(x_TD), x_hat_TD, layer.gqa, narrow=dtype) for dtype in (None, torch.bfloat16))
     for field in fields(exact):
         rounded = relative(getattr(narrow, field.name), getattr(exact, field.name))
         assert 0 < rounded < 2**-8 if field.name == "attended_DD" else rounded == 0, field.name
@@ -102,8 +104,8 @@ def test_observe_is_the_mean_over_fitted_windows(layer: SourceLayer, device: tor
     moments = observe(there, streams, num_attended=16)
     parts: list[dict[str, Tensor]] = []
     for index in range(3):
-        x_TD = layer.input_layernorm(streams.source_NTD[index])
-        x_hat_TD = layer.input_layernorm(streams.converted_NTD[index])
+        x_TD = layer.into_attention(streams.source_NTD[index])
+        x_hat_TD = layer.into_attention(streams.converted_NTD[index])
         part = naive(x_TD, x_hat_TD, layer.gqa)
         x_TD, x_hat_TD = x_TD.double(), x_hat_TD.double()
         part |= {"converted_DD": x_hat_TD.T @ x_hat_TD, "cross_DD": x_TD.T @ x_hat_TD}

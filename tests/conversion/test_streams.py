@@ -1,6 +1,7 @@
 """Two streams through a layer: what each step adds, and that the repair repairs."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,12 @@ from tests.conversion.pieces import model_and_layer, random_streams
 from tests.maths.weights import relative
 from transmla.conversion.moments import observe
 from transmla.conversion.streams import (
+    Repair,
     Streams,
-    add_converted_attention,
-    add_mlp,
-    add_source_attention,
+    advance_converted,
+    advance_source,
     converted_heads,
     next_token_losses,
-    repair_output,
     stream_loss,
 )
 from transmla.maths.attention import MlaWeights
@@ -40,57 +40,71 @@ def fitted(layer: SourceLayer, streams: Streams, rank: int) -> MlaWeights:
     return fit_layer(layer.gqa.to(dtype=torch.float64), moments, rank, 4, 10000.0, ClosedForm()).mla
 
 
-def test_a_layer_is_added_step_by_step(layer: SourceLayer, device: torch.device) -> None:
+def test_both_streams_behind_a_layer(layer: SourceLayer, device: torch.device) -> None:
     streams = random_streams(windows=30, tokens=16, heldout=10, gap=40, device=device)
     here, layer = layer, model_and_layer(device=device, heads=4, head_dim=16)[1]
     source_TD, converted_TD = streams.source_NTD[2].clone(), streams.converted_NTD[2].clone()
     mla = fitted(layer, streams, 12)
-    add_source_attention(layer, streams)
+    advance_source(layer, streams)
     gqa, positions = here.gqa.to(dtype=torch.float64), streams.positions_NT[2].tolist()
-    past_TD = source_TD + gqa_naive(here.input_layernorm(source_TD).double(), gqa, positions)
-    assert relative(streams.source_NTD[2], past_TD) < 1e-5
+    out_TD = gqa_naive(here.into_attention(source_TD).double(), gqa, positions).float()
+    assert relative(streams.source_NTD[2], here.past_attention(source_TD, out_TD)) < 1e-5
     heads = converted_heads(layer, mla, streams)
-    add_converted_attention(mla.o_DHv, heads.out_NTF, streams)
-    mla, x_hat_TD = mla.to(device="cpu"), here.input_layernorm(converted_TD).double()
-    assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla, positions)) < 1e-5
-    assert relative(streams.converted_NTD[2], converted_TD + mla_naive(x_hat_TD, mla)) > 1e-3
-    before_ND = streams.source_NTD.clone(), streams.converted_NTD.clone()
-    add_mlp(layer, streams)
-    for past_NTD, stream_NTD in zip(before_ND, (streams.source_NTD, streams.converted_NTD), strict=True):
-        expected = past_NTD[2] + here.mlp(here.post_attention_layernorm(past_NTD[2]))
-        assert relative(stream_NTD[2], expected) < 1e-6
+    advance_converted(layer, mla, heads.out_NTF, streams)
+    mla, x_hat_TD = mla.to(device="cpu"), here.into_attention(converted_TD).double()
+    for at, wrong in ((positions, False), (None, True)):
+        out_TD = mla_naive(x_hat_TD, mla, at).float()
+        error = relative(streams.converted_NTD[2], here.past_attention(converted_TD, out_TD))
+        assert (error > 1e-3) if wrong else (error < 1e-5)
 
 
 def test_latent_peak_is_the_largest_token(layer: SourceLayer, streams: Streams) -> None:
     mla = fitted(layer, streams, 12)
-    latent_NTr = layer.input_layernorm(streams.converted_NTD).double() @ mla.kv_down_rD.T
+    latent_NTr = layer.into_attention(streams.converted_NTD).double() @ mla.kv_down_rD.T
     assert converted_heads(layer, mla, streams).latent_peak == pytest.approx(float(latent_NTr.square().mean(-1).max()))
 
 
-@pytest.mark.parametrize("rank", [4, 12, 40])
-def test_repair_lowers_the_fitted_loss(layer: SourceLayer, streams: Streams, rank: int) -> None:
-    mla = fitted(layer, streams, rank)
-    add_source_attention(layer, streams)
+def repaired(layer: SourceLayer, mla: MlaWeights, heads_NTF: torch.Tensor, streams: Streams, *ridges: float) -> Any:
+    """The weights with each ridge; the source's stream ends behind the layer."""
+    repair = Repair(layer, mla, heads_NTF, streams)
+    advance_source(layer, streams, repair.see)
+    return [repair.fitted(ridge) for ridge in ridges]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "granite", "gemma3_text"])
+@pytest.mark.parametrize("rank", [4, 12])
+def test_repair_lowers_the_fitted_loss(model_type: str, rank: int) -> None:
+    """Also with a bias, with residuals that are multiplied and with a norm behind the attention."""
+    sizes: dict[str, Any] = {"heads": 4, "head_dim": 16, "model_type": model_type}
+    _, layer = model_and_layer(**sizes)
+    streams = random_streams(windows=30, tokens=16, heldout=10, gap=40)
+    mla = layer.complete(fitted(layer, streams, rank))
     heads_NTF = converted_heads(layer, mla, streams).out_NTF
+    trials = repaired(layer, mla, heads_NTF, streams, 1e9, 1.0, 1e-2, 1e-4)
     losses = []
-    for ridge in (1e9, 1.0, 1e-2, 1e-4):
-        o_DF = repair_output(mla.o_DHv, heads_NTF, streams, ridge)
-        trial = replace(streams, converted_NTD=streams.converted_NTD.clone())
-        add_converted_attention(o_DF, heads_NTF, trial)
-        losses.append(stream_loss(trial).fitted)
-    add_converted_attention(mla.o_DHv, heads_NTF, streams)
-    assert losses[0] == pytest.approx(stream_loss(streams).fitted, rel=1e-4)
-    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
+    for trial in (mla, *trials):
+        behind = replace(streams, converted_NTD=streams.converted_NTD.clone())
+        advance_converted(layer, trial, heads_NTF, behind)
+        losses.append(stream_loss(behind).fitted)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[-1] < 0.98 * losses[0] and losses[-2] < losses[0]
+    assert (trials[0].o_bias_D is not None) == (model_type == "qwen2")
 
 
 def test_repair_never_sees_held_out_windows(layer: SourceLayer, streams: Streams) -> None:
     mla = fitted(layer, streams, 12)
     heads_NTF = converted_heads(layer, mla, streams).out_NTF
-    before = repair_output(mla.o_DHv, heads_NTF, streams, 1e-2)
+
+    def found() -> torch.Tensor:
+        behind = replace(streams, source_NTD=streams.source_NTD.clone())
+        o_DF: torch.Tensor = repaired(layer, mla, heads_NTF, behind, 1e-2)[0].o_DHv
+        return o_DF
+
+    before = found()
     streams.source_NTD[20:], streams.converted_NTD[20:], heads_NTF[20:] = 5.0, -5.0, 3.0
-    assert torch.equal(before, repair_output(mla.o_DHv, heads_NTF, streams, 1e-2))
+    assert torch.equal(before, found())
     streams.source_NTD[19] = 5.0
-    assert not torch.equal(before, repair_output(mla.o_DHv, heads_NTF, streams, 1e-2))
+    assert not torch.equal(before, found())
 
 
 def test_stream_loss_counts_every_token_by_its_own_size() -> None:

@@ -48,8 +48,8 @@ def test_verification_sees_a_wrong_tensor(
 def test_verification_sees_a_wrong_config(
     lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    make = conversion.deepseek_v3_config
+    make = conversion.target_config
     wrong = {"rope_interleave": False, "rope_theta": 50.0, "rms_norm_eps": 10.0}[setting]
-    monkeypatch.setattr(conversion, "deepseek_v3_config", lambda *args: make(*args) | {setting: wrong})
+    monkeypatch.setattr(conversion, "target_config", lambda *args: make(*args) | {setting: wrong})
     with pytest.raises(VerificationError):
         run(lively())

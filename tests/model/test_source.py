@@ -11,22 +11,39 @@ from tests.families import LINEAR, LLAMA3, YARN, lively_config
 from tests.maths.weights import relative
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
-from transmla.maths.attention import gqa_attention
-from transmla.model.source import SourceLayer, layer_tensor_names, source_config, source_frequencies
+from transmla.model.source import SourceLayer, layer_tensor_names, skeleton, source_config, source_frequencies
 
 ROPES = {"default": None, "linear": LINEAR, "llama3": LLAMA3, "yarn": YARN}
 
 
 def run(layer: SourceLayer, x_TD: torch.Tensor) -> torch.Tensor:
-    x_TD = x_TD + gqa_attention(layer.input_layernorm(x_TD), layer.gqa) @ layer.gqa.o_DHd.T
-    return x_TD + layer.mlp(layer.post_attention_layernorm(x_TD))
-
-
-def stock(model: Any, x_TD: torch.Tensor) -> torch.Tensor:
-    angles = model.model.rotary_emb(x_TD[None], torch.arange(len(x_TD))[None])
     with torch.no_grad():
-        output: torch.Tensor = model.model.layers[1](x_TD[None], position_embeddings=angles, attention_mask=None)
-    return output.view_as(x_TD)
+        return layer.through(x_TD, layer.attention)
+
+
+def stock(model: Any, x_TD: torch.Tensor, index: int = 1) -> torch.Tensor:
+    """As the model runs its layer, with the layer's own mask and angles."""
+    seen: list[torch.Tensor] = []
+    base = model.get_submodule(FAMILIES[model.config.model_type].layers.rpartition(".")[0])
+
+    def instead(_: Any, args: Any, kwargs: Any) -> Any:
+        stream_BTD = x_TD[None].clone()
+        if args:
+            return (stream_BTD, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": stream_BTD}
+
+    def after(_: Any, __: Any, out: Any) -> None:
+        seen.append(out if isinstance(out, torch.Tensor) else out[0])
+
+    handles = [
+        base.layers[index].register_forward_pre_hook(instead, with_kwargs=True),
+        base.layers[index].register_forward_hook(after),
+    ]
+    with torch.no_grad():
+        model(torch.zeros(1, len(x_TD), dtype=torch.long))
+    for handle in handles:
+        handle.remove()
+    return seen[0].view_as(x_TD)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -38,6 +55,56 @@ def test_layer_is_that_of_transformers(model_type: str, rope: str) -> None:
     assert relative(run(layer, x_TD), expected) < 1e-5
     plain = replace(layer, gqa=replace(layer.gqa, inv_freq_P=torch.zeros(6)))
     assert relative(run(plain, x_TD), expected) > 1e-2
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_has_the_layer_of_transformers(model_type: str, index: int) -> None:
+    """In a window longer than any sliding one, and with the plain weights beside the modules that they stand for."""
+    heads = {"kv_heads": 6} if model_type == "gpt_neox" else {}
+    model, layer = model_and_layer(index, model_type=model_type, head_dim=8, **heads)
+    x_TD = 0.5 * torch.randn(40, 48, generator=torch.Generator().manual_seed(3))
+    expected = stock(model, x_TD, index)
+    assert relative(run(layer, x_TD), expected) < 1e-5
+    x_TD = layer.into_attention(x_TD)
+    q, k, v = layer.heads(x_TD)
+    inputs_TF = layer.inputs(x_TD)
+    for found, weight in ((k, layer.gqa.k_GdD), (v, layer.gqa.v_GdD)):
+        assert relative(torch.einsum("TF,GdF->GTd", inputs_TF, weight), found) < 1e-6
+    read = "HTd,Hed->HTe" if layer.gqa.encoded else "Td,Hed->HTe"
+    assert relative(torch.einsum(read, q if layer.gqa.encoded else inputs_TF, layer.gqa.q_HdD), q) < 1e-6
+
+
+def without(layer: SourceLayer, oddity: str) -> SourceLayer:
+    gqa = layer.gqa
+    changed: dict[str, Any] = {
+        "window": {"gqa": replace(gqa, window=None)},
+        "softcap": {"gqa": replace(gqa, softcap=None)},
+        "scale": {"gqa": replace(gqa, scaling=8**-0.5)},
+        "rotation": {"gqa": replace(gqa, inv_freq_P=torch.zeros_like(gqa.inv_freq_P))},
+        "layout": {"order_d": torch.arange(8)},
+    }
+    return replace(layer, **changed[oddity])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "oddity"),
+    [
+        ("gemma2", "window"), ("gemma2", "softcap"), ("gemma2", "scale"), ("gemma3_text", "window"),
+        ("granite", "scale"), ("cohere", "layout"), ("glm4", "layout"), ("phi3", "layout"), ("qwen3", "rotation"),
+        ("smollm3", "rotation"),
+    ],
+)  # fmt: skip
+def test_oddities_matter(model_type: str, oddity: str) -> None:
+    model, layer = model_and_layer(0, model_type=model_type, head_dim=8)
+    x_TD = 0.5 * torch.randn(40, 48, generator=torch.Generator().manual_seed(3))
+    assert relative(run(without(layer, oddity), x_TD), stock(model, x_TD, 0)) > 1e-3
+
+
+def test_layers_without_rotation() -> None:
+    _, turning = model_and_layer(0, model_type="smollm3")
+    _, standing = model_and_layer(1, model_type="smollm3")
+    assert turning.gqa.inv_freq_P.all() and not standing.gqa.inv_freq_P.any()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
@@ -52,13 +119,13 @@ def test_heads_are_read_in_order(kv_heads: int) -> None:
 def test_scaled_frequencies_are_those_of_transformers(rope: str) -> None:
     config = lively_config(rope=ROPES[rope])
     geometry = gqa_geometry(config.to_dict(), "config.json")
-    found_P, factor = source_frequencies(config, geometry)
+    found_P, factor = source_frequencies(config, geometry, FAMILIES["llama"], 0)
     model, layer = model_and_layer(rope=ROPES[rope])
     rotary = model.model.rotary_emb
     assert relative(found_P, rotary.inv_freq) < 1e-6
     assert factor == rotary.attention_scaling and (factor != 1.0) == (rope == "yarn")
     assert layer.gqa.scaling == pytest.approx(12**-0.5 * factor**2)
-    plain_P, _ = source_frequencies(lively_config(), geometry)
+    plain_P, _ = source_frequencies(lively_config(), geometry, FAMILIES["llama"], 0)
     assert relative(found_P, plain_P) > 0.01
 
 
@@ -66,8 +133,8 @@ def test_frequencies_of_a_gguf_file_are_divided_by_its_factors() -> None:
     """There, llama3 scaling is a list of divisors and the rope type says nothing."""
     config = lively_config()
     geometry = gqa_geometry(config.to_dict(), "config.json")
-    plain_P, _ = source_frequencies(config, geometry)
-    divided_P, factor = source_frequencies(config, geometry, [1.0, 1.0, 2.0, 4.0, 8.0, 8.0])
+    plain_P, _ = source_frequencies(config, geometry, FAMILIES["llama"], 0)
+    divided_P, factor = source_frequencies(config, geometry, FAMILIES["llama"], 0, [1.0, 1.0, 2.0, 4.0, 8.0, 8.0])
     assert factor == 1.0
     assert (plain_P / divided_P).tolist() == pytest.approx([1.0, 1.0, 2.0, 4.0, 8.0, 8.0])
 
@@ -80,7 +147,7 @@ def test_everything_but_attention_is_kept_as_it_is() -> None:
 
 
 def test_names_and_shapes_of_a_layer() -> None:
-    names = layer_tensor_names(FAMILIES["llama"], lively_config(), 2)
+    names = layer_tensor_names(FAMILIES["llama"], skeleton(lively_config()), 2)
     assert names["model.layers.2.self_attn.k_proj.weight"] == (24, 48)
     assert names["model.layers.2.self_attn.o_proj.weight"] == (48, 72)
     assert len(names) == 9

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import EPILOG, device, errors, is_first_process, number, option, quiet_libraries
-from transmla.recipe import CALIBRATION, DTYPES, REFINE_LEVELS, TOKENS
+from transmla.recipe import CALIBRATION, DTYPES, FORMATS, REFINE_LEVELS, TOKENS
 
 
 def geometry_options(command: Any) -> Any:
@@ -96,6 +96,12 @@ def geometry_options(command: Any) -> Any:
     help="rope_theta of the result; auto measures a few values on a few layers. [default: auto]",
 )
 @option("--dtype", type=click.Choice(DTYPES), help="Dtype of the written weights; auto: that of SRC. [default: auto]")
+@option(
+    "--format",
+    type=click.Choice(FORMATS),
+    help="deepseek_v3: for stock engines; transmla: the class of SRC with latent attention, for transformers; auto: "
+    "deepseek_v3 where it can express SRC exactly. [default: auto]",
+)
 @device
 @option("--seed", type=int, help="Seed for the order of windows, their gaps and sampled text. [default: 0]")
 @option(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +18,9 @@ from torch import Tensor
 from transmla.conversion.descent import Descender, detached, tokens_per_pass, trainable
 from transmla.conversion.levels import Descent
 from transmla.conversion.streams import Streams
-from transmla.maths.attention import MlaWeights, mla_attention
+from transmla.maths.attention import MlaWeights
 from transmla.model.source import Head, SourceLayer
 from transmla.train.losses import distillation_loss, predictions_of, stream_error
-
-
-@dataclass(frozen=True)
-class FrozenLayer:
-    """What is not attention of a layer, on the device; the MLP in the dtype of the products."""
-
-    input_layernorm: Callable[[Tensor], Tensor]
-    post_attention_layernorm: Callable[[Tensor], Tensor]
-    mlp: Callable[[Tensor], Tensor]
-
-    @classmethod
-    def of(cls, layer: SourceLayer, dtype: torch.dtype) -> FrozenLayer:
-        mlp: Any = layer.mlp
-        return cls(layer.input_layernorm, layer.post_attention_layernorm, mlp.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -48,16 +33,18 @@ class DistilledBlock:
 
 
 def through(
-    block: Sequence[FrozenLayer],
+    block: Sequence[SourceLayer],
     weights: Sequence[MlaWeights],
     stream_BTD: Tensor,
     positions_BT: Tensor | None = None,
 ) -> Tensor:
     """Converted stream past a block of layers, float32; differentiable in `weights`. Positions: see `mla_attention`."""
     for layer, mla in zip(block, weights, strict=True):
-        out_BTD = mla_attention(layer.input_layernorm(stream_BTD), mla, positions_BT) @ mla.o_DHv.T
-        stream_BTD = stream_BTD + out_BTD.float()
-        stream_BTD = stream_BTD + layer.mlp(layer.post_attention_layernorm(stream_BTD)).float()
+
+        def attend(x_BTD: Tensor, layer: SourceLayer = layer, mla: MlaWeights = mla) -> Tensor:
+            return layer.latent_attention(x_BTD, mla, positions_BT).float()
+
+        stream_BTD = layer.through(stream_BTD, attend)
     return stream_BTD
 
 
@@ -69,7 +56,7 @@ class BlockDistiller:
 
     def __init__(
         self,
-        block: Sequence[FrozenLayer],
+        block: Sequence[SourceLayer],
         weights: Sequence[MlaWeights],
         streams: Streams,
         head: Head | None,

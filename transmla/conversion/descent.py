@@ -32,14 +32,22 @@ def tokens_per_pass(device: torch.device) -> int:
 def trainable(mla: MlaWeights, device: torch.device) -> MlaWeights:
     """A float32 copy on the device whose weights take gradients."""
     moved = mla.to(dtype=torch.float32, device=device)
-    copies: dict[str, Any] = {name: leaf.detach().clone().requires_grad_() for name, leaf in _trained(moved)}
-    return replace(moved, **copies)
+    return _replaced(moved, lambda leaf: leaf.detach().clone().requires_grad_())
 
 
 def detached(mla: MlaWeights) -> MlaWeights:
     """The weights without gradients, sharing memory."""
-    held: dict[str, Any] = {name: leaf.detach() for name, leaf in _trained(mla)}
-    return replace(mla, **held)
+    return _replaced(mla, lambda leaf: leaf.detach())
+
+
+def _replaced(mla: MlaWeights, change: Callable[[Tensor], Tensor]) -> MlaWeights:
+    """The weights with all that is trained changed."""
+    changed = {name: change(leaf) for name, leaf in _trained(mla)}
+    encoder = None
+    if mla.encoder is not None:
+        encoder = {name: changed.pop(name, value) for name, value in mla.encoder.items()}
+    fields: dict[str, Any] = changed
+    return replace(mla, **fields, encoder=encoder)
 
 
 def leaves(weights: Sequence[MlaWeights]) -> list[Tensor]:
@@ -48,8 +56,11 @@ def leaves(weights: Sequence[MlaWeights]) -> list[Tensor]:
 
 
 def _trained(mla: MlaWeights) -> list[tuple[str, Tensor]]:
-    """Trained tensors by name; `q_down_qD` only where queries have a latent."""
-    return [(name, getattr(mla, name)) for name in TRAINED if getattr(mla, name) is not None]
+    """Trained tensors by name: those of `TRAINED` that there are, and the matrices of an encoder. Norms and biases are
+    few and stay."""
+    names = [name for name in TRAINED if getattr(mla, name) is not None and (name != "q_nope_HnD" or not mla.encoder)]
+    found = [(name, getattr(mla, name)) for name in names]
+    return found + [(name, value) for name, value in (mla.encoder or {}).items() if value.dim() > 1]
 
 
 class Descender:

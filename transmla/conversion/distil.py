@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from transmla.conversion.block import BlockDistiller, DistilledBlock, FrozenLayer, through
+from transmla.conversion.block import BlockDistiller, DistilledBlock, through
 from transmla.conversion.descent import tokens_per_pass
 from transmla.conversion.fit import num_closed
 from transmla.conversion.kept import DISTILLED, FITTED
 from transmla.conversion.levels import Descent
 from transmla.conversion.run import Run
-from transmla.conversion.streams import Streams, add_mlp, add_source_attention
+from transmla.conversion.streams import Streams, advance_source
 from transmla.devices import free_bytes
 
 # points of the curve of training losses that is kept
@@ -74,8 +74,7 @@ def distil_layers(run: Run, streams: Streams) -> tuple[BlockReport, ...]:
         if size < total:
             for index in indices:
                 layer = run.model.layer(index)
-                add_source_attention(layer, streams)
-                add_mlp(layer, streams, only="source")
+                advance_source(layer, streams)
                 del layer  # before the next one is read
         reports.append(_distil_block(run, indices, size, streams, descent))
     return tuple(reports)
@@ -106,7 +105,7 @@ def _distil_block(run: Run, indices: range, at_once: int, streams: Streams, desc
     report = _finished(run, indices, at_once)
     if report is not None and final:
         return report
-    block = [FrozenLayer.of(run.model.layer(index), run.compute) for index in indices]
+    block = [run.model.layer(index).narrowed(run.compute) for index in indices]
     if report is not None:
         weights = run.kept.layers(indices, DISTILLED)
     else:

@@ -6,7 +6,7 @@ Legend: see transmla/conversion/streams.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from transmla.conversion.kept import FITTED
 from transmla.conversion.moments import observe
 from transmla.conversion.run import Run
 from transmla.conversion.streams import (
+    Repair,
     Streams,
-    add_converted_attention,
-    add_mlp,
-    add_source_attention,
+    advance_converted,
+    advance_source,
     converted_heads,
-    repair_output,
     stream_loss,
 )
+from transmla.conversion.theta import Theta, theta_of
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import fit_layer
 from transmla.model.source import SourceLayer
@@ -42,7 +42,7 @@ class LayerReport:
     query_loss: float | None = None
 
 
-def fit_layers(run: Run, streams: Streams, theta: float) -> tuple[LayerReport, ...]:
+def fit_layers(run: Run, streams: Streams, theta: Theta) -> tuple[LayerReport, ...]:
     """Fit every layer that the journal does not hold yet; the source's stream ends behind the last one.
 
     Where distillation follows, the closed form uses only some of the windows; the others only pass through the source.
@@ -54,14 +54,12 @@ def fit_layers(run: Run, streams: Streams, theta: float) -> tuple[LayerReport, .
         layer = run.model.layer(index)
         kept = run.kept.layer(index, FITTED)
         if kept is None:
-            mla, report = _fit(run, layer, streams, closed, theta)
+            mla, report = _fit(run, layer, streams, closed, theta_of(theta, run.plan.config, index))
             run.kept.save_layer(index, FITTED, mla, vars(report))
         else:
             mla, report = kept[0], LayerReport(**kept[1])
-            add_source_attention(layer, streams)
-            add_converted_attention(mla.o_DHv, converted_heads(layer, mla, closed).out_NTF, closed)
-        add_mlp(layer, streams, only="source")
-        add_mlp(layer, closed, only="converted")
+            advance_source(layer, streams)
+            advance_converted(layer, mla, converted_heads(layer, mla, closed).out_NTF, closed)
         del layer  # before the next one is read
         reports.append(report)
         run.progress("convert layers", index + 1, total, f"stream error {report.stream_loss_heldout:.2%} held out")
@@ -76,17 +74,18 @@ def num_closed(run: Run, streams: Streams) -> int:
 def _fit(
     run: Run, layer: SourceLayer, streams: Streams, closed: Streams, theta: float
 ) -> tuple[MlaWeights, LayerReport]:
-    """One layer, the source's stream past its attention, and the converted one of the windows that are fitted to."""
+    """One layer; the source's stream behind it, and the converted one of the windows that are fitted to."""
     sizes = run.plan.mla
     moments = observe(layer, closed, NUM_ATTENDED)
     gqa = layer.gqa.to(dtype=torch.float64)
     fitted = fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank)
-    add_source_attention(layer, streams)
-    heads_NTF = converted_heads(layer, fitted.mla, closed).out_NTF
-    o_DHv = repair_output(fitted.mla.o_DHv, heads_NTF, closed, run.method.output_ridge)
+    mla = layer.complete(fitted.mla)
+    heads_NTF = converted_heads(layer, mla, closed).out_NTF
+    repair, before = Repair(layer, mla, heads_NTF, closed), len(streams.indices) - len(closed.indices)
+    advance_source(layer, streams, lambda place, stream_TD, out_TD: repair.see(place - before, stream_TD, out_TD))
     # float32, as the journal keeps it: a resumed run computes the same
-    mla = _agreed(replace(fitted.mla, o_DHv=o_DHv).to(dtype=torch.float32), run)
-    add_converted_attention(mla.o_DHv, heads_NTF, closed)
+    mla = _agreed(repair.fitted(run.method.output_ridge).to(dtype=torch.float32), run)
+    advance_converted(layer, mla, heads_NTF, closed)
     loss = stream_loss(closed)
     return mla, LayerReport(layer.index, fitted.latent_loss, loss.fitted, loss.heldout, fitted.query_loss)
 

@@ -24,10 +24,10 @@ from transmla.conversion.fit import LayerReport, fit_layers
 from transmla.conversion.kept import KeptLayers
 from transmla.conversion.levels import LEVELS, Refinement, with_batch
 from transmla.conversion.measure import HeldoutNats, Measured, measure
-from transmla.conversion.plan import Plan, plan
+from transmla.conversion.plan import Plan, plan, target_config
 from transmla.conversion.run import Run
 from transmla.conversion.search import Trial, find_latent
-from transmla.conversion.theta import choose_theta
+from transmla.conversion.theta import Theta, choose_theta
 from transmla.conversion.verify import Verification, Witness, verify
 from transmla.conversion.write import write_companions, write_weights
 from transmla.devices import free_bytes
@@ -36,7 +36,6 @@ from transmla.maths.closed_form import ClosedForm
 from transmla.model.source import SourceModel
 from transmla.processes import ALONE, Processes
 from transmla.progress import Progress, silent
-from transmla.targets.stock import deepseek_v3_config
 from transmla.text.mixes import parse_mix
 from transmla.text.windows import CalibrationTokens
 
@@ -45,12 +44,12 @@ from transmla.text.windows import CalibrationTokens
 class ConversionReport:
     """The closing summary. Perplexities are those of the held-out calibration windows, not of a benchmark.
 
-    latent_scales: s of maths/fold.py, by layer;  tried: sizes that `latent="auto"` tried
+    latent_scales: s of maths/fold.py, by layer; none in the own form;  tried: sizes that `latent="auto"` tried
     """
 
     plan: Plan
     destination: Path
-    theta: float
+    theta: Theta
     theta_losses: dict[float, list[float]]
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
@@ -132,7 +131,7 @@ def convert(
 class _Fitted:
     """What is known of the layers in the journal when all of them are finished."""
 
-    theta: float
+    theta: Theta
     theta_losses: dict[float, list[float]]
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
@@ -181,9 +180,7 @@ def _write(
     (embedded_TD,) = run.model.embed(text.ids_NT[-1:])
     witness = Witness(text.ids_NT[-1], embedded_TD)
     scales = write_weights(run, witness, fitted.measured, writer)
-    config = deepseek_v3_config(
-        planned.source.config, planned.mla, fitted.theta, planned.max_position_embeddings, planned.dtype
-    )
+    config = target_config(planned, fitted.theta)
     losses = {f"{theta:g}": found for theta, found in fitted.theta_losses.items()}
     sections = {
         "rope_theta": {"chosen": fitted.theta, "losses": losses},
@@ -197,13 +194,20 @@ def _write(
         "computed": {"device": run.device.type, "forward_dtype": str(run.compute), "processes": num_processes},
         "heldout": asdict(fitted.measured.heldout),
         "tried": [vars(trial) for trial in tried],
-        "layers": [vars(layer) | {"latent_scale": scale} for layer, scale in zip(fitted.layers, scales, strict=True)],
+        "layers": _with_scales(fitted.layers, scales),
         "distilled_blocks": [vars(block) for block in fitted.blocks],
     }
     write_companions(run, config, sections, writer)
-    verified = verify(writer.partial, witness, run.device, run.progress)
+    verified = verify(writer.partial, planned.family, witness, run.device, run.progress)
     writer.commit()
     return scales, verified
+
+
+def _with_scales(layers: tuple[LayerReport, ...], scales: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Layers as plain values; scales: of their latents, where these are folded"""
+    if not scales:
+        return [vars(layer) for layer in layers]
+    return [vars(layer) | {"latent_scale": scale} for layer, scale in zip(layers, scales, strict=True)]
 
 
 def default_destination(planned: Plan) -> Path:

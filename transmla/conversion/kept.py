@@ -18,6 +18,9 @@ from transmla.maths.attention import MlaWeights
 from transmla.processes import Processes
 
 FITTED, DISTILLED = "fitted", "distilled"
+# fields of `MlaWeights` that are numbers, and what stands before the names of its encoder's weights
+_NUMBERS = ("scaling", "window", "softcap")
+_ENCODER = "encoder."
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,15 @@ class KeptLayers:
         return f"{self.sizes.kv_lora_rank}-{self.sizes.qk_rope_head_dim}{queries}-{step}"
 
     def _unpacked(self, tensors: dict[str, Tensor]) -> MlaWeights:
-        scaling = float(tensors["scaling"])
-        weights = {name: value for name, value in tensors.items() if name != "scaling"}
-        return MlaWeights(**weights, scaling=scaling).to(device=self.device)
+        values: dict[str, Any] = {
+            name: float(value) if name in _NUMBERS else value
+            for name, value in tensors.items()
+            if not name.startswith(_ENCODER)
+        }
+        if (window := values.get("window")) is not None:
+            values["window"] = int(window)
+        encoder = {name.removeprefix(_ENCODER): one for name, one in tensors.items() if name.startswith(_ENCODER)}
+        return MlaWeights(**values, encoder=encoder or None).to(device=self.device)
 
 
 def _layer(index: int, stage: str) -> str:
@@ -101,9 +110,10 @@ def _layer(index: int, stage: str) -> str:
 
 
 def _packed(mla: MlaWeights) -> dict[str, Tensor]:
-    named = {field.name: getattr(mla, field.name) for field in fields(mla)}
-    return {
+    named = {field.name: getattr(mla, field.name) for field in fields(mla) if field.name != "encoder"}
+    packed = {
         name: torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
         for name, value in named.items()
         if value is not None
     }
+    return packed | {_ENCODER + name: value for name, value in (mla.encoder or {}).items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transmla.conversion.kept import DISTILLED, FITTED
 from transmla.conversion.run import Run
-from transmla.conversion.streams import Streams, add_converted_attention, add_mlp, converted_heads, next_token_losses
+from transmla.conversion.streams import Streams, advance_converted, converted_heads, next_token_losses
 from transmla.errors import VerificationError
 from transmla.text.windows import CalibrationTokens
 
@@ -50,8 +50,7 @@ def measure(run: Run, streams: Streams) -> Measured:
         layer = run.model.layer(index)
         (mla,) = run.kept.layers([index], final_stage(run))
         heads = converted_heads(layer, mla, part)
-        add_converted_attention(mla.o_DHv, heads.out_NTF, part)
-        add_mlp(layer, part, only="converted")
+        advance_converted(layer, mla, heads.out_NTF, part)
         del layer  # before the next one is read
         peaks.append(heads.latent_peak)
         query_peaks.append(heads.query_peak)
@@ -59,7 +58,7 @@ def measure(run: Run, streams: Streams) -> Measured:
     head = run.model.head(run.compute)
 
     def logits(stream_TD: Tensor) -> Tensor:
-        return head.norm(stream_TD).to(run.compute) @ head.weight_VD.T
+        return head.capped(head.norm(stream_TD).to(run.compute) @ head.weight_VD.T)
 
     source_N, converted_N = next_token_losses(part, _ids(run.text, part), logits)
     if not torch.isfinite(source_N).all() or not torch.isfinite(converted_N).all():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transmla.conversion.streams import Streams
-from transmla.maths.attention import GqaWeights, gqa_projections, rotate
+from transmla.maths.attention import GqaWeights, rotate, visible
 from transmla.maths.closed_form import Moments
 from transmla.model.source import SourceLayer
 
@@ -35,8 +35,7 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
     num_attended: windows whose attention matrices enter (quadratic in the window); the others
                   only enter the moments of the input
     """
-    size = streams.source_NTD.shape[2]
-    heads, head_dim, _ = layer.gqa.q_HdD.shape
+    size, heads, head_dim = layer.gqa.k_GdD.shape[2], layer.geometry.num_attention_heads, layer.geometry.head_dim
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=streams.device)
@@ -49,14 +48,16 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
     for place, source_TD, converted_TD in streams.windows():
         if place >= streams.num_fitted:
             break
-        x_TD = layer.input_layernorm(source_TD)
-        x_hat_TD = layer.input_layernorm(converted_TD)
+        source_x_TD = layer.into_attention(source_TD)
+        source_heads = layer.heads(source_x_TD)
+        x_TD = layer.inputs(source_x_TD, source_heads)
+        x_hat_TD = layer.inputs(layer.into_attention(converted_TD))
         converted_DD += (x_hat_TD.T @ x_hat_TD).double()
         cross_DD += (x_TD.T @ x_hat_TD).double()
         if streams.indices[place] not in looked_at:
             continue
         num_seen += 1
-        seen = attended(x_TD, x_hat_TD, layer.gqa, streams.positions(place), streams.autocast)
+        seen = attended(source_heads, x_hat_TD, layer.gqa, streams.positions(place), streams.autocast)
         attended_DD += seen.attended_DD
         query_Hdd += seen.query_Hdd
         importance_H += seen.importance_H
@@ -98,7 +99,7 @@ def _spread(wanted: int, available: int) -> set[int]:
 
 
 def attended(
-    x_TD: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
     x_hat_TD: Tensor,
     gqa: GqaWeights,
     positions_T: Tensor | None = None,
@@ -106,27 +107,33 @@ def attended(
 ) -> _Attended:
     """What the heads of the source attend to in one window; one key/value group in memory at a time.
 
+    heads:       unrotated queries [H, T, d], keys [G, T, d] and values [G, T, d] of the source
+    x_hat_TD:    what the converted attention reads, of which the second moment under attention is wanted
     positions_T: int64, ascending; None: 0..T-1
     narrow:      dtype of the products of attention and input, the largest ones; their moments are float32 sums anyway
     """
-    tokens, groups, heads = len(x_TD), len(gqa.k_GdD), len(gqa.q_HdD)
-    positions = torch.arange(tokens, device=x_TD.device) if positions_T is None else positions_T
-    q_HTd, k_GTd, v_GTd = gqa_projections(x_TD, gqa)
+    q_HTd, k_GTd, v_GTd = heads
+    num_heads, tokens, groups = len(q_HTd), q_HTd.shape[1], len(k_GTd)
+    device = q_HTd.device
+    positions = torch.arange(tokens, device=device) if positions_T is None else positions_T
     q_GRTd = rotate(q_HTd, gqa.inv_freq_P, positions).unflatten(0, (groups, -1))
     k_GTd = rotate(k_GTd, gqa.inv_freq_P, positions)
-    o_GRDd = gqa.o_DHd.unflatten(1, (groups, -1, gqa.k_GdD.shape[1])).permute(1, 2, 0, 3)
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=x_TD.device).triu(1)
+    o_GRDd = gqa.o_DHd.unflatten(1, (groups, -1, v_GTd.shape[2])).permute(1, 2, 0, 3)
+    seen_TT = visible(positions, gqa.window)
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1) if seen_TT is None else ~seen_TT
     narrow = narrow or x_hat_TD.dtype
     x_narrow_TD = x_hat_TD.to(narrow)
     importance, distance = [], []
-    received_T = torch.zeros(tokens, dtype=torch.float64, device=x_TD.device)
-    attended_DD = torch.zeros(x_hat_TD.shape[1], x_hat_TD.shape[1], dtype=torch.float64, device=x_TD.device)
+    received_T = torch.zeros(tokens, dtype=torch.float64, device=device)
+    attended_DD = torch.zeros(x_hat_TD.shape[1], x_hat_TD.shape[1], dtype=torch.float64, device=device)
     for group in range(groups):
         scores_RTT = (q_GRTd[group] @ k_GTd[group].T) * gqa.scaling
+        if gqa.softcap is not None:
+            scores_RTT = gqa.softcap * torch.tanh(scores_RTT / gqa.softcap)
         p_RTT = scores_RTT.masked_fill_(future, float("-inf")).softmax(-1)
         for p_TT in p_RTT:
             y_TD = (p_TT.to(narrow) @ x_narrow_TD).to(x_hat_TD.dtype)
-            attended_DD += (y_TD.T @ y_TD).double() / heads
+            attended_DD += (y_TD.T @ y_TD).double() / num_heads
         weight_RTT = _output_sensitivity(p_RTT, v_GTd[group], o_GRDd[group])
         importance.append(weight_RTT.sum(2).double().sum(1))
         received_T += weight_RTT.sum((0, 1)).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,13 +12,22 @@ from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import SHARD_BYTES, check_destination
-from transmla.errors import RecipeError
-from transmla.families import Family, family_of, rope_parameters
+from transmla.errors import GeometryError, RecipeError, UnsupportedError
+from transmla.families import Family, family_of, has_rotary_kinds, rope_parameters
 from transmla.geometry import CACHE_BITS, GqaGeometry, MlaGeometry, gqa_geometry, latent_candidates, mla_geometry
-from transmla.model.source import layer_tensor_names, source_config
+from transmla.model.source import (
+    AttentionFacts,
+    attention_facts,
+    checkpoint_tensors,
+    complete_config,
+    skeleton,
+    source_config,
+    source_frequencies,
+)
 from transmla.recipe import Recipe, find_recipe, load_recipe
 from transmla.targets.engines import EngineVerdict, engine_verdicts
-from transmla.targets.stock import deepseek_v3_config, expected_tensors
+from transmla.targets.own import obstacles, own_config
+from transmla.targets.stock import deepseek_v3_config
 from transmla.text.mixes import needs_source
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -44,12 +54,22 @@ class CacheRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before a weight is read."""
+    """Everything that is known before a weight is read.
+
+    config:    of the source, with the defaults of its class
+    attention: what the attention of its first layer does
+    obstacles: what keeps stock deepseek_v3 from expressing the model
+    form:      of the folder that is written: "deepseek_v3" or "transmla", see targets/own.py
+    """
 
     resolved: ResolvedSource
     source: Source
     recipe: Recipe
+    config: Mapping[str, Any]
     family: Family
+    attention: AttentionFacts
+    obstacles: tuple[str, ...]
+    form: str
     gqa: GqaGeometry
     mla: MlaGeometry
     dtype: str
@@ -76,6 +96,8 @@ class Plan:
             "source": self.resolved.name,
             "revision": self.resolved.revision,
             "family": self.family.model_type,
+            "format": self.form,
+            "obstacles": list(self.obstacles),
             "gqa": asdict(self.gqa),
             "mla": asdict(self.mla),
             "dtype": self.dtype,
@@ -115,13 +137,24 @@ def plan(
     where = opened.config_where
     family = family_of(opened.config, where)
     gqa = gqa_geometry(opened.config, where)
+    config, model = complete_config(opened.config), skeleton(source_config(opened.config))
+    facts = attention_facts(family, model, gqa)
+    found = obstacles(config, family, biased=facts.biased or facts.output_bias, encoded=facts.encoded)
+    form = _form(settings, found, where)
     candidates = _candidates(gqa, settings)
     wanted = candidates[-1] if candidates else settings.latent
     assert not isinstance(wanted, str)
     mla = mla_geometry(gqa, wanted, settings.rope, settings.q_latent)
-    _check_tensors(opened, family, gqa)
+    if settings.q_latent is not None and form != "deepseek_v3":
+        raise GeometryError(
+            "this model keeps its queries as they are",
+            where="--q-latent",
+            why=f"it is written in the form of {family.model_type}: {'; '.join(found) or 'as asked for'}",
+            remedy="leave out --q-latent; it saves no cache",
+        )
+    _check_tensors(opened, family, model)
     dtype = _output_dtype(opened, family, settings.dtype)
-    context, notes = _context(opened)
+    context, notes = _context(opened, config, form)
     if settings.context and settings.context > context:
         raise RecipeError(
             "the calibration would leave the source's context",
@@ -134,6 +167,8 @@ def plan(
             f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "
             f"perplexity stays within {settings.budget:.1%}; up to {len(candidates).bit_length()} conversions"
         )
+    if form != "deepseek_v3" and found:
+        notes.append(f"written as {family.model_type} with latent attention: deepseek_v3 has no {', '.join(found)}")
     if settings.refine != "off":
         notes.append("refinement takes as many layers at once as fit into half of the free memory")
     if needs_source(settings.mix, settings.sampled):
@@ -146,24 +181,44 @@ def plan(
         )
     if gqa.num_key_value_heads > 1:
         notes.append(_tensor_parallel(gqa, mla))
-    disk = _weight_bytes(opened.config, mla, dtype) + _COMPANION_BYTES + _journal_bytes(mla, settings)
+    weights = _weight_bytes(opened, family, gqa, mla, dtype)
+    disk = weights + _COMPANION_BYTES + _journal_bytes(mla, settings)
     if destination is not None:
         check_destination(Path(destination), disk)
-    return Plan(
+    planned = Plan(
         resolved=resolved,
         source=opened,
         recipe=settings,
+        config=config,
         family=family,
+        attention=facts,
+        obstacles=found,
+        form=form,
         gqa=gqa,
         mla=mla,
         dtype=dtype,
         max_position_embeddings=context,
         cache=cache_rows(gqa, mla),
-        engines=engine_verdicts(_target_config(opened.config, mla, context, dtype)),
+        engines=(),
         disk_bytes=disk,
-        memory_bytes=_memory_bytes(opened.config, gqa, settings, _weight_bytes(opened.config, mla, dtype)),
+        memory_bytes=_memory_bytes(config, gqa, settings, weights, _layer_bytes(opened, family)),
         notes=tuple(notes),
     )
+    return replace(planned, engines=engine_verdicts(_planned_config(planned)))
+
+
+def _form(recipe: Recipe, found: tuple[str, ...], where: str) -> str:
+    """The form of the folder; `UnsupportedError` if the one that was asked for cannot express the model."""
+    if recipe.format == "deepseek_v3" and found:
+        raise UnsupportedError(
+            "stock deepseek_v3 cannot express this model",
+            where=where,
+            why="; ".join(found),
+            remedy="leave out --format, which writes the form of the source's own class",
+        )
+    if recipe.format != "auto":
+        return recipe.format
+    return "transmla" if found else "deepseek_v3"
 
 
 def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
@@ -182,13 +237,40 @@ def with_latent(planned: Plan, latent: int) -> Plan:
     """The same conversion at another kv_lora_rank."""
     recipe = planned.recipe
     mla = mla_geometry(planned.gqa, latent, recipe.rope, recipe.q_latent)
-    config = _target_config(planned.source.config, mla, planned.max_position_embeddings, planned.dtype)
-    return replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla), engines=engine_verdicts(config))
+    planned = replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla))
+    return replace(planned, engines=engine_verdicts(_planned_config(planned)))
 
 
-def _target_config(source: Mapping[str, Any], mla: MlaGeometry, context: int, dtype: str) -> dict[str, Any]:
-    """config.json as it will be, but for rope_theta, which is chosen later."""
-    return deepseek_v3_config(source, mla, float(rope_parameters(source)["rope_theta"]), context, dtype)
+def target_config(planned: Plan, theta: float | Mapping[str, float]) -> dict[str, Any]:
+    """config.json of the folder that is written.
+
+    theta: base of the rotary frequencies of the converted model, by type of layer where these have their own
+    """
+    if planned.form == "deepseek_v3":
+        assert not isinstance(theta, Mapping)
+        return deepseek_v3_config(
+            planned.source.config, planned.mla, theta, planned.max_position_embeddings, planned.dtype
+        )
+    facts = planned.attention
+    _, factor = source_frequencies(source_config(planned.source.config), planned.gqa, planned.family, 0)
+    return own_config(
+        planned.config, planned.family, planned.gqa, planned.mla, theta, planned.dtype,
+        softmax_scale=facts.scaling * factor**2, softcap=facts.softcap, biased=facts.biased, encoded=facts.encoded,
+        output_bias=facts.output_bias or (facts.biased and not facts.encoded),
+    )  # fmt: skip
+
+
+def _planned_config(planned: Plan) -> dict[str, Any]:
+    """The same before rope_theta is chosen."""
+    return target_config(planned, own_thetas(planned.config))
+
+
+def own_thetas(config: Mapping[str, Any]) -> float | dict[str, float]:
+    """rope_theta of the source, by type of layer where these have their own."""
+    if has_rotary_kinds(config):
+        kinds = dict.fromkeys(config["layer_types"])
+        return {kind: float(rope_parameters(config, kind)["rope_theta"]) for kind in kinds}
+    return float(rope_parameters(config)["rope_theta"])
 
 
 def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:
@@ -207,18 +289,6 @@ def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:
     return tuple(rows)
 
 
-def checkpoint_tensors(
-    config: Mapping[str, Any], family: Family, gqa: GqaGeometry, tied: bool
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the source must have."""
-    vocab, hidden = int(config["vocab_size"]), gqa.hidden_size
-    expected: dict[str, tuple[int, ...]] = {family.embed_tokens: (vocab, hidden), family.norm: (hidden,)}
-    settings = source_config(config)
-    for index in range(gqa.num_hidden_layers):
-        expected |= layer_tensor_names(family, settings, index)
-    return expected if tied else expected | {family.lm_head: (vocab, hidden)}
-
-
 def _recipe(source: str, recipe: str | Path | None) -> Recipe:
     if recipe is not None:
         named = find_recipe(str(recipe))
@@ -228,33 +298,35 @@ def _recipe(source: str, recipe: str | Path | None) -> Recipe:
     return load_recipe(named) if named is not None else Recipe(source=source)
 
 
-def _check_tensors(source: Source, family: Family, gqa: GqaGeometry) -> None:
-    tied = bool(source.config.get("tie_word_embeddings")) or family.lm_head not in source.tensors
-    if tied and not source.config.get("tie_word_embeddings"):
-        source.require({family.lm_head: (int(source.config["vocab_size"]), gqa.hidden_size)})
-    source.require(checkpoint_tensors(source.config, family, gqa, tied))
+def _check_tensors(source: Source, family: Family, model: Any) -> None:
+    head = f"{family.lm_head}.weight"
+    tied = bool(source.config.get("tie_word_embeddings"))
+    if not tied:
+        source.require({head: tuple(model.get_output_embeddings().weight.shape)})
+    source.require(checkpoint_tensors(family, model, tied))
 
 
 def _output_dtype(source: Source, family: Family, wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    stored = source.tensors[family.embed_tokens].dtype
+    stored = source.tensors[f"{family.embed_tokens}.weight"].dtype
     return stored if stored in _DTYPE_BYTES else "float32"
 
 
-def _context(source: Source) -> tuple[int, list[str]]:
-    config = source.config
+def _context(source: Source, config: Mapping[str, Any], form: str) -> tuple[int, list[str]]:
     context = int(config.get("max_position_embeddings") or 2048)
-    parameters = rope_parameters(config)
     notes = []
     window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and 0 < window < context:
+    kinds = set(config.get("layer_types") or ("sliding_attention",))
+    if form == "deepseek_v3" and window and kinds == {"sliding_attention"} and 0 < window < context:
         notes.append(
             f"max_position_embeddings becomes {window:,}: up to there sliding and full attention are the same function"
         )
         context = int(window)
-    rope_type = "llama3" if source.rope_frequency_factors is not None else parameters["rope_type"]
-    if rope_type != "default":
+    types = {rope_parameters(config, kind)["rope_type"] for kind in config.get("layer_types") or (None,)}
+    if source.rope_frequency_factors is not None:
+        types = {"llama3"}
+    for rope_type in sorted(types - {"default"}):
         notes.append(f"{rope_type} rope scaling becomes plain frequencies of a rope_theta of its own")
     return context, notes
 
@@ -267,12 +339,28 @@ def _tensor_parallel(gqa: GqaGeometry, mla: MlaGeometry) -> str:
     )
 
 
-def _weight_bytes(config: Mapping[str, Any], mla: MlaGeometry, dtype: str) -> int:
-    sizes = {**config, **vars(mla)}
+def _weight_bytes(source: Source, family: Family, gqa: GqaGeometry, mla: MlaGeometry, dtype: str) -> int:
+    """What is written: all tensors of the source with other attention weights, and a head of its own."""
     values = 0
-    for shape in expected_tensors(sizes).values():
-        values += shape[0] * (shape[1] if len(shape) > 1 else 1)
-    return values * _DTYPE_BYTES[dtype]
+    for name, info in source.tensors.items():
+        if f".{family.attention}." not in name:
+            values += math.prod(info.shape)
+    if f"{family.lm_head}.weight" not in source.tensors:
+        values += math.prod(source.tensors[f"{family.embed_tokens}.weight"].shape)
+    # the own form may keep the source's projections beside the latent's
+    kept = gqa.cache_values() * gqa.hidden_size
+    return (values + mla.num_hidden_layers * (mla.attention_weights + kept)) * _DTYPE_BYTES[dtype]
+
+
+def _layer_bytes(source: Source, family: Family) -> int:
+    """The largest layer in float32."""
+    sizes: dict[str, int] = {}
+    prefix = f"{family.layers}."
+    for name, info in source.tensors.items():
+        if name.startswith(prefix):
+            index = name.removeprefix(prefix).partition(".")[0]
+            sizes[index] = sizes.get(index, 0) + 4 * math.prod(info.shape)
+    return max(sizes.values())
 
 
 def _journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
@@ -287,16 +375,15 @@ def _journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
     return copies * 4 * mla.num_hidden_layers * mla.attention_weights
 
 
-def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, weight_bytes: int) -> int:
+def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, weight_bytes: int, layer: int) -> int:
     """Estimated peak of the conversion, in bytes.
 
     While layers are fitted: streams, head outputs, one layer, moments, and the attention of one group. While the result
     is written: a shard of it and two copies of the embedding.
     """
-    hidden, inner, window = gqa.hidden_size, int(config["intermediate_size"]), recipe.window
+    hidden, window = gqa.hidden_size, recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
     streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
-    layer = (3 * hidden * inner + 2 * hidden * width + hidden * gqa.cache_values()) * 4
     moments = 10 * hidden * hidden * 8
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
     embedding = int(config["vocab_size"]) * hidden * 4

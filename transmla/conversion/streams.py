@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
-from transmla.maths.attention import MlaWeights, gqa_attention, mla_attention
+from transmla.maths.attention import MlaWeights, with_one
 from transmla.maths.refit import refit
 from transmla.model.source import SourceLayer
 from transmla.processes import ALONE, Processes
@@ -94,10 +94,12 @@ class Streams:
             here = {self.indices[place]: value for place, value in zip(places, values, strict=True)}
         return _mean(list(self.processes.gather(here).values()))
 
-    def windows(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(place here, source [T, D], converted [T, D]) on the device, float32."""
+    def windows(self, source: bool = True, converted: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(place here, source [T, D], converted [T, D]) on the device, float32; empty for a stream not wanted."""
+        nothing = torch.empty(0, device=self.device)
         for place in range(len(self.source_NTD)):
-            yield place, self.source_NTD[place].to(self.device), self.converted_NTD[place].to(self.device)
+            source_TD = self.source_NTD[place].to(self.device) if source else nothing
+            yield place, source_TD, self.converted_NTD[place].to(self.device) if converted else nothing
 
     def positions(self, place: int | list[int]) -> Tensor:
         """Of one window [T] or of several [B, T], on the device."""
@@ -149,13 +151,66 @@ class StreamLoss:
     heldout: float
 
 
-def add_source_attention(layer: SourceLayer, streams: Streams) -> None:
-    """Source stream past the layer's attention: the target that the converted layer has to meet."""
-    for place, source_TD, _ in streams.windows():
+class Repair:
+    """Second moments for an output projection that makes up for what the stream has lost so far.
+
+    The converted attention should give what the source's gives and, where its output is added to the stream as it is,
+    the difference of the streams as well. Tokens are weighted by 1 / the energy of what the next norm reads: an error
+    counts relative to its token. Ridge regression in float64.
+    """
+
+    def __init__(self, layer: SourceLayer, mla: MlaWeights, heads_NTF: Tensor, streams: Streams) -> None:
+        """streams: of the windows that are fitted to, with the converted attention's head outputs"""
+        self._layer, self._mla, self._heads_NTF, self._streams = layer, mla, heads_NTF, streams
+        size = mla.o_DHv.shape[1] + (mla.o_bias_D is not None)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=streams.device)
+
+        self._gram, self._residual = zeros(size, size), zeros(size, mla.o_DHv.shape[0])
+
+    def see(self, place: int, stream_TD: Tensor, out_TD: Tensor) -> None:
+        """One window; stream_TD, out_TD: the source's stream before the layer, and the output of its attention."""
+        if not 0 <= place < self._streams.num_fitted:
+            return
+        heads_TF = self._heads_NTF[place].to(self._streams.device)
+        given_TD = heads_TF @ self._mla.o_DHv.T.to(heads_TF)
+        if self._mla.o_bias_D is not None:
+            heads_TF, given_TD = with_one(heads_TF), given_TD + self._mla.o_bias_D.to(heads_TF)
+        if self._layer.family.adds_output:
+            missing_TD = stream_TD - self._streams.converted_NTD[place].to(stream_TD)
+            wanted_TD = out_TD + missing_TD / self._layer.residual_multiplier
+            read_TD = stream_TD + self._layer.residual_multiplier * out_TD
+        else:
+            wanted_TD = read_TD = out_TD
+        weighted_TF = heads_TF / energy(read_TD)[:, None]
+        self._gram += (weighted_TF.T @ heads_TF).double()
+        self._residual += (weighted_TF.T @ (wanted_TD - given_TD)).double()
+
+    def fitted(self, ridge: float) -> MlaWeights:
+        """The weights with another output projection, float64. Every process calls this."""
+        self._streams.processes.sum_((self._gram, self._residual))
+        o_DF, bias_D = self._mla.o_DHv.double(), self._mla.o_bias_D
+        if bias_D is None:
+            return replace(self._mla, o_DHv=refit(o_DF, self._gram, self._residual, ridge))
+        both_DF = refit(torch.cat([o_DF, bias_D.double()[:, None]], 1), self._gram, self._residual, ridge)
+        return replace(self._mla, o_DHv=both_DF[:, :-1], o_bias_D=both_DF[:, -1])
+
+
+def advance_source(
+    layer: SourceLayer, streams: Streams, see: Callable[[int, Tensor, Tensor], None] | None = None
+) -> None:
+    """Source stream behind the layer.
+
+    see: called with the place of each window, its stream before the layer and the output of its attention
+    """
+    for place, source_TD, _ in streams.windows(converted=False):
         with streams.computing():
-            heads_TF = gqa_attention(layer.input_layernorm(source_TD), layer.gqa, streams.positions(place))
-            out_TD = heads_TF @ layer.gqa.o_DHd.T
-        streams.source_NTD[place] += out_TD.float().to(streams.source_NTD.device)
+            out_TD = layer.attention(layer.into_attention(source_TD), streams.positions(place)).float()
+        if see is not None:
+            see(place, source_TD, out_TD)
+        with streams.computing():
+            streams.source_NTD[place] = layer.past_attention(source_TD, out_TD).to(streams.source_NTD.device)
 
 
 def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> ConvertedHeads:
@@ -164,56 +219,27 @@ def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> Co
     heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.kept_in)
     latents = [mla.kv_down_rD] if mla.q_down_qD is None else [mla.kv_down_rD, mla.q_down_qD]
     peaks_NK = torch.zeros(len(streams.converted_NTD), 2, device=streams.device)
-    for place, _, converted_TD in streams.windows():
-        x_hat_TD = layer.input_layernorm(converted_TD)
+    for place, _, converted_TD in streams.windows(source=False):
+        x_hat_TD = layer.into_attention(converted_TD)
         with streams.computing():
-            heads_NTF[place] = mla_attention(x_hat_TD, mla, streams.positions(place)).float()
-            for number, down_kD in enumerate(latents):
-                peaks_NK[place, number] = (x_hat_TD @ down_kD.T).float().square().mean(-1).max()
+            heads_NTF[place] = layer.latent_heads(x_hat_TD, mla, streams.positions(place)).float()
+            if mla.encoder is None:
+                for number, down_kD in enumerate(latents):
+                    peaks_NK[place, number] = (x_hat_TD @ down_kD.T).float().square().mean(-1).max()
     peaks = peaks_NK.amax(0).tolist() if len(peaks_NK) else [0.0, 0.0]
     of_all = streams.processes.gather({streams.processes.rank: tuple(peaks)}).values()
     return ConvertedHeads(heads_NTF, *(max(column) for column in zip(*of_all, strict=True)))
 
 
-def repair_output(o_DF: Tensor, heads_NTF: Tensor, streams: Streams, ridge: float) -> Tensor:
-    """o_proj refitted so that the converted stream meets the source's, tokens weighted by 1 / their energy.
-
-    Ridge regression in float64 from second moments; `add_source_attention` must have run. The weights are those of
-    the RMSNorm that reads the stream next: an error counts relative to its token.
-    """
-    features = o_DF.shape[1]
-    gram = torch.zeros(features, features, dtype=torch.float64, device=streams.device)
-    residual = torch.zeros(features, o_DF.shape[0], dtype=torch.float64, device=streams.device)
-    for place, target_TD, converted_TD in streams.windows():
-        if place >= streams.num_fitted:
-            break
-        heads_TF = heads_NTF[place].to(streams.device)
-        weighted_TF = heads_TF / energy(target_TD)[:, None]
-        error_TD = target_TD - converted_TD - heads_TF @ o_DF.T.to(heads_TF)
-        gram += (weighted_TF.T @ heads_TF).double()
-        residual += (weighted_TF.T @ error_TD).double()
-    streams.processes.sum_((gram, residual))
-    return refit(o_DF, gram, residual, ridge)
-
-
-def add_converted_attention(o_DF: Tensor, heads_NTF: Tensor, streams: Streams) -> None:
-    """Converted stream past the layer's attention."""
-    o_FD = o_DF.float().T.to(streams.device)
-    for place, _, _ in streams.windows():
+def advance_converted(layer: SourceLayer, mla: MlaWeights, heads_NTF: Tensor, streams: Streams) -> None:
+    """Converted stream behind the layer, from the head outputs of its attention."""
+    o_DF = mla.o_DHv.float().to(streams.device)
+    bias_D = None if mla.o_bias_D is None else mla.o_bias_D.float().to(streams.device)
+    for place, _, converted_TD in streams.windows(source=False):
         with streams.computing():
-            out_TD = heads_NTF[place].to(streams.device) @ o_FD
-        streams.converted_NTD[place] += out_TD.float().to(streams.converted_NTD.device)
-
-
-def add_mlp(layer: SourceLayer, streams: Streams, only: str | None = None) -> None:
-    """Both streams past the layer's MLP; or "source" or "converted" alone."""
-    for place, source_TD, converted_TD in streams.windows():
-        both = {"source": (streams.source_NTD, source_TD), "converted": (streams.converted_NTD, converted_TD)}
-        for name, (stream_NTD, stream_TD) in both.items():
-            if only in (None, name):
-                with streams.computing():
-                    out_TD = layer.mlp(layer.post_attention_layernorm(stream_TD))
-                stream_NTD[place] += out_TD.float().to(stream_NTD.device)
+            out_TD = torch.nn.functional.linear(heads_NTF[place].to(streams.device), o_DF, bias_D).float()
+            passed_TD = layer.past_attention(converted_TD, out_TD)
+        streams.converted_NTD[place] = passed_TD.to(streams.converted_NTD.device)
 
 
 def stream_loss(streams: Streams) -> StreamLoss:

@@ -5,14 +5,16 @@ Legend: see transmla/conversion/streams.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from transmla.conversion.moments import observe
+from transmla.conversion.plan import own_thetas
 from transmla.conversion.run import Run
-from transmla.conversion.streams import Streams, add_mlp, add_source_attention
-from transmla.families import rope_parameters
-from transmla.maths.attention import gqa_attention, mla_attention
+from transmla.conversion.streams import Streams, advance_source
+from transmla.families import layer_kind
 from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
 from transmla.model.source import SourceLayer
 from transmla.processes import ALONE
@@ -27,15 +29,22 @@ MARGIN = 0.95
 NUM_SURVEYED = 6
 
 
-def choose_theta(run: Run) -> tuple[float, dict[float, list[float]]]:
-    """rope_theta of the target and, if it was chosen here, the losses of all candidates by surveyed layer."""
-    wanted = run.plan.recipe.theta
+Theta = float | dict[str, float]
+
+
+def choose_theta(run: Run) -> tuple[Theta, dict[float, list[float]]]:
+    """rope_theta of the target and, if it was chosen here, the losses of all candidates by surveyed layer.
+
+    Where types of layers have angles of their own, they keep the source's, each its own.
+    """
+    wanted, own = run.plan.recipe.theta, own_thetas(run.plan.config)
     if not isinstance(wanted, str):
         return float(wanted), {}
+    if isinstance(own, dict):
+        return own, {}
     if (kept := run.kept.values("theta")) is not None:
         return kept["chosen"], {float(theta): losses for theta, losses in kept["losses"].items()}
     mla = run.plan.mla
-    own = float(rope_parameters(run.plan.source.config)["rope_theta"])
     losses: dict[float, list[float]] = {
         theta: [] for theta in candidates(own, run.plan.gqa.head_dim, mla.qk_rope_head_dim)
     }
@@ -48,13 +57,17 @@ def choose_theta(run: Run) -> tuple[float, dict[float, list[float]]]:
             sizes = (mla.kv_lora_rank, mla.qk_rope_head_dim)
             for theta, found in losses.items():
                 found.append(output_error(layer, moments, streams, sizes, theta, run.method))
-        add_source_attention(layer, streams)
-        add_mlp(layer, streams, only="source")
+        advance_source(layer, streams)
         del layer  # before the next one is read
         run.progress("choose theta", index + 1, max(surveyed) + 1, "")
     chosen: float = run.processes.from_first(choose(losses))
     run.kept.save("theta", {"chosen": chosen, "losses": {str(theta): found for theta, found in losses.items()}})
     return chosen, losses
+
+
+def theta_of(theta: Theta, config: Mapping[str, Any], index: int) -> float:
+    """Of one layer."""
+    return theta[str(layer_kind(config, index))] if isinstance(theta, dict) else theta
 
 
 def _surveyed_streams(run: Run) -> Streams:
@@ -94,15 +107,15 @@ def output_error(
     sizes: (kv_lora_rank, qk_rope_head_dim)
     """
     fitted = fit_layer(layer.gqa.to(dtype=torch.float64), moments, *sizes, theta, method)
-    mla = fitted.mla.to(dtype=torch.float32)
+    mla = layer.complete(fitted.mla).to(dtype=torch.float32)
     lost = size = 0.0
     for index, source_TD, _ in streams.windows():
         if index < streams.num_fitted:
             continue
-        x_TD, positions_T = layer.input_layernorm(source_TD), streams.positions(index)
+        x_TD, positions_T = layer.into_attention(source_TD), streams.positions(index)
         with streams.computing():
-            exact_TD: Tensor = gqa_attention(x_TD, layer.gqa, positions_T) @ layer.gqa.o_DHd.T
-            found_TD: Tensor = mla_attention(x_TD, mla, positions_T) @ mla.o_DHv.T
+            exact_TD = layer.attention(x_TD, positions_T)
+            found_TD = layer.latent_attention(x_TD, mla, positions_T)
         lost += float((exact_TD.float() - found_TD.float()).square().sum())
         size += float(exact_TD.float().square().sum())
     return lost / size if size else 0.0  # of an output projection that is zero

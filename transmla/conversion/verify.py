@@ -1,91 +1,129 @@
-"""Before a folder gets its name: read it back and run it, layer by layer, through the stock deepseek_v3 class.
+"""Before a folder gets its name: read it back and run it, layer by layer, through the class that it is written for.
 
-The converter's own arithmetic (no latent norm, half-split rotary pairs, unscaled stream) and the stock class on the
-written tensors share no code, so a wrong layout, scale, name or config value cannot pass.
+The converter's own arithmetic (no latent norm, half-split rotary pairs, unscaled stream) and the class on the written
+tensors share no code, so a wrong layout, scale, name or config value cannot pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
 
 from transmla.checkpoint.read import open_source
-from transmla.maths.attention import MlaWeights, mla_attention
-from transmla.model.source import SourceLayer
+from transmla.families import FAMILIES, Family, has_rotary_kinds, layer_kind
+from transmla.maths.attention import MlaWeights, visible
+from transmla.model.source import Head, SourceLayer, embedding_scale, logit_scale, skeleton
 from transmla.progress import Progress
 from transmla.targets.comparison import TOLERANCES, WITNESS_TOKENS, compare_logits
+from transmla.targets.own import MODEL_TYPE, own_tensors
 from transmla.targets.stock import expected_tensors
 
 
+@dataclass
 class Witness:
-    """A few tokens that pass through the converted layers in float32 while these are made."""
+    """A few tokens that pass through the converted layers in float32 while these are made.
 
-    def __init__(self, ids_T: Tensor, embedded_TD: Tensor) -> None:
-        """ids_T: token ids of a window; embedded_TD: their embeddings"""
-        self.ids_T = ids_T[:WITNESS_TOKENS].clone()
-        self.stream_TD = embedded_TD[:WITNESS_TOKENS].clone()
+    ids_T: token ids of a window;  stream_TD: their embeddings;  windows: of the layers that they have passed
+    """
+
+    ids_T: Tensor
+    stream_TD: Tensor
+    windows: list[int | None] = field(default_factory=list)
+    logits_TK: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        self.ids_T = self.ids_T[:WITNESS_TOKENS].clone()
+        self.stream_TD = self.stream_TD[:WITNESS_TOKENS].clone()
 
     def advance(self, layer: SourceLayer, mla: MlaWeights) -> None:
         """Past one converted layer."""
         mla = mla.to(dtype=torch.float32)
         stream_TD = self.stream_TD.to(mla.o_DHv.device)
-        stream_TD = stream_TD + mla_attention(layer.input_layernorm(stream_TD), mla) @ mla.o_DHv.T
-        self.stream_TD = stream_TD + layer.mlp(layer.post_attention_layernorm(stream_TD))
+        self.stream_TD = layer.through(stream_TD, lambda x_TD: layer.latent_attention(x_TD, mla))
+        self.windows.append(mla.window)
 
     @property
     def vocabulary_K(self) -> Tensor:
         """Token ids whose logits are compared: those that occur, sorted."""
         return self.ids_T.unique()
 
-    def finish(self, norm_D: Tensor, eps: float, head_KD: Tensor) -> None:
-        """Past the final norm and the rows `vocabulary_K` of the head; both as in the source."""
-        stream_TD = self.stream_TD.to(norm_D.device)
-        normed_TD = torch.nn.functional.rms_norm(stream_TD, norm_D.shape, norm_D.float(), eps)
-        self.logits_TK = normed_TD @ head_KD.to(normed_TD).T
+    def finish(self, head: Head) -> None:
+        """Past the source's head, of which only the rows `vocabulary_K` are given."""
+        normed_TD = head.norm(self.stream_TD.to(head.weight_VD.device))
+        self.logits_TK = head.capped(normed_TD @ head.weight_VD.T)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """relative_error: of logits, stock class against converter; tolerance: what was allowed."""
+    """relative_error: of logits, the written class against the converter; tolerance: what was allowed."""
 
     relative_error: float
     tolerance: float
     num_tensors: int
 
 
-def verify(folder: Path, witness: Witness, device: torch.device, progress: Progress) -> Verification:
-    """Compare the written folder with the converter; raises `VerificationError`, holds one layer at a time."""
+def verify(folder: Path, family: Family, witness: Witness, device: torch.device, progress: Progress) -> Verification:
+    """Compare the written folder with the converter; raises `VerificationError`, holds one layer at a time.
+
+    family: of the source
+    """
     source = open_source(folder)
-    expected = expected_tensors(source.config)
+    own = source.config["model_type"] == MODEL_TYPE
+    expected = own_tensors(source.config) if own else expected_tensors(source.config)
     source.require(expected)
     config = AutoConfig.from_pretrained(folder)
     config._attn_implementation = "sdpa"
-    hidden_1TD = source.rows("model.embed_tokens.weight", witness.ids_T).float().to(device)[None]
+    # a deepseek_v3 folder has the layout of llama, and neither scales nor caps
+    family = family if own else FAMILIES["llama"]
+    values: dict[str, Any] = source.config["text_config"] if own else {}
+    model = skeleton(config)
+    base = model.get_submodule(family.layers.rpartition(".")[0])
+    embedding = embedding_scale(family, values) if own else 1.0
+    embeddings = f"{family.embed_tokens}.weight"
+    hidden_1TD = source.rows(embeddings, witness.ids_T).float().to(device)[None] * embedding
     positions = torch.arange(len(witness.ids_T), device=device)[None]
+    rotary: Any = type(base.rotary_emb)(config).to(device)
     with torch.no_grad():
-        angles = stock.DeepseekV3RotaryEmbedding(config).to(device)(hidden_1TD, positions)
-        for index in range(config.num_hidden_layers):
-            with torch.device("meta"):
-                layer = stock.DeepseekV3DecoderLayer(config, index)
-            prefix = f"model.layers.{index}."
+        for index, window in enumerate(witness.windows):
+            layer: Any = copy.deepcopy(model.get_submodule(family.layers)[index])
+            prefix = f"{family.layers}.{index}."
             tensors = {
                 name: source.read(prefix + name, dtype=torch.float32, device=device) for name in layer.state_dict()
             }
             layer.load_state_dict(tensors, assign=True)
-            hidden_1TD = layer.eval()(hidden_1TD, attention_mask=None, position_embeddings=angles)
+            kinds = (layer_kind(values, index),) if has_rotary_kinds(values) else ()
+            seen_TT = visible(positions[0], window)
+            out = layer.eval()(
+                hidden_1TD,
+                attention_mask=None if seen_TT is None else seen_TT[None, None],
+                position_embeddings=rotary(hidden_1TD, positions, *kinds),
+            )
+            hidden_1TD = out if isinstance(out, Tensor) else out[0]
             del layer, tensors  # before the next ones are read
-            progress("verify", index + 1, config.num_hidden_layers, "")
-        norm = stock.DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps).to(device)
-        norm.load_state_dict({"weight": source.read("model.norm.weight", dtype=torch.float32, device=device)})
+            progress("verify", index + 1, len(witness.windows), "")
+        norm: Any = copy.deepcopy(model.get_submodule(family.norm))
+        norm.load_state_dict(
+            {
+                name: source.read(f"{family.norm}.{name}", dtype=torch.float32, device=device)
+                for name in norm.state_dict()
+            },
+            assign=True,
+        )
         # read whole, although few rows are compared: what is not finite is refused here
-        source.read("model.embed_tokens.weight")
-        head_KD = source.read("lm_head.weight")[witness.vocabulary_K].to(device, torch.float32)
-        found_TK = norm(hidden_1TD[0]) @ head_KD.T
-    stored = str(config.dtype).removeprefix("torch.")
+        source.read(embeddings)
+        head = "lm_head.weight" if "lm_head.weight" in expected else embeddings
+        found_TK = norm(hidden_1TD[0]) @ source.read(head)[witness.vocabulary_K].to(device, torch.float32).T
+        if "lm_head.bias" in expected:
+            found_TK = found_TK + source.read("lm_head.bias")[witness.vocabulary_K].to(device, torch.float32)
+        found_TK = found_TK * logit_scale(values)
+        if cap := values.get("final_logit_softcapping"):
+            found_TK = cap * torch.tanh(found_TK / cap)
+    stored = str(source.config["dtype"])
     error = compare_logits(folder, found_TK, witness.logits_TK.to(device), stored)
     return Verification(error, TOLERANCES[stored], len(expected))

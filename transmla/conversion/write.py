@@ -20,45 +20,62 @@ from transmla.conversion.run import Run
 from transmla.conversion.verify import Witness
 from transmla.maths.fold import INPUT_NORM_GAIN, fold_attention, latent_scale, residual_scale
 from transmla.model.source import SourceLayer
+from transmla.targets.own import own_attention
 from transmla.targets.stock import MODELING_FILE, modeling_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def write_weights(run: Run, witness: Witness, measured: Measured, writer: CheckpointWriter) -> tuple[float, ...]:
-    """Fold and write every tensor; the witness passes all of them. Returns the latent scales."""
-    source, family, dtype = run.plan.source, run.plan.family, DTYPES[run.plan.dtype]
-    residual = residual_scale(run.model.eps)
+    """Write every tensor in the form that is planned; the witness passes all of them. Returns the latent scales, if the
+    form is folded."""
+    folded, dtype = run.plan.form == "deepseek_v3", DTYPES[run.plan.dtype]
+    residual = residual_scale(run.model.eps) if folded else 1.0
     scales = tuple(latent_scale(peak) for peak in measured.latent_peaks)
-    for index, scale in enumerate(scales):
+    total = run.plan.mla.num_hidden_layers
+    for index in range(total):
         layer = run.model.layer(index)
         (mla,) = run.kept.layers([index], final_stage(run))
         witness.advance(layer, mla)
-        query_scale = latent_scale(measured.query_peaks[index])
-        _write_layer(layer, fold_attention(mla, scale, residual, query_scale), residual, dtype, writer)
-        del layer  # before the next one is read
-        run.progress("write", index + 1, len(scales), "")
-    embed_VD = source.read(family.embed_tokens, dtype=torch.float32).mul_(residual)
-    writer.add_as("model.embed_tokens.weight", embed_VD, dtype)
-    del embed_VD  # before the next one is read
-    head_VD = source.read(run.model.head_name)
-    writer.add_as("lm_head.weight", head_VD, dtype)
-    norm_D = run.model.norm()
-    writer.add_as("model.norm.weight", norm_D, dtype)
+        if folded:
+            query_scale = latent_scale(measured.query_peaks[index])
+            tensors = _folded(layer, fold_attention(mla, scales[index], residual, query_scale), residual)
+        else:
+            attention = own_attention(mla, layer.order_d)
+            tensors = {f"{layer.family.attention}.{name}": value for name, value in attention.items()}
+            tensors |= layer.other_tensors
+        for name, tensor in tensors.items():
+            writer.add_as(f"{layer.family.layers}.{index}.{name}", tensor, dtype)
+        del layer, tensors  # before the next ones are read
+        run.progress("write", index + 1, total, "")
+    _write_ends(run, residual, dtype, writer)
     writer.close_shards()
-    witness.finish(norm_D, run.model.eps, head_VD[witness.vocabulary_K])
-    return scales
+    witness.finish(run.model.head(torch.float32, witness.vocabulary_K))
+    return scales if folded else ()
 
 
-def _write_layer(
-    layer: SourceLayer, attention: dict[str, Tensor], residual: float, dtype: torch.dtype, writer: CheckpointWriter
-) -> None:
+def _folded(layer: SourceLayer, attention: dict[str, Tensor], residual: float) -> dict[str, Tensor]:
     tensors = {f"self_attn.{name}": tensor for name, tensor in attention.items()}
     for name, tensor in layer.other_tensors.items():
         factor = {"input_layernorm.weight": INPUT_NORM_GAIN, "mlp.down_proj.weight": residual}.get(name, 1.0)
         tensors[name] = tensor * factor
-    for name, tensor in tensors.items():
-        writer.add_as(f"model.layers.{layer.index}.{name}", tensor, dtype)
+    return tensors
+
+
+def _write_ends(run: Run, residual: float, dtype: torch.dtype, writer: CheckpointWriter) -> None:
+    """Embeddings, head and final norm."""
+    source, family, model = run.plan.source, run.model.family, run.model
+    embeddings = f"{family.embed_tokens}.weight"
+    embed_VD = source.read(embeddings, dtype=torch.float32).mul_(residual)
+    writer.add_as(embeddings, embed_VD, dtype)
+    del embed_VD  # before the next one is read
+    if run.plan.form == "deepseek_v3" or model.head_name != embeddings:
+        # some families call it otherwise in the file than in the class
+        writer.add_as("lm_head.weight", source.read(model.head_name), dtype)
+        if (bias := f"{family.lm_head}.bias") in source.tensors:
+            writer.add_as("lm_head.bias", source.read(bias), dtype)
+    for name, tensor in model.final_norm().state_dict().items():
+        writer.add_as(f"{family.norm}.{name}", tensor, dtype)
 
 
 def write_companions(run: Run, config: dict[str, Any], sections: dict[str, Any], writer: CheckpointWriter) -> None:

@@ -16,15 +16,28 @@ from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import resolve
 from transmla.devices import usable
 from transmla.errors import SourceError, UnsupportedError
-from transmla.model.modeling_transmla import DeepseekV3ForCausalLM, UnfoldedConfig, UnfoldedForCausalLM
+from transmla.model.modeling_transmla import (
+    DeepseekV3ForCausalLM,
+    TransmlaConfig,
+    TransmlaForCausalLM,
+    UnfoldedConfig,
+    UnfoldedForCausalLM,
+)
 from transmla.recipe import Recipe, find_recipe, load_recipe
 
-# lets the Auto classes of transformers load the unfolded form without running code from its folder
-AutoConfig.register(UnfoldedConfig.model_type, UnfoldedConfig, exist_ok=True)
-AutoModelForCausalLM.register(UnfoldedConfig, UnfoldedForCausalLM, exist_ok=True)
+# model_type -> class of a converted folder
+CONVERTED: dict[str, Any] = {
+    "deepseek_v3": DeepseekV3ForCausalLM,
+    UnfoldedConfig.model_type: UnfoldedForCausalLM,
+    TransmlaConfig.model_type: TransmlaForCausalLM,
+}
+# lets the Auto classes of transformers load the forms of this package without running code from a folder
+for _config, _model in ((UnfoldedConfig, UnfoldedForCausalLM), (TransmlaConfig, TransmlaForCausalLM)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
 
 
-def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwargs: Any) -> DeepseekV3ForCausalLM:
+def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwargs: Any) -> Any:
     """The converted model in the folder `model`, in evaluation mode.
 
     dtype:  a torch dtype or its name; "auto" keeps the dtype of the weights
@@ -37,11 +50,9 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
     folder = Path(model)
     if "device_map" not in kwargs:
         device = usable(device)
-    model_class = UnfoldedForCausalLM if _checked_type(folder) == UnfoldedConfig.model_type else DeepseekV3ForCausalLM
+    model_class = CONVERTED[_checked_type(folder)]
     kwargs.setdefault("attn_implementation", "sdpa")
-    loaded: DeepseekV3ForCausalLM = model_class.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, **kwargs
-    )
+    loaded = model_class.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **kwargs)
     if "device_map" not in kwargs:
         loaded.to(device)
     # from_pretrained leaves the model in evaluation mode
@@ -116,13 +127,13 @@ def _checked_type(folder: Path) -> str:
             remedy="convert again, or restore the file",
         ) from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    is_known = model_type in ("deepseek_v3", UnfoldedConfig.model_type)
+    is_known = model_type in CONVERTED
     if not is_known or not config.get("kv_lora_rank"):
         fact = "it has no kv_lora_rank" if is_known else f"model_type is {model_type!r}"
         raise UnsupportedError(
             "this is not a converted model",
             where=str(path),
-            why=f"{fact}; a converted model has model_type 'deepseek_v3' and a kv_lora_rank",
+            why=f"{fact}; a converted model has model_type 'deepseek_v3' or 'transmla' and a kv_lora_rank",
             remedy="convert it first: transmla convert SRC OUT",
         )
     return str(model_type)

@@ -8,11 +8,14 @@ Shape legend: B batch, T query tokens, S cached tokens, D hidden_size, H num_att
 e qk_rope_head_dim, n qk_nope_head_dim, v v_head_dim.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
@@ -58,19 +61,27 @@ class LatentGain(nn.Module):
         return latent_BTr * self.weight
 
 
-class LatentAttention(stock.DeepseekV3Attention):
-    """Attention with the parameters of the stock class, and the latent in the cache.
+class CachedLatent:
+    """Attention over a cache of latents, for modules that `project` hidden states to queries and what is cached.
 
     There are two ways to compute the same output, `decompressed` and `absorbed`; `absorbs` picks the faster one.
     """
 
-    # with a q_lora_rank, q_proj is None; without one, the others are
-    q_proj: Any
-    q_a_proj: Any
-    q_a_layernorm: Any
-    q_b_proj: Any
+    config: Any
+    training: bool
+    layer_idx: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    scaling: float
+    attention_dropout: float
+    # scores are softcap * tanh(score / softcap)
+    softcap: float | None = None
+    kv_b_proj: Any
+    o_proj: Any
+    project: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -103,29 +114,6 @@ class LatentAttention(stock.DeepseekV3Attention):
     def expanded_width(self) -> int:
         """n + v, the number of values that kv_b_proj expands the latent to for each head."""
         return self.qk_nope_head_dim + (self.v_head_dim or 0)
-
-    def project(
-        self, hidden_BTD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries without rotation [B, H, T, n], rotated queries [B, H, T, e], and what is cached [B, 1, T, r + e].
-
-        The cache holds the latent (r values), followed by the rotated rotary key (e values).
-        """
-        if self.q_lora_rank is None:
-            q_BTq = self.q_proj(hidden_BTD)
-        else:
-            q_BTq = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BTD)))
-        q_BHTq = q_BTq.view(*q_BTq.shape[:2], -1, self.qk_head_dim).transpose(1, 2)
-        q_nope_BHTn, q_rot_BHTe = q_BHTq[..., : self.qk_nope_head_dim], q_BHTq[..., self.qk_nope_head_dim :]
-
-        down_BTk = self.kv_a_proj_with_mqa(hidden_BTD)
-        latent_BTr = self.kv_a_layernorm(down_BTk[..., : self.kv_lora_rank])
-        k_rot_BTe = down_BTk[..., self.kv_lora_rank :]
-
-        interleave = self.config.rope_interleave
-        rotate = stock.apply_rotary_pos_emb_interleave if interleave else stock.apply_rotary_pos_emb
-        q_rot_BHTe, k_rot_B1Te = rotate(q_rot_BHTe, k_rot_BTe[:, None], *position_embeddings)
-        return q_nope_BHTn, q_rot_BHTe, torch.cat((latent_BTr[:, None], k_rot_B1Te), dim=-1)
 
     def absorbs(self, q_nope_BHTn: torch.Tensor, key_B1Sk: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """Whether `absorbed` is possible and costs less than `decompressed`.
@@ -173,9 +161,12 @@ class LatentAttention(stock.DeepseekV3Attention):
         rank, scale = self.kv_lora_rank, self.scaling
 
         weights: torch.Tensor | None = None
-        kernel = "products" if self.config._attn_implementation == "eager" else _kernel(q_BHTk, key_B1Sk, mask)
+        explicit = self.softcap is not None or self.config._attn_implementation == "eager"
+        kernel = "products" if explicit else _kernel(q_BHTk, key_B1Sk, mask)
         if kernel == "products":
-            attended_B1Rr, weights_B1RS = _products(rows_B1Rk, key_B1Sk, rank, _mask_of_rows(mask, num_heads), scale)
+            attended_B1Rr, weights_B1RS = _products(
+                rows_B1Rk, key_B1Sk, rank, _mask_of_rows(mask, num_heads), scale, self.softcap
+            )
             if self.config._attn_implementation == "eager":
                 weights = weights_B1RS.view(-1, num_heads, num_queries, key_B1Sk.shape[2])
         elif kernel == "heads":
@@ -215,6 +206,8 @@ class LatentAttention(stock.DeepseekV3Attention):
         else:
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.attention_dropout if self.training else 0.0
+        if self.softcap is not None:
+            attend = functools.partial(_capped, softcap=self.softcap)
         width, missing = value_BHSv.shape[-1], key_BHSq.shape[-1] - value_BHSv.shape[-1]
         if missing > 0 and self.config._attn_implementation == "sdpa" and value_BHSv.device.type == "cpu":
             # on CPUs the fused kernel needs equal widths; it is three times as fast as the fallback
@@ -223,6 +216,39 @@ class LatentAttention(stock.DeepseekV3Attention):
             self, query_BHTq, key_BHSq, value_BHSv, mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return out_BTHv[..., :width], weights
+
+
+class LatentAttention(CachedLatent, stock.DeepseekV3Attention):  # type: ignore[misc]
+    """Attention with the parameters of the stock class, and the latent in the cache."""
+
+    # with a q_lora_rank, q_proj is None; without one, the others are
+    q_proj: Any
+    q_a_proj: Any
+    q_a_layernorm: Any
+    q_b_proj: Any
+
+    def project(
+        self, hidden_BTD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries without rotation [B, H, T, n], rotated queries [B, H, T, e], and what is cached [B, 1, T, r + e].
+
+        The cache holds the latent (r values), followed by the rotated rotary key (e values).
+        """
+        if self.q_lora_rank is None:
+            q_BTq = self.q_proj(hidden_BTD)
+        else:
+            q_BTq = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BTD)))
+        q_BHTq = q_BTq.view(*q_BTq.shape[:2], -1, self.qk_head_dim).transpose(1, 2)
+        q_nope_BHTn, q_rot_BHTe = q_BHTq[..., : self.qk_nope_head_dim], q_BHTq[..., self.qk_nope_head_dim :]
+
+        down_BTk = self.kv_a_proj_with_mqa(hidden_BTD)
+        latent_BTr = self.kv_a_layernorm(down_BTk[..., : self.kv_lora_rank])
+        k_rot_BTe = down_BTk[..., self.kv_lora_rank :]
+
+        interleave = self.config.rope_interleave
+        rotate = stock.apply_rotary_pos_emb_interleave if interleave else stock.apply_rotary_pos_emb
+        q_rot_BHTe, k_rot_B1Te = rotate(q_rot_BHTe, k_rot_BTe[:, None], *position_embeddings)
+        return q_nope_BHTn, q_rot_BHTe, torch.cat((latent_BTr[:, None], k_rot_B1Te), dim=-1)
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -256,11 +282,45 @@ def _kernel(q_BHTk: torch.Tensor, key_B1Sk: torch.Tensor, mask: torch.Tensor | N
     return "products" if batch * num_heads * num_queries * key_B1Sk.shape[2] <= 2**28 else "rows"
 
 
+def _capped(
+    module: nn.Module,
+    query_BHTq: torch.Tensor,
+    key_BHSq: torch.Tensor,
+    value_BHSv: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    softcap: float,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with capped scores (Gemma 2, 2408.00118, section 2), for which there is no fused kernel."""
+    scores_BHTS = softcap * torch.tanh(query_BHTq @ key_BHSq.transpose(-1, -2) * (scaling / softcap))
+    num_queries, num_keys = scores_BHTS.shape[-2:]
+    if mask is None and num_queries > 1:
+        places = torch.arange(num_keys, device=scores_BHTS.device)
+        mask = places <= places[:num_queries, None] + (num_keys - num_queries)
+    bias = _additive(mask, scores_BHTS.dtype)
+    if bias is not None:
+        scores_BHTS = scores_BHTS + bias
+    wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
+    weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=wide).to(query_BHTq.dtype)
+    weights_BHTS = nn.functional.dropout(weights_BHTS, p=dropout, training=module.training)
+    return (weights_BHTS @ value_BHSv).transpose(1, 2).contiguous(), weights_BHTS
+
+
 def _products(
-    rows_B1Rk: torch.Tensor, key_B1Sk: torch.Tensor, rank: int, mask: torch.Tensor | None, scaling: float
+    rows_B1Rk: torch.Tensor,
+    key_B1Sk: torch.Tensor,
+    rank: int,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attended latents [B, 1, R, r] and attention weights [B, 1, R, S] of R rows of queries, with a float32 softmax."""
     scores_B1RS = rows_B1Rk @ key_B1Sk.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores_B1RS = softcap * torch.tanh(scores_B1RS / softcap)
     bias = _additive(mask, scores_B1RS.dtype)
     if bias is not None:
         scores_B1RS = scores_B1RS + bias
@@ -314,4 +374,216 @@ class UnfoldedForCausalLM(DeepseekV3ForCausalLM):
                 layer.self_attn.q_a_layernorm.__class__ = LatentGain
 
 
-__all__ = ["DeepseekV3ForCausalLM", "UnfoldedConfig", "UnfoldedForCausalLM"]
+# An attention function that attends to nothing: queries, keys and values of each token side by side, [B, T, 1, .].
+TAP = "transmla_tap"
+
+
+def _tap(
+    module: nn.Module, query_BHTd: torch.Tensor, key_BGTd: torch.Tensor, value_BGTv: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    parts = [x.transpose(1, 2).flatten(2) for x in (query_BHTd, key_BGTd, value_BGTv)]
+    return torch.cat(parts, dim=-1)[:, :, None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(TAP, _tap)
+
+
+def as_encoder(attention: Any, output_projection: str) -> Any:
+    """A transformers attention module, changed in place to give what it would attend with: see `encode`."""
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = TAP
+    setattr(attention, output_projection, nn.Identity())
+    return attention
+
+
+def encode(encoder: Any, hidden_BTD: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """Unrotated queries, keys and values of a module's own projections and norms, [B, T, H d + G d + G v].
+
+    encoder:    from `as_encoder`; it runs as it is, but for a rotation by nothing and `TAP` in place of attention
+    rotary_dim: values of a head that it wants to rotate
+    """
+    ones = hidden_BTD.new_ones(1, 1, rotary_dim)
+    angles = (ones, torch.zeros_like(ones))
+    encoded: torch.Tensor = encoder(hidden_states=hidden_BTD, attention_mask=None, position_embeddings=angles)[0]
+    return encoded
+
+
+class TransmlaConfig(PreTrainedConfig):
+    """Config of a converted model in its own form: the source's config, and the sizes of the latent attention.
+
+    text_config:          of the source, unchanged, and of any model type that transformers has
+    kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim: as in deepseek_v3
+    latent_rope_theta:    base of the rotary frequencies, theta ** (-2 m / qk_rope_head_dim); where layers of several
+                          kinds have angles of their own, one for each kind, by its name
+    latent_encoder:       "input": the latent is made of the hidden state; "features": of the keys and values that the
+                          source's own projections and norms make of it
+    softmax_scale, softcap: of the attention scores
+    attention_module, output_projection: names of the modules that are exchanged
+    source_rotary_dim:    values of a head that the source rotates
+    query_bias, rope_bias, output_bias: whether these projections have biases
+    """
+
+    model_type = "transmla"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    _auto_class = "AutoConfig"
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        kv_lora_rank: int = 0,
+        qk_rope_head_dim: int = 0,
+        qk_nope_head_dim: int = 0,
+        v_head_dim: int = 0,
+        latent_rope_theta: float | dict[str, float] = 10000.0,
+        latent_encoder: str = "input",
+        softmax_scale: float = 1.0,
+        softcap: float | None = None,
+        attention_module: str = "self_attn",
+        output_projection: str = "o_proj",
+        source_rotary_dim: int = 0,
+        query_bias: bool = False,
+        rope_bias: bool = False,
+        output_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.qk_nope_head_dim, self.v_head_dim = qk_nope_head_dim, v_head_dim
+        self.latent_rope_theta, self.latent_encoder = latent_rope_theta, latent_encoder
+        self.softmax_scale, self.softcap = softmax_scale, softcap
+        self.attention_module, self.output_projection = attention_module, output_projection
+        self.source_rotary_dim = source_rotary_dim
+        self.query_bias, self.rope_bias, self.output_bias = query_bias, rope_bias, output_bias
+        if text_config is not None:
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+                kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not set here is that of the source."""
+        if name.startswith("__") or "text_config" not in self.__dict__ or self.__dict__["text_config"] is None:
+            raise AttributeError(name)
+        return getattr(self.__dict__["text_config"], name)
+
+
+class LatentRotary(nn.Module):
+    """Cosine and sine of the angles of the shared rotary key, in place of the source's."""
+
+    def __init__(self, config: TransmlaConfig) -> None:
+        super().__init__()
+        self.theta, self.dim = config.latent_rope_theta, config.qk_rope_head_dim
+
+    @torch.no_grad()
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, e] each, the two halves of a pair e / 2 apart, in the dtype of x."""
+        theta = self.theta if isinstance(self.theta, int | float) else self.theta[str(layer_type)]
+        exponents_M = torch.arange(0, self.dim, 2, dtype=torch.float32, device=x.device) / self.dim
+        # rounded as transformers rounds them
+        angles_BTM = position_ids[..., None].float() * (1.0 / theta**exponents_M)
+        angles_BTe = torch.cat((angles_BTM, angles_BTM), dim=-1)
+        return angles_BTe.cos().to(x.dtype), angles_BTe.sin().to(x.dtype)
+
+
+class ConvertedAttention(CachedLatent, nn.Module):
+    """Latent attention without a norm on the latent, in place of a source's attention module."""
+
+    encoder: Any
+
+    def __init__(self, config: TransmlaConfig, text_config: Any, index: int, attention: Any) -> None:
+        super().__init__()
+        # the source's config holds the attention implementation that the whole model uses
+        self.config, self.layer_idx = text_config, index
+        self.kv_lora_rank, self.qk_rope_head_dim = config.kv_lora_rank, config.qk_rope_head_dim
+        self.qk_nope_head_dim, self.v_head_dim = config.qk_nope_head_dim, config.v_head_dim
+        self.scaling, self.softcap = config.softmax_scale, config.softcap
+        self.attention_dropout = float(getattr(text_config, "attention_dropout", 0.0) or 0.0)
+        self.is_causal, self.num_key_value_groups = True, 1
+        heads, hidden = text_config.num_attention_heads, text_config.hidden_size
+        cached = self.kv_lora_rank + self.qk_rope_head_dim
+        if config.latent_encoder == "features":
+            self.encoder = as_encoder(attention, config.output_projection)
+            self.rotary_dim, self.num_queries = config.source_rotary_dim, heads * self.qk_nope_head_dim
+            groups = text_config.num_key_value_heads
+            seen = groups * (self.qk_nope_head_dim + self.v_head_dim)
+            self.q_rope_proj = nn.Parameter(torch.empty(heads, self.qk_rope_head_dim, self.qk_nope_head_dim))
+        else:
+            self.encoder, seen = None, hidden
+            width = heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+            self.q_proj = nn.Linear(hidden, width, bias=config.query_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(seen, cached, bias=config.rope_bias)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.output_bias)
+
+    def project(
+        self, hidden_BTD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries without rotation [B, H, T, n], rotated queries [B, H, T, e], and what is cached [B, 1, T, r + e]."""
+        nope = self.qk_nope_head_dim
+        if self.encoder is None:
+            q_BTq, seen_BTF = self.q_proj(hidden_BTD), hidden_BTD
+        else:
+            encoded = encode(self.encoder, hidden_BTD, self.rotary_dim)
+            q_BTq, seen_BTF = encoded[..., : self.num_queries], encoded[..., self.num_queries :]
+        q_BHTq = q_BTq.unflatten(-1, (-1, nope if self.encoder is not None else nope + self.qk_rope_head_dim))
+        q_BHTq = q_BHTq.transpose(1, 2)
+        q_nope_BHTn = q_BHTq[..., :nope]
+        if self.encoder is None:
+            q_rope_BHTe = q_BHTq[..., nope:]
+        else:
+            q_rope_BHTe = torch.einsum("bhtd,hed->bhte", q_BHTq, self.q_rope_proj)
+        down_BTk = self.kv_a_proj_with_mqa(seen_BTF)
+        k_rope_B1Te = down_BTk[:, None, :, self.kv_lora_rank :]
+        q_rope_BHTe, k_rope_B1Te = stock.apply_rotary_pos_emb(q_rope_BHTe, k_rope_B1Te, *position_embeddings)
+        return q_nope_BHTn, q_rope_BHTe, torch.cat((down_BTk[:, None, :, : self.kv_lora_rank], k_rope_B1Te), dim=-1)
+
+
+class TransmlaForCausalLM(PreTrainedModel, GenerationMixin):
+    """The source's own class with its attention exchanged for latent attention; all other code is the library's."""
+
+    config_class = TransmlaConfig
+    base_model_prefix = "model"
+    _auto_class = "AutoModelForCausalLM"
+    _supports_sdpa = True
+    # `absorbed` needs 4D masks
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    supports_gradient_checkpointing = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: TransmlaConfig) -> None:
+        super().__init__(config)
+        # whatever attends in the source's class is about to be exchanged, so it need not support what this one does
+        inner: Any = AutoModelForCausalLM.from_config(config.text_config, attn_implementation="eager")
+        inner.config._attn_implementation = config._attn_implementation
+        # around nn.Module, which would register its parameters a second time
+        self.__dict__["_inner"] = inner
+        self.base_model_prefix = inner.base_model_prefix
+        self._tied_weights_keys = inner._tied_weights_keys
+        base = getattr(inner, inner.base_model_prefix)
+        for index, layer in enumerate(base.layers):
+            attention = getattr(layer, config.attention_module)
+            setattr(layer, config.attention_module, ConvertedAttention(config, inner.config, index, attention))
+        base.rotary_emb = LatentRotary(config)
+        for name, child in inner.named_children():
+            setattr(self, name, child)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        """What a forward of the source's class reads of itself."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_inner" or "_inner" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_inner"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's class."""
+        return type(self.__dict__["_inner"]).forward(self, *args, **kwargs)
+
+
+__all__ = ["DeepseekV3ForCausalLM", "TransmlaConfig", "TransmlaForCausalLM", "UnfoldedConfig", "UnfoldedForCausalLM"]

@@ -232,11 +232,24 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
+# of a folder in the form of the source's own class, see targets/own.py
+OWN_FORM_RULES: tuple[Rule, ...] = (
+    Rule(
+        tuple(engine for engine in ENGINES if engine != OWN),
+        lambda config: True,
+        REFUSES,
+        "it has no class for model_type transmla, the form of models that deepseek_v3 cannot express",
+        "use transformers, with trust_remote_code=True or after `import transmla`",
+    ),
+)
+
+
 def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
-    """One verdict per engine, from a deepseek_v3 config.json alone."""
+    """One verdict per engine, from the config.json of a converted folder alone, in either form."""
     verdicts = []
     for engine, note in ENGINES.items():
-        rules = [rule for rule in RULES if engine in rule.engines and rule.applies(config)]
+        table = OWN_FORM_RULES if config.get("model_type") == "transmla" else RULES
+        rules = [rule for rule in table if engine in rule.engines and rule.applies(config)]
         outcomes = {rule.outcome for rule in rules}
         outcome = WRONG if WRONG in outcomes else REFUSES if outcomes else RUNS
         findings = tuple(Finding(rule.outcome, rule.why, rule.remedy) for rule in rules)

@@ -33,7 +33,7 @@ def family_of_gguf(reader: "GGUFReader", path: Path) -> Family:
 
 
 def unsupported_gguf(path: Path, why: str) -> UnsupportedError:
-    known = ", ".join(sorted({family.gguf_architecture for family in FAMILIES.values()}))
+    known = ", ".join(sorted({family.gguf_architecture for family in FAMILIES.values() if family.gguf_architecture}))
     return UnsupportedError(
         "this GGUF model cannot be converted",
         where=str(path),
@@ -69,12 +69,12 @@ def config_of_gguf(reader: "GGUFReader", path: Path, family: Family) -> dict[str
 
 def correct_from_tensors(config: dict[str, Any], tensors: Mapping[str, TensorInfo], family: Family) -> None:
     """Set what the tensors know better than the metadata: vocabulary, head size, tying and biases."""
-    if family.embed_tokens in tensors:
-        config["vocab_size"] = tensors[family.embed_tokens].shape[0]
-    queries = family.layer_prefix.format(0) + "self_attn.q_proj.weight"
+    if (embeddings := f"{family.embed_tokens}.weight") in tensors:
+        config["vocab_size"] = tensors[embeddings].shape[0]
+    queries = f"{family.layers}.0.self_attn.q_proj.weight"
     if queries in tensors:
         config["head_dim"] = tensors[queries].shape[0] // config["num_attention_heads"]
-    config["tie_word_embeddings"] = family.lm_head not in tensors
+    config["tie_word_embeddings"] = f"{family.lm_head}.weight" not in tensors
     # llama.cpp adds whatever biases it finds; in a config.json they must be announced
     biases = [name for name in tensors if name.endswith(".bias")]
     for key, part in (("attention_bias", "self_attn."), ("mlp_bias", "mlp.")):

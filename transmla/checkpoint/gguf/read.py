@@ -140,9 +140,9 @@ def _hugging_face_names(family: Family, num_hidden_layers: int) -> dict[str, str
 
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == family.gguf_architecture)
     gguf_names = get_tensor_name_map(architecture, num_hidden_layers)
-    modules = [name.removesuffix(".weight") for name in (family.embed_tokens, family.norm, family.lm_head)]
+    modules = [family.embed_tokens, family.norm, family.lm_head]
     for layer in range(num_hidden_layers):
-        modules += [family.layer_prefix.format(layer) + module for module in _LAYER_MODULES]
+        modules += [f"{family.layers}.{layer}.{module}" for module in _LAYER_MODULES]
     return {
         f"{gguf_names.get_name(module)}.{kind}": f"{module}.{kind}" for module in modules for kind in ("weight", "bias")
     }

@@ -1,0 +1,243 @@
+"""Every family in its own form: the same model where nothing is lost, with and without a cache."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import transmla
+from tests.conversion.made import IDS, PLAIN, QUICK, Convert
+from tests.conversion.pieces import random_streams
+from tests.families import MakeSource, lively_config, lively_model
+from tests.maths.weights import lively as lively_values
+from tests.maths.weights import relative
+from transmla.conversion.moments import observe
+from transmla.conversion.plan import own_thetas
+from transmla.conversion.theta import theta_of
+from transmla.errors import GeometryError, UnsupportedError
+from transmla.families import FAMILIES, rotary_dim
+from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
+from transmla.maths.closed_form import ClosedForm, fit_layer
+from transmla.maths.reference import mla_naive
+from transmla.model.loading import load
+from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
+from transmla.model.source import attention_facts, build_layer, layer_tensor_names, skeleton, source_frequencies
+from transmla.targets.own import own_attention, own_config
+
+# one key/value head of 8: 16 values hold all of it, however little of it turns
+SIZES: dict[str, Any] = {"kv_heads": 1, "head_dim": 8, "layers": 4}
+SIZES_OF = {"gpt_neox": {"kv_heads": 1, "heads": 1, "hidden": 16, "head_dim": 16, "layers": 4}}
+
+
+def sizes_of(model_type: str) -> dict[str, Any]:
+    return {"model_type": model_type} | SIZES_OF.get(model_type, SIZES)
+
+
+def full_size(config: dict[str, Any], gqa: GqaGeometry) -> tuple[int, int]:
+    """Latent and rotary values of which nothing is lost."""
+    return min(gqa.cache_values(), gqa.hidden_size), rotary_dim(config, gqa.head_dim)
+
+
+def in_float64(model: Any, latent: int | None = None) -> tuple[Any, list[Any]]:
+    """The own form of a float64 model and the weights of its layers, by the converter's functions, nothing rounded."""
+    config, family = model.config.to_dict(), FAMILIES[model.config.model_type]
+    gqa, bare = gqa_geometry(config, "config.json"), skeleton(model.config)
+    facts, (_, factor) = attention_facts(family, bare, gqa), source_frequencies(model.config, gqa, family, 0)
+    most, rope = full_size(config, gqa)
+    sizes, thetas = mla_geometry(gqa, latent or most, rope), own_thetas(config)
+    settings = own_config(
+        config, family, gqa, sizes, thetas, "float32", softmax_scale=facts.scaling * factor**2, softcap=facts.softcap,
+        biased=facts.biased, encoded=facts.encoded,
+        output_bias=facts.output_bias or (facts.biased and not facts.encoded),
+    )  # fmt: skip
+    settings = {key: value for key, value in settings.items() if key not in ("model_type", "auto_map", "dtype")}
+    own: Any = TransmlaForCausalLM(TransmlaConfig(**settings)).double().eval()
+    state, found, layers = model.state_dict(), own.state_dict(), []
+    tensors = {name: value for name, value in state.items() if f".{family.attention}." not in name}
+    for index in range(sizes.num_hidden_layers):
+        names = layer_tensor_names(family, bare, index)
+        # built twice: statistics are float32
+        narrow = build_layer(family, bare, gqa, index, {name: state[name].float() for name in names})
+        streams = random_streams(windows=8, tokens=24, hidden=gqa.hidden_size, noise=0.0)
+        moments = observe(narrow, streams, 16)
+        layer = build_layer(family, bare, gqa, index, {name: state[name] for name in names})
+        theta = theta_of(thetas, config, index)
+        mla = layer.complete(fit_layer(layer.gqa, moments, sizes.kv_lora_rank, rope, theta, PLAIN).mla)
+        prefix = f"{family.layers}.{index}.{family.attention}."
+        tensors |= {prefix + name: value for name, value in own_attention(mla, layer.order_d).items()}
+        layers.append((layer, mla))
+    assert set(tensors) == set(found)
+    own.load_state_dict(tensors)
+    return own, layers
+
+
+@pytest.fixture
+def nothing_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and angles of transformers, which are float32 whatever the model is, in float64."""
+    to = torch.Tensor.to
+
+    def wide(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return to(tensor, *(torch.float64 if arg is torch.float32 else arg for arg in args), **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", wide)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_nothing_dropped_is_the_same_model(model_type: str, request: pytest.FixtureRequest) -> None:
+    model: Any = lively_model(lively_config(**sizes_of(model_type))).double()
+    own, _ = in_float64(model)
+    request.getfixturevalue("nothing_rounds")
+    # the only attention of Gemma 2 has a float32 softmax
+    tolerance = 1e-6 if model_type == "gemma2" else 1e-8
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        assert relative(own(IDS).logits, wanted) < tolerance
+        # one rotary pair the other way round
+        name = next(name for name in own.state_dict() if name.endswith("kv_a_proj_with_mqa.weight"))
+        with torch.no_grad():
+            own.get_parameter(name)[-1] *= -1
+        assert relative(own(IDS).logits, wanted) > 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text", "glm4", "cohere2"])
+@pytest.mark.parametrize("queries", [1, 24])
+def test_fewer_values_are_the_naive_reference(model_type: str, queries: int) -> None:
+    """Both ways to compute attention: one query over a cache is absorbed, a whole text is not."""
+    model: Any = lively_model(lively_config(**sizes_of(model_type) | {"kv_heads": 2, "layers": 2})).double()
+    own, layers = in_float64(model, latent=6)
+    layer, mla = layers[0]
+    x_TD = lively_values(24, 48, seed=7)
+    attention = own.get_submodule(f"{layer.family.layers}.0.{layer.family.attention}")
+    base = own.get_submodule(layer.family.layers.rpartition(".")[0])
+    kind = own.config.text_config.layer_types[0] if model_type == "gemma3_text" else None
+    angles = base.rotary_emb(x_TD[None], torch.arange(24)[None], kind)
+    places = torch.arange(24)
+    seen_TT = places <= places[:, None]
+    if mla.window is not None:
+        seen_TT &= places > places[:, None] - mla.window
+    with torch.no_grad():
+        q_nope, q_rope, key = attention.project(x_TD[None], angles)
+        q_nope, q_rope, seen_TT = q_nope[:, :, -queries:], q_rope[:, :, -queries:], seen_TT[-queries:]
+        mask = seen_TT[None, None]
+        absorbs = attention.absorbs(q_nope, key, mask)
+        run = attention.absorbed if absorbs else attention.decompressed
+        found = attention.o_proj(run(q_nope, q_rope, key, mask)[0].flatten(2))[0]
+    assert absorbs == (queries == 1)
+    if mla.encoder is None:
+        wanted = mla_naive(x_TD, mla)
+    else:
+        heads = layer.heads(x_TD)
+        wanted = mla_naive(layer.inputs(x_TD, heads), mla, queries_HTd=heads[0])
+    assert relative(found, wanted[-queries:]) < 1e-6
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_converted_folder(lively: MakeSource, run: Convert, model_type: str) -> None:
+    """From disk to disk: the form that the rule picks, and generation with a cache as without one."""
+    source = lively(**sizes_of(model_type))
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    planned = transmla.plan(str(source))
+    latent, rope = full_size(planned.config, planned.gqa)
+    thetas = own_thetas(planned.config)
+    given = {} if isinstance(thetas, dict) else {"theta": thetas}
+    report = run(source, latent=latent, rope=rope, method=PLAIN, **given)
+    stock = model_type in ("llama", "mistral", "ministral", "smollm3")
+    assert report.plan.form == ("deepseek_v3" if stock else "transmla") and bool(report.plan.obstacles) != stock
+    assert report.verification.relative_error < 1e-3
+    own = load(report.destination, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    written = own.generate(IDS, max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        assert relative(own(IDS).logits, theirs(IDS).logits) < 1e-3
+        assert torch.equal(own(written).logits[:, IDS.shape[1] - 1 : -1].argmax(-1), written[:, IDS.shape[1] :])
+    assert config["model_type"] == model_type
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text"])
+def test_refinement_trains_what_the_form_has(lively: MakeSource, run: Convert, model_type: str) -> None:
+    source = lively(model_type=model_type, tied=True)
+    report = run(source, latent=12, rope=8, tokens=2048, refine="fast", refinement=QUICK)
+    assert report.blocks[-1].loss_after < report.blocks[-1].loss_before
+    assert report.verification.relative_error < 1e-3
+    model = load(report.destination, dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    cache = model(IDS, use_cache=True).past_key_values
+    assert cache.layers[-1].keys.shape[-1] == 20 and cache.layers[-1].values.shape[-1] == 0
+
+
+def test_padded_texts_are_the_texts_alone(lively: MakeSource, run: Convert) -> None:
+    report = run(lively(model_type="qwen3"), latent=12, rope=8)
+    model = load(report.destination, dtype=torch.float32)
+    mask = torch.ones_like(IDS)
+    mask[1, :7] = 0
+    together = model.generate(IDS, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    alone = model.generate(IDS[1:, 7:], max_new_tokens=6, do_sample=False)
+    assert torch.equal(together[1, 7:], alone[0])
+
+
+def test_without_the_package(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
+    """The folder loads with trust_remote_code where transmla is not installed, and saves itself whole."""
+    report = run(lively(model_type="qwen3"), latent=12, rope=8)
+    code = f"""
+import sys
+sys.modules["transmla"] = None
+import torch
+from transformers import AutoModelForCausalLM
+ids = torch.tensor({IDS.tolist()})
+model = AutoModelForCausalLM.from_pretrained({str(report.destination)!r}, trust_remote_code=True, dtype="float32")
+model.save_pretrained({str(tmp_path / "again")!r})
+again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+assert torch.equal(model(ids).logits, again(ids).logits)
+print(float(model(ids).logits.double().sum()))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    with torch.no_grad():
+        wanted = float(load(report.destination, dtype=torch.float32)(IDS).logits.double().sum())
+    assert float(found.stdout.split()[-1]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_form_is_chosen_by_rule(lively: MakeSource) -> None:
+    qwen = str(lively(model_type="qwen3"))
+    planned = transmla.plan(qwen)
+    assert planned.form == "transmla" and planned.obstacles == ("norms on queries and keys",)
+    assert planned.summary()["obstacles"] == ["norms on queries and keys"]
+    assert [verdict.engine for verdict in planned.engines if verdict.accepts] == ["transformers, own class"]
+    assert any("norms on queries and keys" in note for note in planned.notes)
+    with pytest.raises(UnsupportedError, match="norms on queries and keys"):
+        transmla.plan(qwen, format="deepseek_v3")
+    with pytest.raises(GeometryError, match="queries"):
+        transmla.plan(qwen, q_latent=16)
+    llama = str(lively())
+    assert transmla.plan(llama).form == "deepseek_v3" and transmla.plan(llama, format="transmla").form == "transmla"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "obstacle"),
+    [
+        ("llama", {"attention_bias": True}, "biases in the attention"),
+        ("llama", {"mlp_bias": True}, "biases in the MLP"),
+        ("llama", {"hidden_act": "gelu"}, "an MLP with gelu"),
+        ("qwen2", {}, "biases in the attention"),
+        ("granite", {}, "multipliers of embeddings, residuals or logits"),
+        ("gemma2", {}, "capped logits"),
+    ],
+)
+def test_obstacles(lively: MakeSource, model_type: str, settings: dict[str, Any], obstacle: str) -> None:
+    assert obstacle in transmla.plan(str(lively(model_type=model_type, **settings))).obstacles
+
+
+def test_a_closed_form_with_repairs(lively: MakeSource, run: Convert) -> None:
+    """At half of the cache, with the defaults of the method, the repair makes the stream's error smaller."""
+    source = lively(model_type="qwen3")
+    plain = run(source, "plain", latent=16, rope=8, method=PLAIN)
+    repaired = run(source, "repaired", latent=16, rope=8, method=ClosedForm())
+    assert repaired.layers[-1].stream_loss_fitted < plain.layers[-1].stream_loss_fitted

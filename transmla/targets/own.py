@@ -1,0 +1,151 @@
+"""The own form of a converted model: the source's transformers class with latent attention in it.
+
+For models that stock deepseek_v3 cannot express. config.json is the source's with the sizes of the latent attention
+around it; tensors keep the names of the source's class, but for those of the attention. There is no norm on the latent,
+so nothing is folded: the form for inference is the form for training.
+
+Shape legend: see transmla/maths/__init__.py. F values of all keys and values of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.families import Family, rotary_dim
+from transmla.geometry import GqaGeometry, MlaGeometry
+from transmla.maths.attention import MlaWeights
+from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
+from transmla.model.source import skeleton
+
+MODEL_TYPE = TransmlaConfig.model_type
+ARCHITECTURE = TransmlaForCausalLM.__name__
+
+
+def obstacles(config: Mapping[str, Any], family: Family, *, biased: bool, encoded: bool) -> tuple[str, ...]:
+    """What stock deepseek_v3 cannot express of a source; empty if it can express all of it.
+
+    config:  its complete config, with the defaults of its class
+    biased:  whether projections of its attention have biases;  encoded: whether queries and keys go through norms
+    """
+    found = list(family.obstacles)
+    if encoded:
+        found.append("norms on queries and keys")
+    if biased:
+        found.append("biases in the attention")
+    if config.get("mlp_bias"):
+        found.append("biases in the MLP")
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation not in (None, "silu", "swish"):
+        found.append(f"an MLP with {activation}")
+    if len(set(config.get("layer_types") or ())) > 1:
+        found.append("layers with and without a window")
+    if config.get("attn_logit_softcapping"):
+        found.append("capped attention scores")
+    if config.get("final_logit_softcapping"):
+        found.append("capped logits")
+    multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
+    if any(config.get(key) not in (None, 1, 1.0) for key in multipliers):
+        found.append("multipliers of embeddings, residuals or logits")
+    return tuple(found)
+
+
+def own_config(
+    source: Mapping[str, Any],
+    family: Family,
+    gqa: GqaGeometry,
+    mla: MlaGeometry,
+    theta: float | Mapping[str, float],
+    dtype: str,
+    *,
+    softmax_scale: float,
+    softcap: float | None,
+    biased: bool,
+    encoded: bool,
+    output_bias: bool,
+) -> dict[str, Any]:
+    """config.json of the converted folder, as a dict.
+
+    source: complete config of the source, with the defaults of its class
+    theta:  base of the rotary frequencies, by type of layer where these have their own
+    dtype:  of the weights: "float32", "bfloat16" or "float16"
+    The others: see `TransmlaConfig`, and `GqaWeights` for `biased` and `encoded`.
+    """
+    kept = {key: value for key, value in source.items() if key not in _NOT_OF_THE_MODEL and value is not None}
+    kept |= {"dtype": dtype, "architectures": source.get("architectures")}
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "auto_map": {
+            "AutoConfig": f"modeling_transmla.{TransmlaConfig.__name__}",
+            "AutoModelForCausalLM": f"modeling_transmla.{ARCHITECTURE}",
+        },
+        "text_config": kept,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "latent_rope_theta": dict(theta) if isinstance(theta, Mapping) else theta,
+        "latent_encoder": "features" if encoded else "input",
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "attention_module": family.attention,
+        "output_projection": family.o_proj,
+        "source_rotary_dim": rotary_dim(source, gqa.head_dim),
+        "query_bias": biased and not encoded,
+        "rope_bias": biased and not encoded,
+        "output_bias": output_bias,
+        "tie_word_embeddings": bool(source.get("tie_word_embeddings")),
+        "bos_token_id": source.get("bos_token_id"),
+        "eos_token_id": source.get("eos_token_id"),
+        "pad_token_id": source.get("pad_token_id"),
+        "dtype": dtype,
+    }
+
+
+# names and paths of whoever saved the model, remote code, and what transformers adds to every config
+_NOT_OF_THE_MODEL = frozenset(
+    {"_name_or_path", "auto_map", "transformers_version", "torch_dtype", "dtype", "quantization_config"}
+)
+
+
+def own_attention(mla: MlaWeights, order_d: Tensor) -> dict[str, Tensor]:
+    """Tensors of one attention block by their names in it, in the dtype of `mla`.
+
+    order_d: places of the values of a head in the source's own layout, see `SourceLayer`
+    """
+    tensors = {
+        "kv_b_proj.weight": torch.cat([mla.k_up_Hnr, mla.v_up_Hvr], dim=1).flatten(0, 1),
+        "o_proj.weight": mla.o_DHv,
+        "kv_a_proj_with_mqa.weight": torch.cat([mla.kv_down_rD, mla.k_rope_eD]),
+    }
+    if mla.o_bias_D is not None:
+        tensors["o_proj.bias"] = mla.o_bias_D
+    if mla.encoder is None:
+        tensors["q_proj.weight"] = torch.cat([mla.q_nope_HnD, mla.q_rope_HeD], dim=1).flatten(0, 1)
+        if mla.q_nope_bias_Hn is not None and mla.q_rope_bias_He is not None and mla.k_rope_bias_e is not None:
+            tensors["q_proj.bias"] = torch.cat([mla.q_nope_bias_Hn, mla.q_rope_bias_He], dim=1).flatten()
+            none_r = mla.k_rope_bias_e.new_zeros(len(mla.kv_down_rD))
+            tensors["kv_a_proj_with_mqa.bias"] = torch.cat([none_r, mla.k_rope_bias_e])
+        return tensors
+    # the encoder gives heads in the source's layout, the weights were made for another one
+    back_d = order_d.argsort()
+    head_dim, value_dim = len(order_d), mla.v_up_Hvr.shape[1]
+    down_kF = tensors["kv_a_proj_with_mqa.weight"]
+    groups = down_kF.shape[1] // (head_dim + value_dim)
+    keys_kGd = down_kF[:, : groups * head_dim].unflatten(1, (groups, head_dim))[..., back_d]
+    tensors["kv_a_proj_with_mqa.weight"] = torch.cat([keys_kGd.flatten(1), down_kF[:, groups * head_dim :]], dim=1)
+    tensors["kv_b_proj.weight"] = torch.cat([mla.k_up_Hnr[:, back_d], mla.v_up_Hvr], dim=1).flatten(0, 1)
+    tensors["q_rope_proj"] = mla.q_rope_HeD[..., back_d]
+    return tensors | {f"encoder.{name}": value for name, value in mla.encoder.items()}
+
+
+def own_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a folder with this config.json; a tied head is none of them."""
+    values = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "auto_map")}
+    model = skeleton(TransmlaConfig(**values))
+    tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
