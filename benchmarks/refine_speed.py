@@ -101,7 +101,7 @@ def main() -> None:
         streams = run.streams()
         block = [model.layer(index).narrowed(run.compute) for index in range(layers)]
         weights = [random_weights(run) for _ in range(layers)]
-        distiller = BlockDistiller(block, weights, streams, model.head(run.compute), Descent(1.0, windows, 1e-3))
+        distiller = BlockDistiller(block, weights, streams, model.ends(run.compute), Descent(1.0, windows, 1e-3))
         places = {place: place for place in range(len(ids_NT))}
         steps = distiller.descender.steps(lambda here: distiller.losses(here, distiller.trained)[0], places, windows)
         hidden, inner = planned.mla.hidden_size, int(planned.source.config["intermediate_size"])

@@ -4,7 +4,10 @@ A default random model cannot see the mistakes that matter (weights of deviation
 rotation moves the logits by less than a percent), so weights have deviation 0.2 and norms scatter around 1.
 """
 
+import json
+import math
 import shutil
+import struct
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -12,6 +15,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from transmla.families import FAMILIES
+from transmla.model.source import checkpoint_tensors, skeleton, source_config
 
 # the fixture `lively`
 MakeSource = Callable[..., Path]
@@ -25,6 +31,12 @@ _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "
 _GEMMA = {"sliding_window": 8, "query_pre_attn_scalar": 20}
 ODDITIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "minimax_m2": _PARTIAL | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
     "gemma2": _GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gemma3_text": _GEMMA | {"rope_parameters": _TWO_KINDS, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "olmo3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -124,7 +136,7 @@ def lively_source(
 ) -> Path:
     """Save a lively model and a small tokenizer in `folder`; settings are those of `lively_config`."""
     model = lively_model(lively_config(**settings), seed).to(dtype)
-    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    num_bytes = sum(weight.nbytes for weight in model.state_dict().values())
     model.save_pretrained(folder, max_shard_size=num_bytes if shards == 1 else num_bytes // shards)
     saved = len(list(folder.glob("*.safetensors")))
     assert (saved == 1) == (shards == 1), f"{saved} files"
@@ -136,3 +148,26 @@ def add_tokenizer(folder: Path) -> None:
     """The tokenizer of the embedded model, 512 tokens."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(str(resources.files("transmla.data") / "stories260k" / name), folder / name)
+
+
+def sparse_source(folder: Path, config: dict[str, Any]) -> Path:
+    """A checkpoint of any size of which only config and headers are there; its values are a hole in the file.
+
+    Of a model that no row of the table names, it has one small tensor.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"unknown.weight": (1,)}
+    if config["model_type"] in FAMILIES:
+        model, tied = skeleton(source_config(config)), bool(config.get("tie_word_embeddings"))
+        shapes = checkpoint_tensors(FAMILIES[config["model_type"]], model, tied)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    written = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(written)) + written)
+        file.truncate(8 + len(written) + end)
+    return folder

@@ -12,6 +12,7 @@
     transmla.heal("OUT", tokens=10_000_000)              # distil from the source; returns a HealReport
     transmla.unfold("OUT", "TRAIN")                      # the form for training
     transmla.fold("TRAIN", "OUT2")                       # and back
+    transmla.list_recipes(), transmla.list_families()    # what can be converted, and what it would become
     transmla.load("OUT")                                 # a transformers model that caches the latent
     for piece in transmla.generate("OUT", "Once upon a time"):
         print(piece, end="")
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transmla.conversion.flow import convert as convert
+    from transmla.conversion.listing import list_families as list_families
+    from transmla.conversion.listing import list_recipes as list_recipes
     from transmla.conversion.plan import plan as plan
     from transmla.evaluation.evaluate import evaluate as evaluate
     from transmla.evaluation.report.page import report as report
@@ -46,6 +49,8 @@ _PUBLIC = {
     "fold": "transmla.targets.fold",
     "generate": "transmla.model.generation",
     "heal": "transmla.healing.flow",
+    "list_families": "transmla.conversion.listing",
+    "list_recipes": "transmla.conversion.listing",
     "load": "transmla.model.loading",
     "plan": "transmla.conversion.plan",
     "report": "transmla.evaluation.report.page",

@@ -5,7 +5,7 @@ code elsewhere reads the row and never checks for a model by name.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transmla.errors import UnsupportedError
@@ -24,8 +24,11 @@ class Family:
     unrotated:    layers without rotary embeddings: "no_rope_layers", where that list of the config has a 0, or
                   "full_attention", the layers of that type; None: no layer
     embedding_scale: "sqrt": embeddings are multiplied with the root of hidden_size
-    adds_output:  whether the output of the attention is added to the residual stream as it is, or as a multiple of it;
-                  False: it goes through a norm first
+    output_norm:  name of the norm in a layer that the output of its attention goes through, before it is added to the
+                  residual stream; None: it is added as it is, or a multiple of it
+    experts:      gate, up and down of an expert by their names in the checkpoint, inside a layer, with `{}` for the
+                  number of the expert; the class holds those of all experts in two tensors
+    renamed:      other tensors of a layer whose name in the checkpoint is not that in the class: in the class -> there
     obstacles:    what stock deepseek_v3 cannot express of any model of the family
     """
 
@@ -40,9 +43,11 @@ class Family:
     rotary: str = "half"
     unrotated: str | None = None
     embedding_scale: str | None = None
-    adds_output: bool = True
+    output_norm: str | None = None
     # supported rope types: their frequencies do not depend on the length of the text
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    experts: tuple[str, ...] | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
     obstacles: tuple[str, ...] = ()
 
 
@@ -50,7 +55,11 @@ _SANDWICH = "norms behind attention and MLP"
 _ONE_PLUS_NORM = "norms that multiply with 1 + weight"
 _LAYER_NORM = "LayerNorm"
 _PARALLEL = "attention and MLP side by side"
-_FUSED_MLP = "a fused MLP"
+_EXPERTS = "experts that are chosen by a softmax"
+_QWEN_EXPERTS = tuple(f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down"))
+_MIXTRAL_EXPERTS = tuple(f"block_sparse_moe.experts.{{}}.{name}.weight" for name in ("w1", "w3", "w2"))
+# the norm that Gemma and OLMo call so is behind the attention
+_BEHIND = "post_attention_layernorm"
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
@@ -64,19 +73,36 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2"),
         # a norm on the queries and keys of each head
         Family("qwen3"),
-        Family("gemma3_text", embedding_scale="sqrt", adds_output=False, obstacles=(_SANDWICH, _ONE_PLUS_NORM)),
-        Family("gemma2", embedding_scale="sqrt", adds_output=False, obstacles=(_SANDWICH, _ONE_PLUS_NORM)),
+        Family("qwen3_moe", experts=_QWEN_EXPERTS, obstacles=(_EXPERTS,)),
+        Family(
+            "mixtral",
+            experts=_MIXTRAL_EXPERTS,
+            renamed={"mlp.gate.weight": "block_sparse_moe.gate.weight"},
+            obstacles=(_EXPERTS,),
+        ),
+        # a norm on the queries and keys of all heads together; half of each head turns
+        Family(
+            "minimax_m2",
+            experts=_MIXTRAL_EXPERTS,
+            renamed={
+                "mlp.gate.weight": "block_sparse_moe.gate.weight",
+                "mlp.e_score_correction_bias": "block_sparse_moe.e_score_correction_bias",
+            },
+            obstacles=("experts without groups",),
+        ),
+        Family("gemma3_text", embedding_scale="sqrt", output_norm=_BEHIND, obstacles=(_SANDWICH, _ONE_PLUS_NORM)),
+        Family("gemma2", embedding_scale="sqrt", output_norm=_BEHIND, obstacles=(_SANDWICH, _ONE_PLUS_NORM)),
         Family("gemma", embedding_scale="sqrt", obstacles=(_ONE_PLUS_NORM,)),
         # a norm on the queries and keys of all heads together, none before attention and MLP
-        Family("olmo2", adds_output=False, obstacles=(_SANDWICH,)),
-        Family("olmo3", adds_output=False, obstacles=(_SANDWICH,)),
-        Family("phi3", obstacles=(_FUSED_MLP,)),
+        Family("olmo2", output_norm=_BEHIND, obstacles=(_SANDWICH,)),
+        Family("olmo3", output_norm=_BEHIND, obstacles=(_SANDWICH,)),
+        Family("phi3"),
         Family("granite"),
         Family("smollm3", unrotated="no_rope_layers"),
         Family("ministral"),
         Family("cohere", rotary="interleaved", obstacles=(_LAYER_NORM, _PARALLEL)),
         Family("cohere2", rotary="interleaved", unrotated="full_attention", obstacles=(_LAYER_NORM, _PARALLEL)),
-        Family("glm4", rotary="interleaved", adds_output=False, obstacles=(_SANDWICH, _FUSED_MLP)),
+        Family("glm4", rotary="interleaved", output_norm="post_self_attn_layernorm", obstacles=(_SANDWICH,)),
         Family("starcoder2", obstacles=(_LAYER_NORM, "an MLP without a gate")),
         Family("stablelm", obstacles=(_LAYER_NORM,)),
         Family("phi", norm="model.final_layernorm", o_proj="dense", obstacles=(_LAYER_NORM, _PARALLEL)),
@@ -95,10 +121,33 @@ _ROPE_KEYS = {
 }
 
 # These have latent attention already.
-MLA_MODEL_TYPES = frozenset({"deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "longcat_flash"})
+MLA_MODEL_TYPES = frozenset(
+    {
+        "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k3", "minicpm3", "longcat_flash", "glm_moe_dsa",
+        "glm4_moe_lite", "youtu",
+    }
+)  # fmt: skip
 
 # These have learned or additive positions, and no rotary embeddings.
 NON_ROTARY_MODEL_TYPES = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "opt", "bloom", "mpt", "biogpt", "xglm"})
+
+_LINEAR = "most of its layers are linear attention, which keeps a state and caches no keys and values"
+_MAMBA = "most of its layers are state-space models, which cache no keys and values"
+# Known, and known not to fit: model_type -> what stands in the way.
+REFUSED = {
+    "gpt_oss": "its attention has learned sinks, which are part of every softmax",
+    "qwen3_next": _LINEAR, "qwen3_5": _LINEAR, "qwen3_5_moe": _LINEAR, "qwen3_6": _LINEAR, "kimi_linear": _LINEAR,
+    "minimax": _LINEAR, "lfm2": "most of its layers are convolutions, which cache no keys and values",
+    "nemotron_h": _MAMBA, "jamba": _MAMBA, "bamba": _MAMBA, "falcon_h1": _MAMBA, "zamba2": _MAMBA,
+    "granitemoehybrid": _MAMBA, "recurrent_gemma": "most of its layers are recurrent, and cache no keys and values",
+    "llama4": "its attention is limited to chunks, and its queries are scaled by their position",
+    "llama4_text": "its attention is limited to chunks, and its queries are scaled by their position",
+    "mimo_v2_flash": "its layers with and without a window have keys of different widths, and sinks",
+    "gemma4": "its global layers have keys and values of another width, and the two share a projection",
+    "gemma4_text": "its global layers have keys and values of another width, and the two share a projection",
+    "deepseek_v4": "its attention reads compressed blocks of tokens, and selects among them",
+    "gemma3n": "its layers share keys and values with each other",
+}  # fmt: skip
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -106,7 +155,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
     where: path of that file, for error messages
 
-    Raises `UnsupportedError` for encoder-decoder models, models with latent attention already, models without rotary
+    Raises `UnsupportedError` for encoder-decoder and multimodal models, models with latent attention already, models
+    that are known not to fit, models without rotary
     embeddings, unknown families, and rotary settings that change with the length of the text.
     """
     model_type = str(config.get("model_type"))
@@ -117,12 +167,28 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             why="only the self-attention of decoder-only language models can be converted",
             remedy=f"use a decoder-only model; known families: {', '.join(sorted(FAMILIES))}",
         )
-    if model_type in MLA_MODEL_TYPES or config.get("kv_lora_rank"):
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, Mapping) else {}
+    if model_type in MLA_MODEL_TYPES or config.get("kv_lora_rank") or inner.get("kv_lora_rank"):
         raise UnsupportedError(
             f"{model_type} already uses multi-head latent attention",
             where=where,
-            why=f"kv_lora_rank is {config.get('kv_lora_rank')}",
+            why=f"kv_lora_rank is {config.get('kv_lora_rank') or inner.get('kv_lora_rank')}",
             remedy="there is nothing to convert; use the model as it is",
+        )
+    if model_type in REFUSED:
+        raise UnsupportedError(
+            f"{model_type} cannot be converted",
+            where=where,
+            why=REFUSED[model_type],
+            remedy=f"use a model of a known family: {', '.join(sorted(FAMILIES))}",
+        )
+    if inner and model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"{model_type} is a multimodal model",
+            where=where,
+            why=f"its language model, {inner.get('model_type', 'of an unnamed type')}, is a part of it (text_config)",
+            remedy="load it with transformers, save its language model alone, and convert that",
         )
     if model_type in NON_ROTARY_MODEL_TYPES:
         raise _without_rotary(model_type, where)

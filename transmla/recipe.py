@@ -16,11 +16,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("auto", "deepseek_v3", "transmla")
 TRAINED = ("attention", "all")
 PRECISIONS = ("bfloat16", "float32")
+# of a recipe: whether someone has run it and the results are in eval/results, or it is a plan
+STATES = ("measured", "planned")
 
 # the words that a key takes, where it does not take every string
 _WORDS = {
     "theta": ("auto",), "latent": ("auto",), "refine": REFINE_LEVELS, "dtype": DTYPES, "format": FORMATS,
-    "train": TRAINED, "precision": PRECISIONS,
+    "train": TRAINED, "precision": PRECISIONS, "state": STATES,
 }  # fmt: skip
 _POSITIVE = (
     "theta", "tokens", "window", "context", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature",
@@ -31,7 +33,36 @@ _LEAST = {"window": 8}
 _NOT_NEGATIVE = ("sampled", "hidden")
 _SHARES = ("warmup", "cross_entropy")
 
-Settings = TypeVar("Settings", "Recipe", "Healing")
+
+Settings = TypeVar("Settings", "Recipe", "Healing", "Shape")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The table [model] of a recipe: sizes of the source in the words of its config.json, by which it can be listed and
+    planned before the source is there."""
+
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    # of mixtures of experts: how many a layer has (the name depends on the family), and takes for a token
+    num_experts: int | None = None
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As in config.json."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -88,6 +119,8 @@ class Recipe:
     dtype: str = "auto"  # of the written weights
     format: str = "auto"  # of the folder: deepseek_v3, or transmla where that cannot express the model
     seed: int = 0
+    state: str = "planned"  # measured, or planned
+    model: Shape | None = None  # sizes of the source, for lists
     heal: Healing = field(default_factory=Healing)
 
     def with_overrides(self, **given: Any) -> "Recipe":
@@ -108,17 +141,23 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """All values of the conversion, for the provenance file."""
         values = asdict(self) | {"calibration": self.mix, "tokens": self.num_tokens}
-        del values["heal"]
+        for key in ("heal", "state", "model"):
+            del values[key]
         return values
+
+
+_NO_SHAPE = Shape("", 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file; `RecipeError` if it cannot be read or says something unknown."""
     values = read_toml(path, "recipe", list_recipes())
-    healing = values.pop("heal", {})
-    if not isinstance(healing, dict):
-        raise bad_value("heal", healing, kind="recipe", where=str(path), why="heal is a table: [heal]")
-    return replace(_checked(Recipe(), values, str(path)), heal=_checked(Healing(), healing, f"{path}, [heal]"))
+    healing, model = values.pop("heal", {}), values.pop("model", None)
+    for key, table in (("heal", healing), ("model", model)):
+        if not isinstance(table, dict | None):
+            raise bad_value(key, table, kind="recipe", where=str(path), why=f"{key} is a table: [{key}]")
+    recipe = replace(_checked(Recipe(), values, str(path)), heal=_checked(Healing(), healing, f"{path}, [heal]"))
+    return recipe if model is None else replace(recipe, model=_checked(_NO_SHAPE, model, f"{path}, [model]"))
 
 
 def find_recipe(name: str) -> Path | None:

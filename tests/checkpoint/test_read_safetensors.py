@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from transmla.checkpoint.read import open_source
+from transmla.checkpoint.read import open_source, refuse_quantised
 from transmla.errors import SourceError, UnsupportedError
 
 KEYS = "model.layers.0.self_attn.k_proj.weight"
@@ -201,7 +201,7 @@ def test_require_names_what_is_missing_or_misshaped(folder, tensors):
 def test_quantised_config(folder, tensors, method):
     path = folder(tensors, config={"model_type": "llama", "quantization_config": {"quant_method": method}})
     with pytest.raises(UnsupportedError, match=method) as error:
-        open_source(path)
+        refuse_quantised(open_source(path))
     assert "dequantise" in str(error.value) and "config.json" in str(error.value)
 
 

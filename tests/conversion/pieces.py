@@ -9,7 +9,7 @@ from tests.families import lively_config, lively_model
 from transmla.conversion.streams import Streams
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
-from transmla.model.source import SourceLayer, build_layer, layer_tensor_names, skeleton
+from transmla.model.source import SourceLayer, build_layer, skeleton
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,8 @@ def model_and_layer(index: int = 1, device: torch.device = CPU, **settings: Any)
         gqa_geometry(config.to_dict(), "config.json"),
         skeleton(config),
     )
-    tensors = {name: model.state_dict()[name].to(device) for name in layer_tensor_names(family, bare, index)}
+    tensors = model.get_submodule(family.layers)[index].state_dict()
+    tensors = {name: value.to(device) for name, value in tensors.items()}
     return model, build_layer(family, bare, geometry, index, tensors)
 
 

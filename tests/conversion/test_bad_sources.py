@@ -82,13 +82,13 @@ SOURCES: dict[str, tuple[Change, type[TransmlaError], str, tuple[str, ...]]] = {
         config(model_type="qwen9"),
         UnsupportedError,
         "config.json",
-        ("'qwen9'", "llama, ministral, mistral"),
+        ("'qwen9'", "qwen2, qwen3, qwen3_moe"),
     ),
     "encoder-decoder": (
         config(model_type="t5", is_encoder_decoder=True),
         UnsupportedError,
         "config.json",
-        ("encoder-decoder", "decoder-only", "llama, ministral, mistral"),
+        ("encoder-decoder", "decoder-only", "qwen2, qwen3, qwen3_moe"),
     ),
     "no rotary positions": (config(model_type="gpt2"), UnsupportedError, "config.json", ("gpt2", "RoPE")),
     "already latent": (

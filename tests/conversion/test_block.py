@@ -1,5 +1,6 @@
 """Blocks of layers: the forward pass is that of the streams, and the loss goes down."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,16 +8,18 @@ import torch
 
 from tests.conversion.pieces import model_and_layer, random_streams
 from tests.maths.weights import relative
-from transmla.conversion.block import BlockDistiller, Head, through
+from transmla.conversion.block import BlockDistiller, through
 from transmla.conversion.levels import Descent
 from transmla.conversion.moments import observe
 from transmla.conversion.streams import Streams, advance_converted, advance_source, converted_heads
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import ClosedForm, fit_layer
-from transmla.model.source import SourceLayer
+from transmla.model.head import Head
+from transmla.model.source import Ends, SourceLayer
 
 LAYERS = [model_and_layer(index, heads=4, head_dim=16)[1] for index in (0, 1)]
-HEAD = Head(lambda x_TD: x_TD, 0.3 * torch.randn(97, 48, generator=torch.Generator().manual_seed(3)))
+ENDS = Ends(lambda x_TD: x_TD, Head(0.3 * torch.randn(97, 48, generator=torch.Generator().manual_seed(3))))
+CAPPED = replace(ENDS, head=replace(ENDS.head, softcap=0.5, scale=0.7))
 
 
 def converted(layer: SourceLayer, streams: Streams) -> MlaWeights:
@@ -47,18 +50,18 @@ def test_a_block_is_its_layers_one_by_one(fitted: Any) -> None:
     assert relative(through(LAYERS, weights, start_NTD), behind_NTD) > 0.01
 
 
-@pytest.mark.parametrize("head", [None, HEAD], ids=["stream", "predictions"])
-def test_it_lowers_the_loss_that_it_reports(fitted: Any, head: Head | None) -> None:
+@pytest.mark.parametrize("ends", [None, ENDS, CAPPED], ids=["stream", "predictions", "capped"])
+def test_it_lowers_the_loss_that_it_reports(fitted: Any, ends: Ends | None) -> None:
     streams, weights, behind_NTD = fitted
-    distiller = BlockDistiller(LAYERS, weights, streams, head, Descent(10.0, 10, 5e-3))
+    distiller = BlockDistiller(LAYERS, weights, streams, ends, Descent(10.0, 10, 5e-3))
     before = distiller.heldout()
-    assert before == pytest.approx(_naive(streams.source_NTD[100:], behind_NTD[100:], head), rel=1e-4)
+    assert before == pytest.approx(_naive(streams.source_NTD[100:], behind_NTD[100:], ends), rel=1e-4)
     losses: list[float] = []
     found = distiller.run(before, losses.append)
     assert len(losses) == 100 and sum(losses[-10:]) < 0.95 * sum(losses[:10])
     assert found.loss_after < before
     again_NTD = through(LAYERS, found.weights, streams.converted_NTD, streams.positions_NT)
-    assert found.loss_after == pytest.approx(_naive(streams.source_NTD[100:], again_NTD[100:], head), rel=1e-4)
+    assert found.loss_after == pytest.approx(_naive(streams.source_NTD[100:], again_NTD[100:], ends), rel=1e-4)
 
 
 def test_only_the_first_windows_are_trained_on(fitted: Any) -> None:
@@ -70,7 +73,7 @@ def test_only_the_first_windows_are_trained_on(fitted: Any) -> None:
             seen.extend(places)
             return super().losses(places, weights)
 
-    distiller = Watched(LAYERS, weights, streams, HEAD, Descent(1.0, 1, 1e-3), 3)
+    distiller = Watched(LAYERS, weights, streams, ENDS, Descent(1.0, 1, 1e-3), 3)
     distiller.run(1e9, lambda loss: None)
     assert sorted(seen[:3]) == [0, 1, 2] and distiller.descender.num_steps == 3
     assert set(seen[3:]) == set(range(streams.num_fitted, len(streams.source_NTD)))  # what is held out measures
@@ -78,15 +81,20 @@ def test_only_the_first_windows_are_trained_on(fitted: Any) -> None:
 
 def test_what_does_not_help_is_not_taken(fitted: Any) -> None:
     streams, weights, _ = fitted
-    distiller = BlockDistiller(LAYERS, weights, streams, HEAD, Descent(1.0, 2, 10.0))
+    distiller = BlockDistiller(LAYERS, weights, streams, ENDS, Descent(1.0, 2, 10.0))
     before = distiller.heldout()
     found = distiller.run(before, lambda _: None)
     assert found.loss_after == before and torch.equal(found.weights[0].o_DHv, weights[0].o_DHv)
 
 
-def _naive(target_NTD: torch.Tensor, found_NTD: torch.Tensor, head: Head | None) -> float:
+def _naive(target_NTD: torch.Tensor, found_NTD: torch.Tensor, ends: Ends | None) -> float:
     target_NTD, found_NTD = target_NTD.double(), found_NTD.double()
-    if head is None:
+    if ends is None:
         return float(((found_NTD - target_NTD).square().sum(-1) / target_NTD.square().sum(-1)).mean())
-    target, found = ((x_NTD @ head.weight_VD.double().T).log_softmax(-1) for x_NTD in (target_NTD, found_NTD))
+    target, found = (_logits(x_NTD, ends.head).log_softmax(-1) for x_NTD in (target_NTD, found_NTD))
     return float((target.exp() * (target - found)).sum(-1).mean())
+
+
+def _logits(x_NTD: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = x_NTD @ head.weight_VD.double().T * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -113,8 +113,9 @@ def test_repair_helps(lively: MakeSource, run: Convert) -> None:
 
 def test_theta_is_chosen_or_taken(lively: MakeSource, run: Convert) -> None:
     chosen, given = run(lively(), "chosen"), run(lively(), "given", theta=777.0)
-    assert chosen.theta in chosen.theta_losses and next(iter(chosen.theta_losses)) == THETA
-    assert all(len(losses) == 3 for losses in chosen.theta_losses.values())
+    losses = chosen.theta_losses[""]
+    assert chosen.theta in losses and next(iter(losses)) == THETA
+    assert all(len(found) == 3 for found in losses.values())
     assert given.theta == 777.0 and given.theta_losses == {}
     config = json.loads((given.destination / "config.json").read_text("utf-8"))
     assert config["rope_theta"] == 777.0

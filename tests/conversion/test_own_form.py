@@ -26,7 +26,7 @@ from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.maths.reference import mla_naive
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
-from transmla.model.source import attention_facts, build_layer, layer_tensor_names, skeleton, source_frequencies
+from transmla.model.source import attention_facts, build_layer, layer_tensors, skeleton, source_frequencies
 from transmla.targets.own import own_attention, own_config
 
 # one key/value head of 8: 16 values hold all of it, however little of it turns
@@ -57,15 +57,17 @@ def in_float64(model: Any, latent: int | None = None) -> tuple[Any, list[Any]]:
     )  # fmt: skip
     settings = {key: value for key, value in settings.items() if key not in ("model_type", "auto_map", "dtype")}
     own: Any = TransmlaForCausalLM(TransmlaConfig(**settings)).double().eval()
+    for one in (model, own.__dict__["_inner"]):  # grouped products know no float64
+        one.set_experts_implementation("eager")
     state, found, layers = model.state_dict(), own.state_dict(), []
     tensors = {name: value for name, value in state.items() if f".{family.attention}." not in name}
     for index in range(sizes.num_hidden_layers):
-        names = layer_tensor_names(family, bare, index)
+        names = {name: f"{family.layers}.{index}.{name}" for name in layer_tensors(family, bare, index)}
         # built twice: statistics are float32
-        narrow = build_layer(family, bare, gqa, index, {name: state[name].float() for name in names})
+        narrow = build_layer(family, bare, gqa, index, {name: state[one].float() for name, one in names.items()})
         streams = random_streams(windows=8, tokens=24, hidden=gqa.hidden_size, noise=0.0)
         moments = observe(narrow, streams, 16)
-        layer = build_layer(family, bare, gqa, index, {name: state[name] for name in names})
+        layer = build_layer(family, bare, gqa, index, {name: state[one].clone() for name, one in names.items()})
         theta = theta_of(thetas, config, index)
         mla = layer.complete(fit_layer(layer.gqa, moments, sizes.kv_lora_rank, rope, theta, PLAIN).mla)
         prefix = f"{family.layers}.{index}.{family.attention}."
@@ -149,7 +151,7 @@ def test_converted_folder(lively: MakeSource, run: Convert, model_type: str) -> 
     thetas = own_thetas(planned.config)
     given = {} if isinstance(thetas, dict) else {"theta": thetas}
     report = run(source, latent=latent, rope=rope, method=PLAIN, **given)
-    stock = model_type in ("llama", "mistral", "ministral", "smollm3")
+    stock = model_type in ("llama", "mistral", "ministral", "smollm3", "phi3")
     assert report.plan.form == ("deepseek_v3" if stock else "transmla") and bool(report.plan.obstacles) != stock
     assert report.verification.relative_error < 1e-3
     own = load(report.destination, dtype=torch.float32)

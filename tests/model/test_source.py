@@ -11,7 +11,7 @@ from tests.families import LINEAR, LLAMA3, YARN, lively_config
 from tests.maths.weights import relative
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
-from transmla.model.source import SourceLayer, layer_tensor_names, skeleton, source_config, source_frequencies
+from transmla.model.source import SourceLayer, Stored, layer_tensors, skeleton, source_config, source_frequencies
 
 ROPES = {"default": None, "linear": LINEAR, "llama3": LLAMA3, "yarn": YARN}
 
@@ -147,10 +147,22 @@ def test_everything_but_attention_is_kept_as_it_is() -> None:
 
 
 def test_names_and_shapes_of_a_layer() -> None:
-    names = layer_tensor_names(FAMILIES["llama"], skeleton(lively_config()), 2)
-    assert names["model.layers.2.self_attn.k_proj.weight"] == (24, 48)
-    assert names["model.layers.2.self_attn.o_proj.weight"] == (48, 72)
-    assert len(names) == 9
+    found = layer_tensors(FAMILIES["llama"], skeleton(lively_config()), 2)
+    assert found["self_attn.k_proj.weight"] == Stored((24, 48), ("model.layers.2.self_attn.k_proj.weight",))
+    assert found["self_attn.o_proj.weight"].part_shape == (48, 72)
+    assert len(found) == 9
+
+
+def test_experts_are_read_one_by_one() -> None:
+    found = layer_tensors(FAMILIES["mixtral"], skeleton(lively_config(model_type="mixtral")), 1)
+    both, down = found["mlp.experts.gate_up_proj"], found["mlp.experts.down_proj"]
+    assert both.shape == (4, 128, 48) and both.part_shape == (64, 48) and down.part_shape == (48, 64)
+    assert both.parts[:3] == tuple(
+        f"model.layers.1.block_sparse_moe.experts.{name}.weight" for name in ("0.w1", "0.w3", "1.w1")
+    )
+    values = {name: torch.full(both.part_shape, float(place)) for place, name in enumerate(both.parts)}
+    whole = both.assembled(values.__getitem__)
+    assert whole.shape == both.shape and whole[1, 0, 0] == 2 and whole[1, 64, 0] == 3 and whole[3, 127, 47] == 7
 
 
 def test_source_config_ignores_code_of_the_checkpoint() -> None:

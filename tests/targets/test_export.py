@@ -80,7 +80,7 @@ def test_doctor_reads_the_folder(converted: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_converted_folder(converted: Path, lively: MakeSource, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="not a deepseek_v3 model"):
+    with pytest.raises(UnsupportedError, match="not a converted model"):
         transmla.doctor(lively())
     with pytest.raises(UnsupportedError, match="not a converted folder"):
         transmla.export(lively(), tmp_path / "model.gguf")

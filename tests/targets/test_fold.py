@@ -113,7 +113,7 @@ print("transmla" in sys.modules, float(model(torch.arange(3, 67)[None]).logits.s
         open_unfolded(converted)
     with pytest.raises(UnsupportedError, match="not a converted folder"):
         transmla.unfold(tmp_path / "train", tmp_path / "other")
-    with pytest.raises(UnsupportedError, match="not a deepseek_v3 model"):
+    with pytest.raises(UnsupportedError, match="not a converted model"):
         transmla.doctor(tmp_path / "train")
 
 

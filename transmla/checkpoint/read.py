@@ -141,7 +141,7 @@ def _weights_in(folder: Path) -> tuple[Path, str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The parsed config.json; errors for a file that is none, and for quantised checkpoints."""
+    """The parsed config.json; an error for a file that is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -150,15 +150,19 @@ def read_config(path: Path) -> dict[str, Any]:
         raise _not_a_model(path, f"not JSON: {error}", "download the file again") from error
     if not isinstance(config, dict):
         raise _not_a_model(path, f"it holds a {type(config).__name__}, not an object", "download the file again")
-    if quantization := config.get("quantization_config"):
+    return config
+
+
+def refuse_quantised(source: Source) -> None:
+    """`UnsupportedError` for a checkpoint whose weights are packed."""
+    if quantization := source.config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(
             "a quantised checkpoint cannot be converted",
-            where=str(path),
+            where=source.config_where,
             why=f"its weights are packed ({method}); directions of the cache are computed from real matrices",
             remedy="dequantise it first, or pass the checkpoint it was made from",
         )
-    return config
 
 
 def _not_a_model(path: Path, why: str, remedy: str) -> SourceError:

@@ -14,6 +14,7 @@ from transmla.cli.fold import fold_command, unfold_command
 from transmla.cli.frame import EPILOG
 from transmla.cli.generate import generate_command
 from transmla.cli.heal import heal_command
+from transmla.cli.lists import families_command, recipes_command
 from transmla.cli.plan import plan_command
 from transmla.cli.report import report_command
 
@@ -30,7 +31,7 @@ def main() -> None:
 
 for command in (
     plan_command, convert_command, heal_command, eval_command, bench_command, report_command, doctor_command,
-    export_command, unfold_command, fold_command, generate_command,
+    export_command, unfold_command, fold_command, generate_command, recipes_command, families_command,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -19,7 +19,7 @@ from transmla.conversion.descent import Descender, detached, tokens_per_pass, tr
 from transmla.conversion.levels import Descent
 from transmla.conversion.streams import Streams
 from transmla.maths.attention import MlaWeights
-from transmla.model.source import Head, SourceLayer
+from transmla.model.source import Ends, SourceLayer
 from transmla.train.losses import distillation_loss, predictions_of, stream_error
 
 
@@ -59,11 +59,11 @@ class BlockDistiller:
         block: Sequence[SourceLayer],
         weights: Sequence[MlaWeights],
         streams: Streams,
-        head: Head | None,
+        ends: Ends | None,
         descent: Descent,
         num_windows: int | None = None,
     ) -> None:
-        self._block, self._streams, self._head = block, streams, head
+        self._block, self._streams, self._ends = block, streams, ends
         self._given = [mla.to(dtype=torch.float32) for mla in weights]
         self.trained = [trainable(mla, streams.device) for mla in weights]
         num_windows = num_windows or streams.num_fitted_of_all
@@ -76,15 +76,16 @@ class BlockDistiller:
         with streams.computing():
             stream_BTD = streams.converted_NTD[places].to(streams.device)
             found_BTD = through(self._block, weights, stream_BTD, streams.positions(places))
-        if self._head is None:
+        if self._ends is None:
             errors = [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
             losses_B = torch.stack(errors)
             return losses_B.sum(), losses_B.detach()
         batch, tokens, _ = target_BTD.shape
-        found_ND, target_ND = (self._head.norm(stream_BTD).flatten(0, 1) for stream_BTD in (found_BTD, target_BTD))
-        teacher = predictions_of(target_ND, self._head.weight_VD)
+        found_ND, target_ND = (self._ends.inputs(stream_BTD).flatten(0, 1) for stream_BTD in (found_BTD, target_BTD))
+        head_VD, softcap = self._ends.head.weight_VD, self._ends.head.softcap
+        teacher = predictions_of(target_ND, head_VD, softcap)
         weights_N = torch.full((batch * tokens,), 1 / tokens, device=streams.device)
-        loss, found_N = distillation_loss(found_ND, self._head.weight_VD, teacher, weights_N)
+        loss, found_N = distillation_loss(found_ND, head_VD, teacher, weights_N, softcap=softcap)
         return loss, found_N.view(batch, tokens).mean(1)
 
     def heldout(self) -> float:

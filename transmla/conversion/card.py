@@ -24,7 +24,12 @@ Converted by transmla from {name}. {_refined(sections)} The licence is that of t
 | perplexity, {heldout["num_windows"]} held-out calibration windows | {_perplexity(heldout["source"])} | \
 {_perplexity(heldout["converted"])} |
 
-## Use
+{_STOCK if planned.form == "deepseek_v3" else _own(planned)}- `transmla.json` says what this was made from, with \
+which text, and the loss of every layer.
+"""
+
+
+_STOCK = """## Use
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -37,7 +42,25 @@ AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # same fun
 - For inference. The latent rows of `kv_a_proj_with_mqa` are about 1e-6 in size, because the norm that stock engines
   put on the latent has to act as a linear map; one step of an ordinary optimiser destroys them. `transmla unfold` makes
   a form that any trainer may train, `transmla fold` brings it back; `transmla heal` does both around a distillation.
-- `transmla.json` says what this was made from, with which text, and the loss of every layer.
+"""
+
+
+def _own(planned: Plan) -> str:
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # or after `import transmla`, without it
+```
+
+This is the {planned.family.model_type} class of transformers with latent attention in place of its own
+(`modeling_transmla.py`): it caches the latent and decodes in latent space.
+
+## Limits
+
+- Engines other than transformers have no class for it. deepseek_v3, which they have, cannot express the source's
+  {", ".join(planned.obstacles) or "class, which was asked for"}.
+- Its weights are of ordinary size, so any trainer may train it; `transmla heal` distils it from the source.
 """
 
 

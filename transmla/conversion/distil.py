@@ -109,16 +109,16 @@ def _distil_block(run: Run, indices: range, at_once: int, streams: Streams, desc
     if report is not None:
         weights = run.kept.layers(indices, DISTILLED)
     else:
-        head = run.model.head(run.compute) if final else None
+        ends = run.model.ends(run.compute) if final else None
         given = run.kept.layers(indices, FITTED)
-        distiller = BlockDistiller(block, given, streams, head, descent, num_trained_on(run, streams))
+        distiller = BlockDistiller(block, given, streams, ends, descent, num_trained_on(run, streams))
         found = _train(run, distiller, indices, _state_name(indices, at_once))
         weights = found.weights
         descender = distiller.descender
-        ends = (indices[0], indices[-1])
+        bounds = (indices[0], indices[-1])
         losses = (found.loss_before, found.loss_after)
         counts = (descender.done, descender.num_steps, descender.num_windows)
-        report = BlockReport(*ends, *losses, *counts, stretches(descender.losses))
+        report = BlockReport(*bounds, *losses, *counts, stretches(descender.losses))
         for index, mla in zip(indices, weights, strict=True):
             run.kept.save_layer(index, DISTILLED, mla, {"block": vars(report), "at_once": at_once})
         run.kept.drop(_state_name(indices, at_once))

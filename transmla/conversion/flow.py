@@ -50,7 +50,7 @@ class ConversionReport:
     plan: Plan
     destination: Path
     theta: Theta
-    theta_losses: dict[float, list[float]]
+    theta_losses: dict[str, dict[float, list[float]]]
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
     latent_scales: tuple[float, ...]
@@ -132,7 +132,7 @@ class _Fitted:
     """What is known of the layers in the journal when all of them are finished."""
 
     theta: Theta
-    theta_losses: dict[float, list[float]]
+    theta_losses: dict[str, dict[float, list[float]]]
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
     measured: Measured
@@ -181,9 +181,11 @@ def _write(
     witness = Witness(text.ids_NT[-1], embedded_TD)
     scales = write_weights(run, witness, fitted.measured, writer)
     config = target_config(planned, fitted.theta)
-    losses = {f"{theta:g}": found for theta, found in fitted.theta_losses.items()}
+    losses: dict[str, Any] = {
+        kind: {f"{theta:g}": found for theta, found in of_kind.items()} for kind, of_kind in fitted.theta_losses.items()
+    }
     sections = {
-        "rope_theta": {"chosen": fitted.theta, "losses": losses},
+        "rope_theta": {"chosen": fitted.theta, "losses": losses.get("", losses)},
         "calibration": {
             "text": text.name,
             "tokens": text.ids_NT.numel(),

@@ -55,12 +55,8 @@ def measure(run: Run, streams: Streams) -> Measured:
         peaks.append(heads.latent_peak)
         query_peaks.append(heads.query_peak)
         run.progress("measure", index + 1, total, "")
-    head = run.model.head(run.compute)
-
-    def logits(stream_TD: Tensor) -> Tensor:
-        return head.capped(head.norm(stream_TD).to(run.compute) @ head.weight_VD.T)
-
-    source_N, converted_N = next_token_losses(part, _ids(run.text, part), logits)
+    ends = run.model.ends(run.compute)
+    source_N, converted_N = next_token_losses(part, _ids(run.text, part), ends.logits)
     if not torch.isfinite(source_N).all() or not torch.isfinite(converted_N).all():
         raise VerificationError(
             "the model returns NaN or infinity",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.hub_headers import open_on_hub
-from transmla.checkpoint.read import Source, open_source
+from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import SHARD_BYTES, check_destination
 from transmla.errors import GeometryError, RecipeError, UnsupportedError
@@ -136,6 +136,7 @@ def plan(
     opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path)
     where = opened.config_where
     family = family_of(opened.config, where)
+    refuse_quantised(opened)
     gqa = gqa_geometry(opened.config, where)
     config, model = complete_config(opened.config), skeleton(source_config(opened.config))
     facts = attention_facts(family, model, gqa)

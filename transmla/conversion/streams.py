@@ -154,15 +154,19 @@ class StreamLoss:
 class Repair:
     """Second moments for an output projection that makes up for what the stream has lost so far.
 
-    The converted attention should give what the source's gives and, where its output is added to the stream as it is,
-    the difference of the streams as well. Tokens are weighted by 1 / the energy of what the next norm reads: an error
-    counts relative to its token. Ridge regression in float64.
+    The converted attention should add to its stream what the source's adds, and the difference of the streams as well.
+    Tokens are weighted by 1 / the energy of what the next norm reads: an error counts relative to its token. Ridge
+    regression in float64.
     """
 
     def __init__(self, layer: SourceLayer, mla: MlaWeights, heads_NTF: Tensor, streams: Streams) -> None:
         """streams: of the windows that are fitted to, with the converted attention's head outputs"""
         self._layer, self._mla, self._heads_NTF, self._streams = layer, mla, heads_NTF, streams
-        size = mla.o_DHv.shape[1] + (mla.o_bias_D is not None)
+        size, self._norm = mla.o_DHv.shape[1] + (mla.o_bias_D is not None), layer.output_norm
+        if self._norm is not None:
+            # of values of mean square 1; the smallest gains are not undone
+            gain_D = self._norm(torch.ones(mla.o_DHv.shape[0], device=streams.device)).float()
+            self._against_gain_D = gain_D / (gain_D.square() + 1e-2 * gain_D.square().mean())
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=streams.device)
@@ -177,13 +181,17 @@ class Repair:
         given_TD = heads_TF @ self._mla.o_DHv.T.to(heads_TF)
         if self._mla.o_bias_D is not None:
             heads_TF, given_TD = with_one(heads_TF), given_TD + self._mla.o_bias_D.to(heads_TF)
-        if self._layer.family.adds_output:
-            missing_TD = stream_TD - self._streams.converted_NTD[place].to(stream_TD)
-            wanted_TD = out_TD + missing_TD / self._layer.residual_multiplier
-            read_TD = stream_TD + self._layer.residual_multiplier * out_TD
+        missing_TD = stream_TD - self._streams.converted_NTD[place].to(stream_TD)
+        if self._norm is None:
+            multiplier = self._layer.residual_multiplier
+            wanted_TD, read_TD = out_TD + missing_TD / multiplier, stream_TD + multiplier * out_TD
+            weight_T = 1 / energy(read_TD)
         else:
-            wanted_TD = read_TD = out_TD
-        weighted_TF = heads_TF / energy(read_TD)[:, None]
+            # behind the norm, an output counts by its direction: what is missing is asked for at the output's own size
+            read_TD, size_T = stream_TD + self._norm(out_TD), energy(out_TD)
+            wanted_TD = out_TD + missing_TD * self._against_gain_D * size_T.sqrt()[:, None]
+            weight_T = 1 / (energy(read_TD) * size_T)
+        weighted_TF = heads_TF * weight_T[:, None]
         self._gram += (weighted_TF.T @ heads_TF).double()
         self._residual += (weighted_TF.T @ (wanted_TD - given_TD)).double()
 

@@ -18,7 +18,8 @@ from transformers import AutoConfig
 from transmla.checkpoint.read import open_source
 from transmla.families import FAMILIES, Family, has_rotary_kinds, layer_kind
 from transmla.maths.attention import MlaWeights, visible
-from transmla.model.source import Head, SourceLayer, embedding_scale, logit_scale, skeleton
+from transmla.model.head import logit_scale
+from transmla.model.source import Ends, SourceLayer, embedding_scale, skeleton
 from transmla.progress import Progress
 from transmla.targets.comparison import TOLERANCES, WITNESS_TOKENS, compare_logits
 from transmla.targets.own import MODEL_TYPE, own_tensors
@@ -53,10 +54,9 @@ class Witness:
         """Token ids whose logits are compared: those that occur, sorted."""
         return self.ids_T.unique()
 
-    def finish(self, head: Head) -> None:
+    def finish(self, ends: Ends) -> None:
         """Past the source's head, of which only the rows `vocabulary_K` are given."""
-        normed_TD = head.norm(self.stream_TD.to(head.weight_VD.device))
-        self.logits_TK = head.capped(normed_TD @ head.weight_VD.T)
+        self.logits_TK = ends.logits(self.stream_TD.to(ends.head.weight_VD.device))
 
 
 @dataclass(frozen=True)

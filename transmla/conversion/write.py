@@ -50,13 +50,16 @@ def write_weights(run: Run, witness: Witness, measured: Measured, writer: Checkp
         run.progress("write", index + 1, total, "")
     _write_ends(run, residual, dtype, writer)
     writer.close_shards()
-    witness.finish(run.model.head(torch.float32, witness.vocabulary_K))
+    witness.finish(run.model.ends(torch.float32, witness.vocabulary_K))
     return scales if folded else ()
 
 
 def _folded(layer: SourceLayer, attention: dict[str, Tensor], residual: float) -> dict[str, Tensor]:
     tensors = {f"self_attn.{name}": tensor for name, tensor in attention.items()}
-    for name, tensor in layer.other_tensors.items():
+    others = layer.other_tensors
+    if (fused := others.pop("mlp.gate_up_proj.weight", None)) is not None:
+        others["mlp.gate_proj.weight"], others["mlp.up_proj.weight"] = fused.chunk(2)
+    for name, tensor in others.items():
         factor = {"input_layernorm.weight": INPUT_NORM_GAIN, "mlp.down_proj.weight": residual}.get(name, 1.0)
         tensors[name] = tensor * factor
     return tensors

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transmla.evaluation.perplexity import standard_error
+from transmla.model.head import Head, head_of
 
 # tokens whose logits are in memory at once
 CHUNK = 256
@@ -26,7 +27,7 @@ class Predictions:
     """
 
     hidden_NTD: Tensor
-    head: Callable[[Tensor], Tensor]
+    head: Head
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def predictions(model: Any, ids_NT: Tensor, progress: Callable[[int, int], None]
             hidden.append(output.last_hidden_state[0].cpu())
             if progress is not None:
                 progress(done + 1, len(ids_NT))
-    return Predictions(torch.stack(hidden), model.get_output_embeddings())
+    return Predictions(torch.stack(hidden), head_of(model))
 
 
 def agreement(model: Predictions, source: Predictions) -> Agreement:
@@ -80,5 +81,4 @@ def agreement(model: Predictions, source: Predictions) -> Agreement:
 
 
 def _log_probabilities(hidden_TD: Tensor, made: Predictions) -> Tensor:
-    weight: Tensor = made.head.weight  # type: ignore[attr-defined]
-    return made.head(hidden_TD.to(weight.device)).float().log_softmax(-1).cpu()
+    return made.head.logits(hidden_TD.to(made.head.weight_VD.device)).float().log_softmax(-1).cpu()

@@ -47,7 +47,7 @@ def by_position(model: Any, ids_NT: Tensor) -> ByPosition:
         nats = []
         with torch.no_grad():
             for hidden_TD, labels_T in zip(made.hidden_NTD[0, :-1].split(CHUNK), ids_T[1:].split(CHUNK), strict=True):
-                logits_TV = made.head(hidden_TD.to(model.device)).float().cpu()
+                logits_TV = made.head.logits(hidden_TD.to(model.device)).float().cpu()
                 nats.append(torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none"))
         nats_T = torch.cat(nats)
         rows.append(tuple(float(nats_T[start:end].mean()) for start, end in itertools.pairwise(edges)))

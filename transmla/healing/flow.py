@@ -26,12 +26,11 @@ from transmla.healing.prepare import TEXTS, Preparation, is_sharded
 from transmla.healing.result import write_healed
 from transmla.healing.student import halve_frozen, select_trained, teach, with_adapters
 from transmla.healing.train import Schedule, Trained, autocast, distil, learning_rate, schedule
+from transmla.healing.weights import context_of, open_trainable, prepare_weights, weights_of
 from transmla.model.loading import load, open_model
 from transmla.processes import Processes
 from transmla.progress import silent
 from transmla.recipe import Healing
-from transmla.targets.export import open_converted
-from transmla.targets.fold import unfold
 from transmla.train.losses import Objective
 
 
@@ -102,12 +101,12 @@ def heal(
     started = time.monotonic()
     tell = progress or silent
     parent = Path(model) if model is not None else conversion_of(recipe)
-    converted = open_converted(parent)
+    converted = open_trainable(parent)
     source_name = source or str(read_provenance(parent)["source"]["name"])
     options = settings_for(recipe, source_name).with_overrides(**settings)
     check(options, device)
     # everything that is counted in windows depends on the length that they really have
-    options = options.with_overrides(window=min(options.window, converted.config["max_position_embeddings"]))
+    options = options.with_overrides(window=min(options.window, context_of(converted.config)))
     target = Path(destination) if destination is not None else parent.with_name(f"{parent.name}-healed")
     check_destination(target, 4 * sum(info.num_bytes for info in converted.tensors.values()))
     source_checkpoint = open_model(source_name)
@@ -140,14 +139,14 @@ def heal(
 def _train(preparation: Preparation, plan: Schedule, work: Path, device: str) -> tuple[Trained, dict[str, int]]:
     """The trained tensors, and the passes over each text. Every process calls this."""
     settings, processes = preparation.settings, preparation.processes
-    if processes.first and not (work / "unfolded").is_dir():
-        unfold(preparation.converted.path, work / "unfolded", dtype="float32", progress=preparation.tell)
+    if processes.first:
+        prepare_weights(preparation.converted, work, preparation.tell)
     processes.wait()
     train, heldout = preparation.windows(work)
     teacher = preparation.teacher(work, train, heldout, autocast(settings.precision, preparation.device))
 
     # Trainer moves the model to its device
-    unfolded: Any = load(work / "unfolded", dtype=torch.float32)
+    unfolded: Any = load(weights_of(preparation.converted, work), dtype=torch.float32)
     student = teach(unfolded, teacher, Objective(settings.temperature, settings.cross_entropy), settings.hidden)
     select_trained(student, settings.train)
     if settings.checkpointing:

@@ -18,11 +18,12 @@ from transmla.healing.curves import LOG_FILE, PLOT_FILE, healing_curve, write_cu
 from transmla.healing.prepare import TEXTS
 from transmla.healing.student import with_adapters
 from transmla.healing.train import Trained
+from transmla.healing.weights import is_own, weights_of
 from transmla.model.loading import load
-from transmla.model.modeling_transmla import UnfoldedForCausalLM
 from transmla.progress import Progress
 from transmla.recipe import Healing
 from transmla.targets.fold import fold_into, open_unfolded
+from transmla.targets.own import write_own
 
 
 def write_healed(
@@ -50,14 +51,6 @@ def write_healed(
     Raises `VerificationError` if the folded model does not compute what the trained one computes, and
     `DestinationError` if the folder cannot be written.
     """
-    folder = work / "trained"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(work / "unfolded", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    model = _merged(work / "unfolded", trained.tensors, settings.lora)
-    model.save_pretrained(str(folder))
-    # save_pretrained rewrites some keys of the config, so the original is put back
-    shutil.copyfile(work / "unfolded" / "config.json", folder / "config.json")
-    del model
     entry = {
         "parent": {"name": parent.path.name, "files": file_hashes(sorted(parent.path.glob("*.safetensors")))},
         "source": source,
@@ -73,10 +66,14 @@ def write_healed(
         "versions": versions(),
     }
     provenance = read_provenance(parent.path)
-    history = [*provenance.get("healed", []), entry]
-    (folder / FILE_NAME).write_text(json.dumps(provenance | {"healed": history}, indent=2) + "\n", encoding="utf-8")
-    dtype = str(parent.config.get("dtype") or parent.config.get("torch_dtype") or "float32")
-    fold_into(writer, open_unfolded(folder), text="wikitext", dtype=dtype, device=device, progress=progress)
+    sections = provenance | {"healed": [*provenance.get("healed", []), entry]}
+    model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
+    if is_own(parent):
+        sections.pop("format", None)
+        write_own(writer, parent, model, sections, device, progress)
+    else:
+        _write_folded(writer, work, parent, model, sections, device, progress)
+    del model
     card = (parent.path / "README.md").read_text("utf-8") if (parent.path / "README.md").is_file() else ""
     writer.write_text("README.md", card.rstrip() + "\n\n" + _card(entry))
     curve = healing_curve(trained.log, trained.tokens_per_step, list(trained.after))
@@ -85,7 +82,22 @@ def write_healed(
     writer.commit()
 
 
-def _merged(unfolded: Path, trained: dict[str, Tensor], lora: int | None) -> UnfoldedForCausalLM:
+def _write_folded(
+    writer: CheckpointWriter, work: Path, parent: Source, model: Any, sections: Any, device: str, progress: Progress
+) -> None:
+    """The trained unfolded model as a folder of its own, then folded."""
+    folder = work / "trained"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work / "unfolded", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model.save_pretrained(str(folder))
+    # save_pretrained rewrites some keys of the config, so the original is put back
+    shutil.copyfile(work / "unfolded" / "config.json", folder / "config.json")
+    (folder / FILE_NAME).write_text(json.dumps(sections, indent=2) + "\n", encoding="utf-8")
+    dtype = str(parent.config.get("dtype") or parent.config.get("torch_dtype") or "float32")
+    fold_into(writer, open_unfolded(folder), text="wikitext", dtype=dtype, device=device, progress=progress)
+
+
+def _merged(unfolded: Path, trained: dict[str, Tensor], lora: int | None) -> Any:
     """The trained model on the CPU in float32, with adapters merged; frozen weights are exactly as before."""
     model: Any = load(unfolded, dtype=torch.float32)
     if lora is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
 from transmla.healing.windows import Windows
+from transmla.model.head import head_of
 from transmla.progress import Progress
 from transmla.text.packing import IGNORED
 from transmla.train.losses import Predictions, TopK, parts, text_nats, top_k
@@ -66,12 +67,11 @@ class OnlineTeacher:
             out = self._model.get_decoder()(
                 input_ids=ids_BT, position_ids=positions_BT, use_cache=False, output_hidden_states=self._wants_streams
             )
-        normed_ND = out.last_hidden_state.flatten(0, 1)
+        normed_ND, head = out.last_hidden_state.flatten(0, 1), head_of(self._model)
 
         def logits(some_ND: Tensor) -> Tensor:
             with torch.no_grad(), self._precision():
-                logits_NV: Tensor = self._model.get_output_embeddings()(some_ND)
-            return logits_NV
+                return head.logits(some_ND)
 
         def predictions(tokens: slice) -> Tensor | TopK:
             logits_NV = logits(normed_ND[tokens])

@@ -98,6 +98,8 @@ class CachedLatent:
         """
         q_nope_BHTn, q_rot_BHTe, key_B1Tk = self.project(hidden_states, position_embeddings)
         key_B1Sk = key_B1Tk
+        # the name that older classes give the cache
+        past_key_values = kwargs.pop("layer_past", past_key_values)
         if past_key_values is not None:
             # the values are a slice of the keys, so the cache gets a tensor of zero width for them
             # static caches of older releases need to be told where to write, newer ones count themselves

@@ -11,6 +11,7 @@ Legend: B texts, T tokens, D hidden_size, V vocabulary, H query heads, G key/val
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,7 @@ from transmla.maths.attention import (
     over_features,
     with_one,
 )
+from transmla.model.head import Head, logit_scale
 from transmla.model.modeling_transmla import as_encoder, encode
 
 # an attention function that notes what it is called with
@@ -146,6 +148,12 @@ class SourceLayer:
         out: Tensor = self.o_proj(grouped_attention(*heads, self.gqa, positions_BT))
         return out
 
+    @property
+    def output_norm(self) -> Callable[[Tensor], Tensor] | None:
+        """The norm between the attention's output and the residual stream, if there is one."""
+        name = self.family.output_norm
+        return None if name is None else self.body.get_submodule(name)
+
     def latent_heads(self, x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None) -> Tensor:
         """Head outputs side by side of latent attention in place of the source's, no o_proj; differentiable in mla."""
         if mla.encoder is None:
@@ -204,22 +212,22 @@ class _Called:
 
 
 @dataclass(frozen=True)
-class Head:
+class Ends:
     """What turns the residual stream into logits.
 
-    norm:      the final norm, maps [T, D] to [T, D] in float32, times what logits are multiplied with; with a 1 behind
-               each token's values where lm_head has a bias, which then is the last column of its weight
-    weight_VD: lm_head, in the dtype in which logits are computed
-    softcap:   logits are softcap * tanh(logit / softcap)
+    norm: the final norm, float32;  head: lm_head
     """
 
     norm: Callable[[Tensor], Tensor]
-    weight_VD: Tensor
-    softcap: float | None = None
+    head: Head
 
-    def capped(self, logits: Tensor) -> Tensor:
-        """Logits as the source gives them."""
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+    def inputs(self, stream_TD: Tensor) -> Tensor:
+        """What the matrix of the head is multiplied with, float32."""
+        return self.head.inputs(self.norm(stream_TD))
+
+    def logits(self, stream_TD: Tensor) -> Tensor:
+        """[T, V], in the dtype of the head."""
+        return self.head.logits(self.norm(stream_TD))
 
 
 class SourceModel:
@@ -252,8 +260,12 @@ class SourceModel:
 
     def layer(self, index: int) -> SourceLayer:
         """Layer number `index`, in float32."""
-        names = layer_tensor_names(self.family, self.skeleton, index)
-        tensors = {name: self.source.read(name, dtype=torch.float32, device=self.device) for name in names}
+
+        def read(name: str) -> Tensor:
+            return self.source.read(name, dtype=torch.float32, device=self.device)
+
+        stored = layer_tensors(self.family, self.skeleton, index)
+        tensors = {name: one.assembled(read) for name, one in stored.items()}
         factors = self.source.rope_frequency_factors
         return build_layer(self.family, self.skeleton, self.geometry, index, tensors, factors)
 
@@ -267,25 +279,21 @@ class SourceModel:
         norm.load_state_dict(tensors, assign=True)
         return norm.requires_grad_(False)
 
-    def head(self, dtype: torch.dtype, rows_K: Tensor | None = None) -> Head:
+    def ends(self, dtype: torch.dtype, rows_K: Tensor | None = None) -> Ends:
         """The final norm in float32, and lm_head in `dtype`; rows_K: ids of the tokens whose rows are wanted, or all"""
-        norm, scale, bias = self.final_norm(), logit_scale(self.source.config), f"{self.family.lm_head}.bias"
+        bias = f"{self.family.lm_head}.bias"
 
         def read(name: str) -> Tensor:
             if rows_K is None:
                 return self.source.read(name, dtype=dtype, device=self.device)
             return self.source.rows(name, rows_K).to(self.device, dtype)
 
-        head_VD, biased = read(self.head_name), bias in self.source.tensors
+        weight_VD, biased = read(self.head_name), bias in self.source.tensors
         if biased:
-            head_VD = torch.cat([head_VD, read(bias)[:, None]], dim=1)
-
-        def normed(stream_TD: Tensor) -> Tensor:
-            out_TD: Tensor = norm(stream_TD)
-            out_TD = with_one(out_TD) if biased else out_TD
-            return out_TD if scale == 1.0 else out_TD * scale
-
-        return Head(normed, head_VD, self.source.config.get("final_logit_softcapping"))
+            weight_VD = torch.cat([weight_VD, read(bias)[:, None]], dim=1)
+        config = self.source.config
+        head = Head(weight_VD, logit_scale(config), config.get("final_logit_softcapping"), biased)
+        return Ends(self.final_norm(), head)
 
     def embed(self, ids_NT: Tensor) -> Iterator[Tensor]:
         """Embeddings of each window of token ids, float32 [T, D] on the CPU.
@@ -310,11 +318,6 @@ def embedding_scale(family: Family, config: Mapping[str, Any]) -> float:
     return float(config.get("embedding_multiplier") or 1.0)
 
 
-def logit_scale(config: Mapping[str, Any]) -> float:
-    """What logits are multiplied with, before they are capped."""
-    return float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
-
-
 def source_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """The transformers config object for a parsed config.json; code from the checkpoint is never run."""
     values = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "torch_dtype")}
@@ -325,7 +328,8 @@ def skeleton(config: PreTrainedConfig) -> Any:
     """The whole model without memory, on the meta device; the weights of its attention functions are never computed."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        # grouped products have no gradient on every device
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,15 +338,62 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a layer, and where its values are in the checkpoint: one below the other.
+
+    shape: in the class;  parts: names in the checkpoint
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of each part; several are matrices."""
+        if len(self.parts) == 1:
+            return self.shape
+        return math.prod(self.shape[:-1]) // len(self.parts), self.shape[-1]
+
+    def assembled(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor as the class wants it, with one part in memory beside it. read: name -> tensor"""
+        if len(self.parts) == 1:
+            return read(self.parts[0])
+        first = read(self.parts[0])
+        whole = first.new_empty(len(self.parts), *self.part_shape)
+        whole[0] = first
+        for place, name in enumerate(self.parts[1:], 1):
+            whole[place] = read(name)
+        return whole.view(self.shape)
+
+
+def layer_tensors(family: Family, model: Any, index: int) -> dict[str, Stored]:
+    """All tensors of a layer by their names inside the class; model: from `skeleton`."""
+    prefix = f"{family.layers}.{index}."
+    layer = model.get_submodule(family.layers)[index]
+    found = {}
+    for name, value in layer.state_dict().items():
+        shape = tuple(value.shape)
+        names = [family.renamed.get(name, name)]
+        if family.experts is not None and name.startswith("mlp.experts."):
+            gate, up, down = family.experts
+            kinds = (gate, up) if name.endswith("gate_up_proj") else (down,)
+            names = [kind.format(expert) for expert in range(shape[0]) for kind in kinds]
+        found[name] = Stored(shape, tuple(prefix + one for one in names))
+    return found
+
+
 def checkpoint_tensors(family: Family, model: Any, tied: bool) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a source must have; model: from `skeleton`."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    prefix = f"{family.layers}."
-    head = _head_of(model)
-    expected = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    expected: dict[str, tuple[int, ...]] = {}
+    for index in range(len(model.get_submodule(family.layers))):
+        for one in layer_tensors(family, model, index).values():
+            expected |= dict.fromkeys(one.parts, one.part_shape)
     for module in (family.embed_tokens, family.norm):
         expected |= {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == module}
     if not tied:
+        head = _head_of(model)
         heads = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == head}
         expected |= {name.replace(head, family.lm_head): shape for name, shape in heads.items()}
     return expected
@@ -352,13 +403,6 @@ def _head_of(model: Any) -> str:
     """The name of the module that makes logits."""
     head = model.get_output_embeddings()
     return str(next(name for name, module in model.named_modules() if module is head))
-
-
-def layer_tensor_names(family: Family, model: Any, index: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a layer in the checkpoint; model: from `skeleton`."""
-    prefix = f"{family.layers}.{index}."
-    layer = model.get_submodule(family.layers)[index]
-    return {prefix + name: tuple(value.shape) for name, value in layer.state_dict().items()}
 
 
 def build_layer(
@@ -372,7 +416,7 @@ def build_layer(
     """Layer number `index`, built from its tensors.
 
     model:             from `skeleton`
-    tensors:           every tensor of `layer_tensor_names`, in the dtype and on the device to compute with
+    tensors:           every tensor of `layer_tensors`, in the dtype and on the device to compute with
     frequency_factors: see `source_frequencies`
     """
     body: Any = copy.deepcopy(model.get_submodule(family.layers)[index])
@@ -380,8 +424,7 @@ def build_layer(
         rotary_dim(model.config.to_dict(), geometry.head_dim),
         attention_facts(family, model, geometry, index),
     )
-    prefix = f"{family.layers}.{index}."
-    body.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()}, assign=True)
+    body.load_state_dict(dict(tensors), assign=True)
     body.requires_grad_(False).eval()
     attention: Any = getattr(body, family.attention)
     o_proj: nn.Linear = getattr(attention, family.o_proj)

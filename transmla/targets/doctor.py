@@ -11,6 +11,7 @@ from transmla.checkpoint.gguf.vocab import read_vocab
 from transmla.checkpoint.read import Source, open_source
 from transmla.errors import TransmlaError, UnsupportedError
 from transmla.targets.engines import LLAMA_CPP, OWN, REFUSES, WRONG, EngineVerdict, Finding, engine_verdicts
+from transmla.targets.own import MODEL_TYPE, own_tensors
 from transmla.targets.stock import MODELING_FILE, expected_tensors
 
 
@@ -39,7 +40,8 @@ class Diagnosis:
 def doctor(model: str | Path) -> Diagnosis:
     """What each engine would do with the folder `model`: run it, refuse it, or compute something else.
 
-    Works on any checkpoint of model_type deepseek_v3 with latent attention, whether or not transmla has written it.
+    Works on any checkpoint of model_type deepseek_v3 with latent attention, whether or not transmla has written it, and
+    on folders in the form of their source's own class.
     Reads config.json, the headers of the weight files and the tokenizer.
 
     Raises `SourceError` for folders that cannot be read or lack tensors, and `UnsupportedError` for other models;
@@ -47,14 +49,16 @@ def doctor(model: str | Path) -> Diagnosis:
     """
     source = open_source(Path(model))
     config = source.config
-    if config.get("model_type") != "deepseek_v3" or not config.get("kv_lora_rank"):
+    if config.get("model_type") not in ("deepseek_v3", MODEL_TYPE) or not config.get("kv_lora_rank"):
         raise UnsupportedError(
-            "this is not a deepseek_v3 model",
+            "this is not a converted model",
             where=source.config_where,
             why=f"model_type is {config.get('model_type')!r}",
             remedy="use `transmla plan` for a source that is not converted yet, or fold an unfolded model first",
         )
-    if config.get("latent_norm_folded"):
+    if config["model_type"] == MODEL_TYPE:
+        source.require(own_tensors(config))
+    elif config.get("latent_norm_folded"):
         source.require(expected_tensors(config))
     verdicts = tuple(_with_folder(verdict, source) for verdict in engine_verdicts(config))
     geometry = f"{config['kv_lora_rank']}+{config['qk_rope_head_dim']}"
@@ -68,7 +72,7 @@ def _with_folder(verdict: EngineVerdict, source: Source) -> EngineVerdict:
     if verdict.engine == OWN and not (source.path / MODELING_FILE).is_file():
         why = f"auto_map names {MODELING_FILE}, which is missing; the model may have been saved from the stock class"
         return _worse(verdict, Finding(REFUSES, why, "load the folder with transmla.load and save it again"))
-    if verdict.engine == LLAMA_CPP:
+    if verdict.engine == LLAMA_CPP and verdict.accepts:
         try:
             read_vocab(source.path, source.config["vocab_size"], tokenizer(source))
         except TransmlaError as error:

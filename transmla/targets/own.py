@@ -10,16 +10,25 @@ Shape legend: see transmla/maths/__init__.py. F values of all keys and values of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from transmla.checkpoint.companions import copy_companions
+from transmla.checkpoint.provenance import write_provenance
+from transmla.checkpoint.read import Source, open_source
+from transmla.checkpoint.write import CheckpointWriter
+from transmla.errors import UnsupportedError
 from transmla.families import Family, rotary_dim
 from transmla.geometry import GqaGeometry, MlaGeometry
 from transmla.maths.attention import MlaWeights
 from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
 from transmla.model.source import skeleton
+from transmla.progress import Progress
+from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
+from transmla.targets.stock import MODELING_FILE, modeling_source
 
 MODEL_TYPE = TransmlaConfig.model_type
 ARCHITECTURE = TransmlaForCausalLM.__name__
@@ -149,3 +158,52 @@ def own_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     model = skeleton(TransmlaConfig(**values))
     tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
+def open_own(folder: Path) -> Source:
+    """The opened folder, if it has the own form and all tensors.
+
+    Raises `UnsupportedError` for a folder of another form, and `SourceError` for one that cannot be read or lacks
+    tensors.
+    """
+    source = open_source(folder)
+    if source.config.get("model_type") != MODEL_TYPE:
+        raise UnsupportedError(
+            "this is not a folder in the form of its source's class",
+            where=source.config_where,
+            why=f"model_type is {source.config.get('model_type')!r}, not {MODEL_TYPE!r}",
+            remedy="pass a folder that `transmla convert` has written in this form",
+        )
+    source.require(own_tensors(source.config))
+    return source
+
+
+@torch.no_grad()
+def write_own(
+    writer: CheckpointWriter, parent: Source, model: Any, sections: Mapping[str, Any], device: str, progress: Progress
+) -> None:
+    """Write trained weights of a folder in the own form, and verify them; the caller commits the writer.
+
+    writer:   of the new folder
+    parent:   the folder that was trained, of which everything but the weights is kept
+    model:    the trained model, float32 on the CPU
+    sections: of the provenance file;  device: where the result is run
+    progress: called as progress(stage, done, total, remark)
+
+    Raises `VerificationError` if the written folder does not compute what `model` computes.
+    """
+    state, names = model.state_dict(), own_tensors(parent.config)
+    stored = str(parent.config["dtype"])
+    for number, name in enumerate(names):
+        writer.add_as(name, state[name], getattr(torch, stored))
+        progress("write", number + 1, len(names), "")
+    writer.close_shards()
+    writer.write_json("config.json", parent.config)
+    writer.write_text(MODELING_FILE, modeling_source())
+    copy_companions(parent, writer.partial)
+    write_provenance(writer, **sections)
+    ids_1T = torch.arange(WITNESS_TOKENS)[None] * 7 % int(parent.config["text_config"]["vocab_size"])
+    wanted_TV = model(ids_1T, use_cache=False).logits[0]
+    found: Any = TransmlaForCausalLM.from_pretrained(str(writer.partial), dtype=torch.float32, local_files_only=True)
+    found_TV = found.to(device).eval()(ids_1T.to(device), use_cache=False).logits[0].cpu()
+    compare_logits(writer.partial, found_TV, wanted_TV, stored)

@@ -74,9 +74,14 @@ def parts(num_tokens: int, vocabulary: int, device: torch.device) -> Iterator[sl
     return (slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows))
 
 
-def predictions_of(normed_ND: Tensor, head_VD: Tensor) -> Predictions:
-    """The logits of a teacher from the inputs of its head, in the dtype of the head."""
-    return lambda part: normed_ND[part].to(head_VD.dtype) @ head_VD.T
+def predictions_of(read_ND: Tensor, head_VD: Tensor, softcap: float | None = None) -> Predictions:
+    """The logits of a teacher from the inputs of its head, in the dtype of that. softcap: see `distillation_loss`"""
+
+    def logits(part: slice) -> Tensor:
+        logits_nV = read_ND[part].to(head_VD.dtype) @ head_VD.T
+        return logits_nV if softcap is None else softcap * torch.tanh(logits_nV / softcap)
+
+    return logits
 
 
 def distillation_loss(
@@ -86,6 +91,7 @@ def distillation_loss(
     weights_N: Tensor,
     labels_N: Tensor | None = None,
     objective: Objective | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, divergence of each token [N]): float32, or float64 for a float64 head.
 
@@ -94,9 +100,10 @@ def distillation_loss(
     teacher:    tokens -> their logits [n, V] or `TopK`
     weights_N:  of each token in the loss, which is the weighted sum; 0 where nothing is to be learned
     labels_N:   the next token of each, for a cross-entropy; -100 has weight 0 there, too
+    softcap:    the student's logits are softcap * tanh(logit / softcap)
     """
     found: tuple[Tensor, Tensor] = _Distillation.apply(  # type: ignore[no-untyped-call]
-        student_ND, head_VD, teacher, weights_N, labels_N, objective or Objective()
+        student_ND, head_VD, teacher, weights_N, labels_N, objective or Objective(), softcap
     )
     return found
 
@@ -111,6 +118,7 @@ class _Distillation(torch.autograd.Function):
         weights_N: Tensor,
         labels_N: Tensor | None,
         objective: Objective,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         wants_gradient = ctx.needs_input_grad[0]
         kind = student_ND.device.type
@@ -122,13 +130,14 @@ class _Distillation(torch.autograd.Function):
         for part in parts(len(student_ND), len(head_VD), student_ND.device):
             wanted = teacher(part)
             with torch.autocast(kind, enabled=False):
-                logits_nV = _wide(student_ND[part].to(products) @ head_VD.T)
+                logits_nV, slope_nV = _capped(_wide(student_ND[part].to(products) @ head_VD.T), softcap)
                 labels_n = None if labels_N is None else labels_N[part]
                 loss_n, found_N[part], grad_nV = _with_gradient(logits_nV, wanted, labels_n, objective, wants_gradient)
                 weights_n = weights_N[part].to(loss_n.dtype)
                 # a token of weight 0 may have a loss that is not finite
                 loss += torch.where(weights_n != 0, loss_n * weights_n, 0.0).sum()
                 if grad_ND is not None and grad_nV is not None:
+                    grad_nV = grad_nV if slope_nV is None else grad_nV * slope_nV
                     weighted_nV = torch.where(weights_n[:, None] != 0, grad_nV.mul_(weights_n[:, None]), 0.0)
                     grad_ND[part] = (weighted_nV.to(products) @ head_VD).to(grad_ND.dtype)
         ctx.save_for_backward(grad_ND)
@@ -138,7 +147,15 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0], None, None, None, None, None
+        return grad_ND * grads[0], None, None, None, None, None, None
+
+
+def _capped(logits_NV: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Capped logits and their slope in those that were given."""
+    if softcap is None:
+        return logits_NV, None
+    share_NV = torch.tanh(logits_NV / softcap)
+    return softcap * share_NV, 1 - share_NV.square()
 
 
 def _with_gradient(

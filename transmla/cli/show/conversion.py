@@ -42,11 +42,11 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
         {f"queries, rank {mla.q_lora_rank}": f"{sum(lost) / len(lost):.2%} of their energy dropped"} if lost else {}
     )
     facts = {
-        "rope_theta": f"{report.theta:g}" + (" (chosen by measured error)" if report.theta_losses else ""),
+        "rope_theta": _theta(report),
         "stream error": f"{last.stream_loss_fitted:.2%} fitted windows, {last.stream_loss_heldout:.2%} held out",
         **narrow,
         **refined,
-        "verified": f"stock deepseek_v3 class, relative error {report.verification.relative_error:.1e}",
+        "verified": f"{_form(report)}, relative error {report.verification.relative_error:.1e}",
         "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.mix}",
         "time, peak memory": f"{report.seconds:.0f} s, {size(peak_memory)}",
         "written": f"{report.destination}  ({size(report.written_bytes)}, {report.plan.dtype})",
@@ -65,3 +65,17 @@ def _refined(block: BlockReport, last: bool) -> str:
 
 def _share(row: Any, base: Any) -> float:
     return float(row.bytes_per_token / base.bytes_per_token - 1)
+
+
+def _theta(report: ConversionReport) -> str:
+    chosen = " (chosen by measured error)" if report.theta_losses else ""
+    if isinstance(report.theta, dict):
+        return ", ".join(f"{theta:g} for {kind}" for kind, theta in report.theta.items()) + chosen
+    return f"{report.theta:g}{chosen}"
+
+
+def _form(report: ConversionReport) -> str:
+    """The class that computed the same from the written folder."""
+    if report.plan.form == "deepseek_v3":
+        return "stock deepseek_v3 class"
+    return f"{report.plan.family.model_type} class with latent attention"

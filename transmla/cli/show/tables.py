@@ -8,7 +8,19 @@ from typing import Any
 from rich.table import Table
 
 # headers of columns that are not right-aligned
-_TEXT = ("source", "converted", "outcome", "evidence", "note", "what to do", "metric", "")
+_TEXT = (
+    "source",
+    "converted",
+    "outcome",
+    "evidence",
+    "note",
+    "what to do",
+    "metric",
+    "engines",
+    "state",
+    "form",
+    "",
+)
 
 
 def columns(*headers: str) -> Table:

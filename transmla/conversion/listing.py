@@ -1,0 +1,113 @@
+"""What can be converted: the installed recipes, and the families of models, each with what it would become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import AutoConfig
+
+from transmla.conversion.plan import own_thetas
+from transmla.families import FAMILIES, Family, family_of
+from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
+from transmla.model.source import attention_facts, skeleton
+from transmla.recipe import find_recipe, load_recipe
+from transmla.recipe import list_recipes as recipe_names
+from transmla.targets.engines import RUNS, engine_verdicts
+from transmla.targets.own import MODEL_TYPE, obstacles
+from transmla.targets.stock import deepseek_v3_config
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """One family.
+
+    form:      of a converted folder, "deepseek_v3" or "transmla"
+    obstacles: what deepseek_v3 cannot express of a model with the defaults of the family's config class
+    """
+
+    model_type: str
+    form: str
+    obstacles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RecipeRow:
+    """One recipe.
+
+    before, after: cached values per token and layer;  state: "measured" or "planned"
+    size:          kv_lora_rank and qk_rope_head_dim, as "512+64"
+    engines:       that run the folder which it makes
+    """
+
+    name: str
+    source: str
+    model_type: str
+    size: str
+    before: int
+    after: int
+    form: str
+    engines: tuple[str, ...]
+    state: str
+
+
+# sizes that say nothing of a family
+_SMALL: dict[str, Any] = {
+    "num_hidden_layers": 6, "vocab_size": 64, "pad_token_id": 0, "hidden_size": 512, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "head_dim": 64,
+}  # fmt: skip
+
+
+def list_families() -> tuple[FamilyRow, ...]:
+    """All families that can be converted, in the order of the table."""
+    rows = []
+    for family in FAMILIES.values():
+        config = AutoConfig.for_model(family.model_type, **_SMALL)
+        found = _obstacles(family, config, gqa_geometry(config.to_dict(), family.model_type))
+        rows.append(FamilyRow(family.model_type, MODEL_TYPE if found else "deepseek_v3", found))
+    return tuple(rows)
+
+
+def list_recipes() -> tuple[RecipeRow, ...]:
+    """All installed recipes that say what their source is like."""
+    rows = []
+    for name in recipe_names():
+        path = find_recipe(name)
+        assert path is not None
+        recipe = load_recipe(path)
+        if recipe.model is None:
+            continue
+        config = AutoConfig.for_model(**recipe.model.config)
+        values = config.to_dict()
+        family = family_of(values, str(path))
+        gqa = gqa_geometry(values, str(path))
+        assert not isinstance(recipe.latent, str)
+        mla = mla_geometry(gqa, recipe.latent, recipe.rope, recipe.q_latent)
+        found = _obstacles(family, _short(config), gqa)
+        target: dict[str, Any] = {"model_type": MODEL_TYPE}
+        if not found:
+            theta = own_thetas(values)
+            assert not isinstance(theta, dict)
+            target = deepseek_v3_config(values, mla, theta, recipe.model.max_position_embeddings, "bfloat16")
+        engines = tuple(verdict.engine for verdict in engine_verdicts(target) if verdict.outcome == RUNS)
+        size = f"{mla.kv_lora_rank}+{mla.qk_rope_head_dim}"
+        rows.append(
+            RecipeRow(
+                name, str(recipe.source), family.model_type, size, gqa.cache_values(), mla.cache_values(),
+                MODEL_TYPE if found else "deepseek_v3", engines, recipe.state,
+            )
+        )  # fmt: skip
+    return tuple(rows)
+
+
+def _short(config: Any) -> Any:
+    """The same model with six layers and few words: what its attention does is seen in one layer."""
+    values = config.to_dict() | {"num_hidden_layers": 6, "vocab_size": 64, "pad_token_id": 0}
+    values.pop("layer_types", None)
+    return AutoConfig.for_model(**values)
+
+
+def _obstacles(family: Family, config: Any, gqa: GqaGeometry) -> tuple[str, ...]:
+    facts = attention_facts(family, skeleton(config), replace(gqa, num_hidden_layers=6))
+    biased = facts.biased or facts.output_bias
+    return obstacles(config.to_dict(), family, biased=biased, encoded=facts.encoded)
