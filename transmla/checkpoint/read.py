@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from transmla.checkpoint.bin_file import BinStore
+from transmla.checkpoint.fp8 import Fp8Store, block_size
 from transmla.checkpoint.gguf.read import GgufStore
 from transmla.checkpoint.safetensors_file import SafetensorsStore
 from transmla.checkpoint.store import FLOAT_DTYPES, TensorInfo, WeightStore, broken_tensor, first_few
@@ -120,8 +121,10 @@ def open_source(path: Path) -> Source:
         raise _not_a_model(path, "no such folder", "check the path")
     weights, format = _weights_in(path)
     config = read_config(path / "config.json")
-    store_type = SafetensorsStore if format == "safetensors" else BinStore
-    return Source(path, format, config, str(path / "config.json"), store_type(weights))
+    opened: WeightStore = SafetensorsStore(weights) if format == "safetensors" else BinStore(weights)
+    if (block := block_size(config)) is not None:
+        opened = Fp8Store(opened, block)
+    return Source(path, format, config, str(path / "config.json"), opened)
 
 
 def _weights_in(folder: Path) -> tuple[Path, str]:
@@ -154,13 +157,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def refuse_quantised(source: Source) -> None:
-    """`UnsupportedError` for a checkpoint whose weights are packed."""
-    if quantization := source.config.get("quantization_config"):
+    """`UnsupportedError` for a checkpoint whose weights are packed in a way that is not undone here."""
+    quantization = source.config.get("quantization_config")
+    if quantization and block_size(source.config) is None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(
             "a quantised checkpoint cannot be converted",
             where=source.config_where,
-            why=f"its weights are packed ({method}); directions of the cache are computed from real matrices",
+            why=f"its weights are packed ({method or 'unnamed'}); directions of the cache are computed from real matrices",
             remedy="dequantise it first, or pass the checkpoint it was made from",
         )
 

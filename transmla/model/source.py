@@ -320,7 +320,8 @@ def embedding_scale(family: Family, config: Mapping[str, Any]) -> float:
 
 def source_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """The transformers config object for a parsed config.json; code from the checkpoint is never run."""
-    values = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "torch_dtype")}
+    left_out = ("auto_map", "model_type", "torch_dtype", "quantization_config")
+    values = {key: value for key, value in config.items() if key not in left_out}
     return AutoConfig.for_model(config["model_type"], **values)
 
 
