@@ -67,8 +67,8 @@ def main() -> None:
     (arguments.out / "configs.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     head = (
         "# What `transmla plan` says of published models\n\n"
-        "Written by `benchmarks/configs.py` with the defaults, from config.json alone: weights are taken to be bfloat16 "
-        "where the\nconfig does not say that they are packed.\n\n"
+        "Written by `benchmarks/configs.py` with the defaults, from config.json alone: weights are taken to be "
+        "bfloat16 where the\nconfig does not say that they are packed.\n\n"
     )
     (arguments.out / "configs.md").write_text(head + table(rows), encoding="utf-8")
     counts = sum("refused" in row for row in rows.values())

@@ -164,7 +164,7 @@ def refuse_quantised(source: Source) -> None:
         raise UnsupportedError(
             "a quantised checkpoint cannot be converted",
             where=source.config_where,
-            why=f"its weights are packed ({method or 'unnamed'}); directions of the cache are computed from real matrices",
+            why=f"its weights are packed ({method or 'unnamed'}); directions of the cache come from real matrices",
             remedy="dequantise it first, or pass the checkpoint it was made from",
         )
 
