@@ -16,8 +16,9 @@ class Family:
     """One row of the table: where things are, and what the modules themselves do not tell.
 
     model_type:   as in config.json
-    gguf_architecture: general.architecture in GGUF files, which store rows of q and k interleaved (pairs 2m, 2m + 1);
-                  None: GGUF files of the family are not read
+    gguf_architecture: general.architecture in GGUF files; None: GGUF files of the family are not read
+    gguf_interleaved: whether these store rows of q and k interleaved (pairs 2m, 2m + 1)
+    gguf_norm_offset: what these add to the weights of norms
     embed_tokens, norm, lm_head, layers: names of modules in the model and of their tensors in the checkpoint
     attention, o_proj: names of modules in a layer, and in its attention
     rotary:       layout of the pairs that turn together: "half" (m, m + d / 2) or "interleaved" (2m, 2m + 1)
@@ -34,6 +35,8 @@ class Family:
 
     model_type: str
     gguf_architecture: str | None = None
+    gguf_interleaved: bool = False
+    gguf_norm_offset: float = 0.0
     embed_tokens: str = "model.embed_tokens"
     norm: str = "model.norm"
     lm_head: str = "lm_head"
@@ -65,14 +68,14 @@ FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
         # Llama 1 to 3.2, SmolLM2, TinyLlama, Yi, DeepSeek-LLM, Falcon 3 and other models with this model_type
-        Family("llama", gguf_architecture="llama"),
+        Family("llama", gguf_architecture="llama", gguf_interleaved=True),
         # Mistral 7B, Nemo, Small. deepseek_v3 has no sliding window, so a sliding window limits the context of the
         # converted model; within it, full and sliding attention are the same function.
-        Family("mistral", gguf_architecture="llama"),
+        Family("mistral", gguf_architecture="llama", gguf_interleaved=True),
         # Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen: biases on q, k and v
-        Family("qwen2"),
+        Family("qwen2", gguf_architecture="qwen2"),
         # a norm on the queries and keys of each head
-        Family("qwen3"),
+        Family("qwen3", gguf_architecture="qwen3"),
         Family("qwen3_moe", experts=_QWEN_EXPERTS, obstacles=(_EXPERTS,)),
         Family(
             "mixtral",
@@ -90,7 +93,10 @@ FAMILIES: dict[str, Family] = {
             },
             obstacles=("experts without groups",),
         ),
-        Family("gemma3_text", embedding_scale="sqrt", output_norm=_BEHIND, obstacles=(_SANDWICH, _ONE_PLUS_NORM)),
+        Family(
+            "gemma3_text", gguf_architecture="gemma3", gguf_norm_offset=1.0, embedding_scale="sqrt",
+            output_norm=_BEHIND, obstacles=(_SANDWICH, _ONE_PLUS_NORM),
+        ),
         Family("gemma2", embedding_scale="sqrt", output_norm=_BEHIND, obstacles=(_SANDWICH, _ONE_PLUS_NORM)),
         Family("gemma", embedding_scale="sqrt", obstacles=(_ONE_PLUS_NORM,)),
         # a norm on the queries and keys of all heads together, none before attention and MLP

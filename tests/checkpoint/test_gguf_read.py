@@ -176,8 +176,8 @@ def test_linear_rope_scaling_is_kept_and_others_refused(tmp_path, tensors):
 
 
 def test_unsupported_architectures_and_tensors(tmp_path, tensors):
-    with pytest.raises(UnsupportedError, match=r"architecture is 'qwen2'[^$]*known GGUF architectures: llama"):
-        open_source(write_gguf(tmp_path / "a.gguf", tensors, architecture="qwen2"))
+    with pytest.raises(UnsupportedError, match=r"architecture is 'gemma'[^$]*known GGUF architectures: gemma3, llama"):
+        open_source(write_gguf(tmp_path / "a.gguf", tensors, architecture="gemma"))
     experts = {"blk.0.ffn_gate_exps.weight": np.zeros((2, 4, 32), dtype=np.float32)}
     with pytest.raises(UnsupportedError, match=r"blk\.0\.ffn_gate_exps\.weight"):
         open_source(write_gguf(tmp_path / "b.gguf", tensors, extra_tensors=experts))

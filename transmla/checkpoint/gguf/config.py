@@ -78,7 +78,7 @@ def correct_from_tensors(config: dict[str, Any], tensors: Mapping[str, TensorInf
     # llama.cpp adds whatever biases it finds; in a config.json they must be announced
     biases = [name for name in tensors if name.endswith(".bias")]
     for key, part in (("attention_bias", "self_attn."), ("mlp_bias", "mlp.")):
-        if any(part in name for name in biases):
+        if family.model_type != "qwen2" and any(part in name for name in biases):
             config[key] = True
 
 

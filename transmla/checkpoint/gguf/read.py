@@ -30,8 +30,12 @@ ROPE_FREQS = "rope_freqs.weight"
 _LAYER_MODULES = (
     *(f"self_attn.{part}_proj" for part in "qkvo"),
     *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    "self_attn.q_norm",
+    "self_attn.k_norm",
     "input_layernorm",
     "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
 )
 
 
@@ -72,6 +76,8 @@ class GgufStore:
     def view(self, name: str) -> torch.Tensor:
         blocks = self._blocks[name]
         tensor = self._dequantised(name, self._mapped(blocks))
+        if name.endswith("norm.weight") and self.family.gguf_norm_offset:
+            return tensor - self.family.gguf_norm_offset
         if blocks.num_heads_interleaved is None:
             return tensor
         # stored as (H, P, 2, D), the two halves of a pair side by side; Hugging Face has (H, 2, P, D)
@@ -114,7 +120,7 @@ class GgufStore:
             offset=int(tensor.data_offset),
             encoding=int(tensor.tensor_type),
             shape_in_bytes=(*shape[:-1], int(tensor.n_bytes) // max(1, int(np.prod(shape[:-1])))),
-            num_heads_interleaved=int(self.config[heads]) if heads else None,
+            num_heads_interleaved=int(self.config[heads]) if heads and self.family.gguf_interleaved else None,
         )
 
 
@@ -143,6 +149,10 @@ def _hugging_face_names(family: Family, num_hidden_layers: int) -> dict[str, str
     modules = [family.embed_tokens, family.norm, family.lm_head]
     for layer in range(num_hidden_layers):
         modules += [f"{family.layers}.{layer}.{module}" for module in _LAYER_MODULES]
-    return {
-        f"{gguf_names.get_name(module)}.{kind}": f"{module}.{kind}" for module in modules for kind in ("weight", "bias")
-    }
+    found: dict[str, str] = {}
+    for module in modules:
+        if (name := gguf_names.get_name(module)) is not None:
+            for kind in ("weight", "bias"):
+                # what two names of a family are called in the file is the first one's
+                found.setdefault(f"{name}.{kind}", f"{module}.{kind}")
+    return found
