@@ -131,10 +131,10 @@ def convert_command(
     restart: bool,
     **given: Any,
 ) -> None:
-    """Convert SRC and write DST: one folder for transformers, with or without remote code, and other engines.
+    """Convert SRC and write DST: one folder for transformers and, where deepseek_v3 can express SRC, for other engines.
 
     DST defaults to NAME-mla-LATENT-ROPE in the working directory and is never overwritten. It appears only when all
-    of it is written and the stock deepseek_v3 class computes from it what was converted. A conversion that was
+    of it is written and the class that it is for computes from it what was converted. A conversion that was
     interrupted or killed keeps its finished layers in DST.partial, and the same command resumes there.
     """
     with errors():

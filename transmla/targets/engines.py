@@ -238,7 +238,7 @@ OWN_FORM_RULES: tuple[Rule, ...] = (
         tuple(engine for engine in ENGINES if engine != OWN),
         lambda config: True,
         REFUSES,
-        "it has no class for model_type transmla, the form of models that deepseek_v3 cannot express",
+        "it has no class for model_type transmla",
         "use transformers, with trust_remote_code=True or after `import transmla`",
     ),
 )
@@ -248,10 +248,12 @@ def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
     """One verdict per engine, from the config.json of a converted folder alone, in either form."""
     verdicts = []
     for engine, note in ENGINES.items():
-        table = OWN_FORM_RULES if config.get("model_type") == "transmla" else RULES
+        own = config.get("model_type") == "transmla"
+        table = OWN_FORM_RULES if own else RULES
+        evidence = "source code" if own and engine != OWN else EVIDENCE[engine]
         rules = [rule for rule in table if engine in rule.engines and rule.applies(config)]
         outcomes = {rule.outcome for rule in rules}
         outcome = WRONG if WRONG in outcomes else REFUSES if outcomes else RUNS
         findings = tuple(Finding(rule.outcome, rule.why, rule.remedy) for rule in rules)
-        verdicts.append(EngineVerdict(engine, outcome, EVIDENCE[engine], note, findings))
+        verdicts.append(EngineVerdict(engine, outcome, evidence, note, findings))
     return tuple(verdicts)
