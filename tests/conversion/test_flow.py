@@ -113,7 +113,7 @@ def test_repair_helps(lively: MakeSource, run: Convert) -> None:
 
 def test_theta_is_chosen_or_taken(lively: MakeSource, run: Convert) -> None:
     chosen, given = run(lively(), "chosen"), run(lively(), "given", theta=777.0)
-    losses = chosen.theta_losses[""]
+    losses = chosen.theta_losses
     assert chosen.theta in losses and next(iter(losses)) == THETA
     assert all(len(found) == 3 for found in losses.values())
     assert given.theta == 777.0 and given.theta_losses == {}

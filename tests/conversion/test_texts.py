@@ -34,7 +34,7 @@ def test_two_windows_are_enough(lively: MakeSource, run: Convert) -> None:
     """One to fit to and one held out, also where theta is chosen."""
     report = run(lively(), tokens=128, window=64)
     assert report.heldout.num_windows == 1 and report.num_calibration_tokens == 128
-    losses = [loss for found in report.theta_losses[""].values() for loss in found]
+    losses = [loss for found in report.theta_losses.values() for loss in found]
     assert losses and all(0 < loss < 10 for loss in losses)
 
 

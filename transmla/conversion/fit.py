@@ -22,7 +22,6 @@ from transmla.conversion.streams import (
     converted_heads,
     stream_loss,
 )
-from transmla.conversion.theta import Theta, theta_of
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import fit_layer
 from transmla.model.source import SourceLayer
@@ -42,7 +41,7 @@ class LayerReport:
     query_loss: float | None = None
 
 
-def fit_layers(run: Run, streams: Streams, theta: Theta) -> tuple[LayerReport, ...]:
+def fit_layers(run: Run, streams: Streams, theta: float | None) -> tuple[LayerReport, ...]:
     """Fit every layer that the journal does not hold yet; the source's stream ends behind the last one.
 
     Where distillation follows, the closed form uses only some of the windows; the others only pass through the source.
@@ -54,7 +53,7 @@ def fit_layers(run: Run, streams: Streams, theta: Theta) -> tuple[LayerReport, .
         layer = run.model.layer(index)
         kept = run.kept.layer(index, FITTED)
         if kept is None:
-            mla, report = _fit(run, layer, streams, closed, theta_of(theta, run.plan.config, index))
+            mla, report = _fit(run, layer, streams, closed, theta)
             run.kept.save_layer(index, FITTED, mla, vars(report))
         else:
             mla, report = kept[0], LayerReport(**kept[1])
@@ -72,7 +71,7 @@ def num_closed(run: Run, streams: Streams) -> int:
 
 
 def _fit(
-    run: Run, layer: SourceLayer, streams: Streams, closed: Streams, theta: float
+    run: Run, layer: SourceLayer, streams: Streams, closed: Streams, theta: float | None
 ) -> tuple[MlaWeights, LayerReport]:
     """One layer; the source's stream behind it, and the converted one of the windows that are fitted to."""
     sizes = run.plan.mla

@@ -27,7 +27,7 @@ from transmla.conversion.measure import HeldoutNats, Measured, measure
 from transmla.conversion.plan import Plan, plan, target_config
 from transmla.conversion.run import Run
 from transmla.conversion.search import Trial, find_latent
-from transmla.conversion.theta import Theta, choose_theta
+from transmla.conversion.theta import choose_theta
 from transmla.conversion.verify import Verification, Witness, verify
 from transmla.conversion.write import write_companions, write_weights
 from transmla.devices import free_bytes
@@ -44,13 +44,14 @@ from transmla.text.windows import CalibrationTokens
 class ConversionReport:
     """The closing summary. Perplexities are those of the held-out calibration windows, not of a benchmark.
 
+    theta:         of the rotary frequencies; None: every layer has its own, in the config
     latent_scales: s of maths/fold.py, by layer; none in the own form;  tried: sizes that `latent="auto"` tried
     """
 
     plan: Plan
     destination: Path
-    theta: Theta
-    theta_losses: dict[str, dict[float, list[float]]]
+    theta: float | None
+    theta_losses: dict[float, list[float]]
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
     latent_scales: tuple[float, ...]
@@ -131,8 +132,8 @@ def convert(
 class _Fitted:
     """What is known of the layers in the journal when all of them are finished."""
 
-    theta: Theta
-    theta_losses: dict[str, dict[float, list[float]]]
+    theta: float | None
+    theta_losses: dict[float, list[float]]
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
     measured: Measured
@@ -180,12 +181,10 @@ def _write(
     (embedded_TD,) = run.model.embed(text.ids_NT[-1:])
     witness = Witness(text.ids_NT[-1], embedded_TD)
     scales = write_weights(run, witness, fitted.measured, writer)
-    config = target_config(planned, fitted.theta)
-    losses: dict[str, Any] = {
-        kind: {f"{theta:g}": found for theta, found in of_kind.items()} for kind, of_kind in fitted.theta_losses.items()
-    }
+    config = target_config(planned, fitted.theta, witness.inv_freq_LM)
+    losses = {f"{theta:g}": found for theta, found in fitted.theta_losses.items()}
     sections = {
-        "rope_theta": {"chosen": fitted.theta, "losses": losses.get("", losses)},
+        "rope_theta": {"chosen": fitted.theta, "losses": losses},
         "calibration": {
             "text": text.name,
             "tokens": text.ids_NT.numel(),

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from transmla.conversion.plan import own_thetas
-from transmla.families import FAMILIES, Family, family_of
+from transmla.families import FAMILIES, Family, family_of, rope_parameters
 from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
 from transmla.model.source import attention_facts, skeleton
 from transmla.recipe import find_recipe, load_recipe
@@ -86,8 +85,7 @@ def list_recipes() -> tuple[RecipeRow, ...]:
         found = _obstacles(family, _short(config), gqa)
         target: dict[str, Any] = {"model_type": MODEL_TYPE}
         if not found:
-            theta = own_thetas(values)
-            assert not isinstance(theta, dict)
+            theta = float(rope_parameters(values)["rope_theta"])
             target = deepseek_v3_config(values, mla, theta, recipe.model.max_position_embeddings, "bfloat16")
         engines = tuple(verdict.engine for verdict in engine_verdicts(target) if verdict.outcome == RUNS)
         size = f"{mla.kv_lora_rank}+{mla.qk_rope_head_dim}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import SHARD_BYTES, check_destination
 from transmla.errors import GeometryError, RecipeError, UnsupportedError
-from transmla.families import Family, family_of, has_rotary_kinds, rope_parameters
+from transmla.families import Family, family_of, rope_parameters
 from transmla.geometry import CACHE_BITS, GqaGeometry, MlaGeometry, gqa_geometry, latent_candidates, mla_geometry
 from transmla.model.source import (
     AttentionFacts,
@@ -242,36 +242,29 @@ def with_latent(planned: Plan, latent: int) -> Plan:
     return replace(planned, engines=engine_verdicts(_planned_config(planned)))
 
 
-def target_config(planned: Plan, theta: float | Mapping[str, float]) -> dict[str, Any]:
+def target_config(planned: Plan, theta: float | None, inv_freq_LM: Sequence[Sequence[float]] = ()) -> dict[str, Any]:
     """config.json of the folder that is written.
 
-    theta: base of the rotary frequencies of the converted model, by type of layer where these have their own
+    theta:       base of the rotary frequencies of a deepseek_v3 folder
+    inv_freq_LM: those of each layer, in the own form
     """
     if planned.form == "deepseek_v3":
-        assert not isinstance(theta, Mapping)
+        assert theta is not None
         return deepseek_v3_config(
             planned.source.config, planned.mla, theta, planned.max_position_embeddings, planned.dtype
         )
     facts = planned.attention
     _, factor = source_frequencies(source_config(planned.source.config), planned.gqa, planned.family, 0)
     return own_config(
-        planned.config, planned.family, planned.gqa, planned.mla, theta, planned.dtype,
+        planned.config, planned.family, planned.gqa, planned.mla, inv_freq_LM, planned.dtype,
         softmax_scale=facts.scaling * factor**2, softcap=facts.softcap, biased=facts.biased, encoded=facts.encoded,
         output_bias=facts.output_bias or (facts.biased and not facts.encoded),
     )  # fmt: skip
 
 
 def _planned_config(planned: Plan) -> dict[str, Any]:
-    """The same before rope_theta is chosen."""
-    return target_config(planned, own_thetas(planned.config))
-
-
-def own_thetas(config: Mapping[str, Any]) -> float | dict[str, float]:
-    """rope_theta of the source, by type of layer where these have their own."""
-    if has_rotary_kinds(config):
-        kinds = dict.fromkeys(config["layer_types"])
-        return {kind: float(rope_parameters(config, kind)["rope_theta"]) for kind in kinds}
-    return float(rope_parameters(config)["rope_theta"])
+    """The same before the rotary frequencies are chosen."""
+    return target_config(planned, float(rope_parameters(planned.config)["rope_theta"]))
 
 
 def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:

@@ -5,16 +5,12 @@ Legend: see transmla/conversion/streams.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 
 from transmla.conversion.moments import observe
-from transmla.conversion.plan import own_thetas
 from transmla.conversion.run import Run
 from transmla.conversion.streams import Streams, advance_source
-from transmla.families import layer_kind, rotary_dim
+from transmla.families import rope_parameters, rotary_dim
 from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
 from transmla.model.source import SourceLayer
 from transmla.processes import ALONE
@@ -29,54 +25,36 @@ MARGIN = 0.95
 NUM_SURVEYED = 6
 
 
-Theta = float | dict[str, float]
-
-
-def choose_theta(run: Run) -> tuple[Theta, dict[str, dict[float, list[float]]]]:
+def choose_theta(run: Run) -> tuple[float | None, dict[float, list[float]]]:
     """rope_theta of the target and, if it was chosen here, the losses of all candidates by surveyed layer.
 
-    Where types of layers have angles of their own, each gets a theta of its own, by its name; else the name is "".
+    None in the own form, where every layer may have the frequencies that suit it, unless the recipe gives a theta.
     """
-    wanted, config = run.plan.recipe.theta, run.plan.config
-    own = own_thetas(config)
+    wanted = run.plan.recipe.theta
     if not isinstance(wanted, str):
         return float(wanted), {}
+    if run.plan.form != "deepseek_v3":
+        return None, {}
     if (kept := run.kept.values("theta")) is not None:
-        losses = {
-            kind: {float(theta): found for theta, found in of_kind.items()} for kind, of_kind in kept["losses"].items()
-        }
-        return kept["chosen"], losses
-    mla = run.plan.mla
-    turning = rotary_dim(config, run.plan.gqa.head_dim)
-    by_kind = own if isinstance(own, dict) else {"": own}
-    losses = {
-        kind: {candidate: [] for candidate in candidates(theta, turning, mla.qk_rope_head_dim)}
-        for kind, theta in by_kind.items()
-    }
+        return kept["chosen"], {float(theta): losses for theta, losses in kept["losses"].items()}
+    mla, config = run.plan.mla, run.plan.config
+    own, turning = float(rope_parameters(config)["rope_theta"]), rotary_dim(config, run.plan.gqa.head_dim)
+    losses: dict[float, list[float]] = {theta: [] for theta in candidates(own, turning, mla.qk_rope_head_dim)}
     streams = _surveyed_streams(run)
-    kinds = [str(layer_kind(config, index)) if isinstance(own, dict) else "" for index in range(mla.num_hidden_layers)]
-    surveyed = surveyed_layers(kinds)
+    surveyed = surveyed_layers(mla.num_hidden_layers)
     for index in range(max(surveyed) + 1):
         layer = run.model.layer(index)
         if index in surveyed and bool(layer.gqa.inv_freq_P.any()):
             moments = observe(layer, streams, streams.num_fitted)
             sizes = (mla.kv_lora_rank, mla.qk_rope_head_dim)
-            for theta, found in losses[kinds[index]].items():
+            for theta, found in losses.items():
                 found.append(output_error(layer, moments, streams, sizes, theta, run.method))
         advance_source(layer, streams)
         del layer  # before the next one is read
         run.progress("choose theta", index + 1, max(surveyed) + 1, "")
-    chosen: Theta = run.processes.from_first({kind: choose(of_kind) for kind, of_kind in losses.items()})
-    if isinstance(chosen, dict) and not isinstance(own, dict):
-        chosen = chosen[""]
-    named = {kind: {str(theta): found for theta, found in of_kind.items()} for kind, of_kind in losses.items()}
-    run.kept.save("theta", {"chosen": chosen, "losses": named})
+    chosen: float = run.processes.from_first(choose(losses))
+    run.kept.save("theta", {"chosen": chosen, "losses": {str(theta): found for theta, found in losses.items()}})
     return chosen, losses
-
-
-def theta_of(theta: Theta, config: Mapping[str, Any], index: int) -> float:
-    """Of one layer."""
-    return theta[str(layer_kind(config, index))] if isinstance(theta, dict) else theta
 
 
 def _surveyed_streams(run: Run) -> Streams:
@@ -98,14 +76,9 @@ def candidates(theta: float, head_dim: int, qk_rope_head_dim: int) -> tuple[floa
     return tuple(theta**exponent for exponent in exponents)
 
 
-def surveyed_layers(kinds: Sequence[str], at_most: int = 4) -> frozenset[int]:
-    """Indices of at most so many layers of each kind, spread over the depth of the model. kinds: of all layers"""
-    found: set[int] = set()
-    for kind in dict.fromkeys(kinds):
-        places = [index for index, one in enumerate(kinds) if one == kind]
-        spread = torch.linspace(0, len(places) - 1, min(len(places), at_most)).long().tolist()
-        found |= {places[place] for place in spread}
-    return frozenset(found)
+def surveyed_layers(num_layers: int, at_most: int = 4) -> frozenset[int]:
+    """Indices spread over the depth of the model."""
+    return frozenset(torch.linspace(0, num_layers - 1, min(num_layers, at_most)).long().tolist())
 
 
 def output_error(

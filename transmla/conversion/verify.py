@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from transmla.checkpoint.read import open_source
-from transmla.families import FAMILIES, Family, has_rotary_kinds, layer_kind
+from transmla.families import FAMILIES, Family
 from transmla.maths.attention import MlaWeights, visible
 from transmla.model.head import logit_scale
 from transmla.model.source import Ends, SourceLayer, embedding_scale, skeleton
@@ -30,12 +30,14 @@ from transmla.targets.stock import expected_tensors
 class Witness:
     """A few tokens that pass through the converted layers in float32 while these are made.
 
-    ids_T: token ids of a window;  stream_TD: their embeddings;  windows: of the layers that they have passed
+    ids_T: token ids of a window;  stream_TD: their embeddings
+    windows, inv_freq_LM: of the layers that they have passed
     """
 
     ids_T: Tensor
     stream_TD: Tensor
     windows: list[int | None] = field(default_factory=list)
+    inv_freq_LM: list[list[float]] = field(default_factory=list)
     logits_TK: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
@@ -48,6 +50,7 @@ class Witness:
         stream_TD = self.stream_TD.to(mla.o_DHv.device)
         self.stream_TD = layer.through(stream_TD, lambda x_TD: layer.latent_attention(x_TD, mla))
         self.windows.append(mla.window)
+        self.inv_freq_LM.append(mla.inv_freq_M.tolist())
 
     @property
     def vocabulary_K(self) -> Tensor:
@@ -97,12 +100,11 @@ def verify(folder: Path, family: Family, witness: Witness, device: torch.device,
                 name: source.read(prefix + name, dtype=torch.float32, device=device) for name in layer.state_dict()
             }
             layer.load_state_dict(tensors, assign=True)
-            kinds = (layer_kind(values, index),) if has_rotary_kinds(values) else ()
             seen_TT = visible(positions[0], window)
             out = layer.eval()(
                 hidden_1TD,
                 attention_mask=None if seen_TT is None else seen_TT[None, None],
-                position_embeddings=rotary(hidden_1TD, positions, *kinds),
+                position_embeddings=rotary(hidden_1TD, positions),
             )
             hidden_1TD = out if isinstance(out, Tensor) else out[0]
             del layer, tensors  # before the next ones are read

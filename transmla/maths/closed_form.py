@@ -70,12 +70,13 @@ def fit_layer(
     moments: Moments,
     kv_lora_rank: int,
     qk_rope_head_dim: int,
-    theta: float,
+    theta: float | None,
     method: ClosedForm,
     q_lora_rank: int | None = None,
 ) -> FittedLayer:
     """Latent attention of the given sizes that stands in for `gqa` (float64) on the converted stream.
 
+    theta: of the rotary frequencies; None: every layer gets those that suit it best
     Where `gqa` is biased, the inputs that `moments` are of end in a 1; where it is encoded, they are features.
     """
     groups = len(gqa.k_GdD)

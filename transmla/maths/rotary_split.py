@@ -1,15 +1,17 @@
 """Which part of the keys keeps a position: one shared rotary key, and maps for what is left over.
 
-Per target pair m, the source pairs (g, p) nearest in log-frequency form a bucket; one complex component of
-the bucket becomes the rotary key, weighted by what the queries gain from it. What is left over goes to the
-latent, where it cannot turn, so every head multiplies it by the constant nearest to exp(-i f distance) over the
-distances that the head really attends to (complex: a head that looks two tokens back keeps that phase).
+Per target pair m, the source pairs (g, p) nearest in log-frequency form a bucket, or, where the target's
+frequencies are free, the neighbours that are best held together; one complex component of the bucket becomes the
+rotary key, weighted by what the queries gain from it. What is left over goes to the latent, where it cannot turn, so
+every head multiplies it by the constant nearest to exp(-i f distance) over the distances that the head really
+attends to (complex: a head that looks two tokens back keeps that phase).
 
 Loses: everything but one complex component per bucket (its loss is part of the measured layer loss).
 Exact: one key/value head and e = d with the source's own frequencies (tested to 1e-10).
 Shape legend: see transmla/maths/__init__.py. K = G d, all source keys of a token, group by group.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +54,7 @@ def rotary_split(
     importance_H: Tensor,
     distance_HS: Tensor,
     qk_rope_head_dim: int,
-    theta: float,
+    theta: float | None,
     rank_pressure: float = RANK_PRESSURE,
 ) -> RotarySplit:
     """The rotary half of the conversion, in float64.
@@ -63,18 +65,27 @@ def rotary_split(
     query_Hdd:    second moment of the unrotated queries, E[q q^T]
     importance_H: how strongly a squared score error of a head reaches the output
     distance_HS:  attended distances of each head, rows sum to one
+    theta:        of the target's frequencies; None: they are chosen freely, see `chosen_frequencies`
     rank_pressure: added to every pair's gain from being rotary, since whatever is not competes for rank
     """
     num_groups, head_dim, _ = k_GdD.shape
     pairs, heads_per_group = head_dim // 2, len(gqa.q_HdD) // num_groups
-    inv_freq_M = inverse_frequencies(theta, qk_rope_head_dim).to(k_GdD.device)
-    bucket_P = nearest_pairs(gqa.inv_freq_P, inv_freq_M)
     still_HP = mean_turn(distance_HS, gqa.inv_freq_P)
-    mismatch_HP = 2 - 2 * mean_turn(distance_HS, gqa.inv_freq_P - inv_freq_M[bucket_P]).real
-    # pairs that stand are held exactly by the latent
-    gain_HP = (1 - still_HP.abs() ** 2 - mismatch_HP + rank_pressure) * (gqa.inv_freq_P != 0)
-    omega_GP = _pair_weights(query_Hdd, importance_H, gain_HP, num_groups)
     z_GPD, q_HPD = _as_complex(k_GdD), _as_complex(gqa.q_HdD)
+
+    def weights(turned_P: Tensor) -> Tensor:
+        """Omega [G, P] if the pairs turn with these frequencies."""
+        mismatch_HP = 2 - 2 * mean_turn(distance_HS, gqa.inv_freq_P - turned_P).real
+        # pairs that stand are held exactly by the latent
+        gain_HP = (1 - still_HP.abs() ** 2 - mismatch_HP + rank_pressure) * (gqa.inv_freq_P != 0)
+        return _pair_weights(query_Hdd, importance_H, gain_HP, num_groups)
+
+    if theta is None:
+        inv_freq_M, bucket_P = chosen_frequencies(gqa.inv_freq_P, z_GPD, moment_DD, weights, qk_rope_head_dim // 2)
+    else:
+        inv_freq_M = inverse_frequencies(theta, qk_rope_head_dim).to(k_GdD.device)
+        bucket_P = nearest_pairs(gqa.inv_freq_P, inv_freq_M)
+    omega_GP = weights(inv_freq_M[bucket_P]) * (bucket_P >= 0)
     component_GP = torch.zeros(num_groups, pairs, dtype=torch.complex128, device=k_GdD.device)
     reader_GP = torch.zeros_like(component_GP)
     k_rope_MD = torch.zeros(len(inv_freq_M), k_GdD.shape[2], dtype=torch.complex128, device=k_GdD.device)
@@ -96,6 +107,59 @@ def rotary_split(
         [_leftover(still_P, head // heads_per_group, captured) for head, still_P in enumerate(still_HP)]
     )
     return RotarySplit(_as_real(k_rope_MD), _as_real(q_rope_HMD), leftover, inv_freq_M)
+
+
+def chosen_frequencies(
+    inv_freq_P: Tensor,
+    z_GPD: Tensor,
+    moment_DD: Tensor,
+    weights: Callable[[Tensor], Tensor],
+    num_pairs: int,
+) -> tuple[Tensor, Tensor]:
+    """Frequencies of the target, float64 [M], fastest first, and the bucket of each source pair, int64 [P], -1: none.
+
+    A bucket is a run of neighbouring pairs; it turns with the frequency of the one that weighs most, and is worth the
+    energy of its best component, weighted as in `rotary_split`. Of all ways to cut the pairs into so many runs, with or
+    without pairs left out between them, the one that is worth most: dynamic programming over the pairs.
+
+    weights: frequencies that the pairs turn with, [P] -> Omega [G, P]
+    """
+    num_source, device = len(inv_freq_P), inv_freq_P.device
+    gram = torch.einsum("GPD,DE,HQE->GPHQ", z_GPD, moment_DD.to(z_GPD.dtype), z_GPD.conj())
+    energy_GP = torch.einsum("GPGP->GP", gram).real
+    leads = (weights(inv_freq_P).square() * energy_GP).sum(0).tolist()
+    longest = max(1, min(num_source, -(-3 * num_source // num_pairs)))
+    by_lead = {lead: weights(inv_freq_P[lead].expand(num_source)) for lead in range(num_source)}
+    worth: dict[tuple[int, int], tuple[float, int]] = {}
+    for start in range(num_source):
+        for end in range(start + 1, min(start + longest, num_source) + 1):
+            lead = max(range(start, end), key=leads.__getitem__)
+            omega_GB = by_lead[lead][:, start:end]
+            weighted = omega_GB[..., None, None] * gram[:, start:end, :, start:end] * omega_GB
+            size = weighted.shape[0] * weighted.shape[1]
+            value = torch.linalg.eigvalsh(weighted.reshape(size, size))[-1]
+            worth[start, end] = float(value), lead
+    best = [[0.0] * (num_source + 1) for _ in range(num_pairs + 1)]
+    came: list[list[tuple[int, int] | None]] = [[None] * (num_source + 1) for _ in range(num_pairs + 1)]
+    for used in range(1, num_pairs + 1):
+        for end in range(1, num_source + 1):
+            best[used][end], came[used][end] = best[used][end - 1], came[used][end - 1]
+            for start in range(max(0, end - longest), end):
+                value = best[used - 1][start] + worth[start, end][0]
+                if value > best[used][end]:
+                    best[used][end], came[used][end] = value, (start, end)
+    bucket_P = torch.full((num_source,), -1, dtype=torch.int64, device=device)
+    found, used, end = [], num_pairs, num_source
+    while used > 0 and (run := came[used][end]) is not None:
+        found.append(run)
+        used, end = used - 1, run[0]
+    # runs that nothing gains from stay empty; their pairs turn like the slowest
+    slowest = float(inv_freq_P[inv_freq_P > 0].min()) if bool((inv_freq_P > 0).any()) else 1.0
+    inv_freq_M = torch.full((num_pairs,), slowest, dtype=torch.float64, device=device)
+    for number, run in enumerate(reversed(found)):
+        inv_freq_M[number] = inv_freq_P[worth[run][1]]
+        bucket_P[run[0] : run[1]] = number
+    return inv_freq_M, bucket_P
 
 
 def _pair_weights(query_Hdd: Tensor, importance_H: Tensor, gain_HP: Tensor, num_groups: int) -> Tensor:

@@ -415,8 +415,7 @@ class TransmlaConfig(PreTrainedConfig):
 
     text_config:          of the source, unchanged, and of any model type that transformers has
     kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim: as in deepseek_v3
-    latent_rope_theta:    base of the rotary frequencies, theta ** (-2 m / qk_rope_head_dim); where layers of several
-                          kinds have angles of their own, one for each kind, by its name
+    latent_inv_freq:      frequencies of the rotary key's pairs in radians per position, for each layer
     latent_encoder:       "input": the latent is made of the hidden state; "features": of the keys and values that the
                           source's own projections and norms make of it
     softmax_scale, softcap: of the attention scores
@@ -436,7 +435,7 @@ class TransmlaConfig(PreTrainedConfig):
         qk_rope_head_dim: int = 0,
         qk_nope_head_dim: int = 0,
         v_head_dim: int = 0,
-        latent_rope_theta: float | dict[str, float] = 10000.0,
+        latent_inv_freq: list[list[float]] | None = None,
         latent_encoder: str = "input",
         softmax_scale: float = 1.0,
         softcap: float | None = None,
@@ -453,7 +452,7 @@ class TransmlaConfig(PreTrainedConfig):
         self.text_config = text_config
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.qk_nope_head_dim, self.v_head_dim = qk_nope_head_dim, v_head_dim
-        self.latent_rope_theta, self.latent_encoder = latent_rope_theta, latent_encoder
+        self.latent_inv_freq, self.latent_encoder = latent_inv_freq or [], latent_encoder
         self.softmax_scale, self.softcap = softmax_scale, softcap
         self.attention_module, self.output_projection = attention_module, output_projection
         self.source_rotary_dim = source_rotary_dim
@@ -471,23 +470,23 @@ class TransmlaConfig(PreTrainedConfig):
 
 
 class LatentRotary(nn.Module):
-    """Cosine and sine of the angles of the shared rotary key, in place of the source's."""
+    """Cosine and sine of the angles of the shared rotary key, in place of the source's; for all layers at once."""
 
     def __init__(self, config: TransmlaConfig) -> None:
         super().__init__()
-        self.theta, self.dim = config.latent_rope_theta, config.qk_rope_head_dim
+        self.inv_freq = config.latent_inv_freq
+        # no buffer, which would be cast along with the weights
+        self._on_device: dict[torch.device, torch.Tensor] = {}
 
     @torch.no_grad()
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, e] each, the two halves of a pair e / 2 apart, in the dtype of x."""
-        theta = self.theta if isinstance(self.theta, int | float) else self.theta[str(layer_type)]
-        exponents_M = torch.arange(0, self.dim, 2, dtype=torch.float32, device=x.device) / self.dim
-        # rounded as transformers rounds them
-        angles_BTM = position_ids[..., None].float() * (1.0 / theta**exponents_M)
-        angles_BTe = torch.cat((angles_BTM, angles_BTM), dim=-1)
-        return angles_BTe.cos().to(x.dtype), angles_BTe.sin().to(x.dtype)
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """[layers, B, T, e] each, the two halves of a pair e / 2 apart, in the dtype of x."""
+        if x.device not in self._on_device:
+            self._on_device[x.device] = torch.tensor(self.inv_freq, dtype=torch.float32, device=x.device)
+        inv_freq_LM = self._on_device[x.device]
+        angles_LBTM = position_ids[..., None].float() * inv_freq_LM[:, None, None]
+        angles_LBTe = torch.cat((angles_LBTM, angles_LBTM), dim=-1)
+        return angles_LBTe.cos().to(x.dtype), angles_LBTe.sin().to(x.dtype)
 
 
 class ConvertedAttention(CachedLatent, nn.Module):
@@ -539,7 +538,8 @@ class ConvertedAttention(CachedLatent, nn.Module):
             q_rope_BHTe = torch.einsum("bhtd,hed->bhte", q_BHTq, self.q_rope_proj)
         down_BTk = self.kv_a_proj_with_mqa(seen_BTF)
         k_rope_B1Te = down_BTk[:, None, :, self.kv_lora_rank :]
-        q_rope_BHTe, k_rope_B1Te = stock.apply_rotary_pos_emb(q_rope_BHTe, k_rope_B1Te, *position_embeddings)
+        cos_BTe, sin_BTe = (of_layers[self.layer_idx] for of_layers in position_embeddings)
+        q_rope_BHTe, k_rope_B1Te = stock.apply_rotary_pos_emb(q_rope_BHTe, k_rope_B1Te, cos_BTe, sin_BTe)
         return q_nope_BHTn, q_rope_BHTe, torch.cat((down_BTk[:, None, :, : self.kv_lora_rank], k_rope_B1Te), dim=-1)
 
 

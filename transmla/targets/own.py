@@ -9,7 +9,7 @@ Shape legend: see transmla/maths/__init__.py. F values of all keys and values of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def own_config(
     family: Family,
     gqa: GqaGeometry,
     mla: MlaGeometry,
-    theta: float | Mapping[str, float],
+    inv_freq_LM: Sequence[Sequence[float]],
     dtype: str,
     *,
     softmax_scale: float,
@@ -79,7 +79,7 @@ def own_config(
     """config.json of the converted folder, as a dict.
 
     source: complete config of the source, with the defaults of its class
-    theta:  base of the rotary frequencies, by type of layer where these have their own
+    inv_freq_LM: rotary frequencies of each layer, in radians per position
     dtype:  of the weights: "float32", "bfloat16" or "float16"
     The others: see `TransmlaConfig`, and `GqaWeights` for `biased` and `encoded`.
     """
@@ -97,7 +97,7 @@ def own_config(
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "qk_nope_head_dim": mla.qk_nope_head_dim,
         "v_head_dim": mla.v_head_dim,
-        "latent_rope_theta": dict(theta) if isinstance(theta, Mapping) else theta,
+        "latent_inv_freq": [list(layer) for layer in inv_freq_LM],
         "latent_encoder": "features" if encoded else "input",
         "softmax_scale": softmax_scale,
         "softcap": softcap,

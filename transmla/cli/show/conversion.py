@@ -68,10 +68,9 @@ def _share(row: Any, base: Any) -> float:
 
 
 def _theta(report: ConversionReport) -> str:
-    chosen = " (chosen by measured error)" if report.theta_losses else ""
-    if isinstance(report.theta, dict):
-        return ", ".join(f"{theta:g} for {kind}" for kind, theta in report.theta.items()) + chosen
-    return f"{report.theta:g}{chosen}"
+    if report.theta is None:
+        return "frequencies of each layer, chosen from the source's"
+    return f"{report.theta:g}" + (" (chosen by measured error)" if report.theta_losses else "")
 
 
 def _form(report: ConversionReport) -> str:
