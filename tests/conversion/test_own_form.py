@@ -96,7 +96,7 @@ def test_nothing_dropped_is_the_same_model(model_type: str, request: pytest.Fixt
     model: Any = lively_model(lively_config(**sizes_of(model_type))).double()
     own, _ = in_float64(model)
     request.getfixturevalue("nothing_rounds")
-    # the only attention of Gemma 2 has a float32 softmax; transformers rounds the angles of theta 1,000 in another order
+    # the only attention of Gemma 2 has a float32 softmax; angles of theta 1,000 are rounded in another order
     tolerance = {"gemma2": 1e-6, "gemma3_text": 1e-7}.get(model_type, 1e-8)
     with torch.no_grad():
         wanted = model(IDS).logits

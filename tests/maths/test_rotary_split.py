@@ -1,7 +1,7 @@
 """The rotary split: what it keeps exactly, and that what is left over is what it says."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, on, relative
 from transmla.maths import rotary_split as module
-from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies, rotate
+from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies, mla_attention, rotate
+from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.maths.reference import gqa_naive, mla_naive
-from transmla.maths.rotary_split import RotarySplit, mean_turn, nearest_pairs, rotary_split
+from transmla.maths.rotary_split import RotarySplit, chosen_frequencies, mean_turn, nearest_pairs, rotary_split
 
 # rank pressure under which no pair is left to the latent for turning with another frequency
 ALL_PAIRS = 10.0
@@ -21,7 +22,7 @@ ALL_PAIRS = 10.0
 def split(
     gqa: GqaWeights,
     rope: int,
-    theta: float = THETA,
+    theta: float | None = THETA,
     pressure: float = 0.3,
     device: torch.device = torch.device("cpu"),
     **changes: Any,
@@ -258,3 +259,68 @@ def test_target_pairs_without_a_source_pair_stay_empty() -> None:
     empty = [m for m in range(4) if m not in nearest_pairs(gqa.inv_freq_P, found.inv_freq_M)]
     assert empty and not found.k_rope_eD[empty].any() and not found.q_rope_HeD[:, empty].any()
     assert found.leftover_HdK.isfinite().all()
+
+
+def runs_of(bucket_P: Tensor) -> list[tuple[int, ...]]:
+    found = [tuple((bucket_P == m).nonzero()[:, 0].tolist()) for m in range(int(bucket_P.max()) + 1)]
+    assert all(run == tuple(range(run[0], run[-1] + 1)) for run in found), "neighbours"
+    return found
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("num_pairs", [1, 2, 3])
+def test_chosen_frequencies_are_the_best_of_all_cuts(groups: int, num_pairs: int) -> None:
+    """Against every way to cut six pairs into runs, with and without pairs left out."""
+    gqa = gqa_weights(groups=groups, head_dim=12)
+    seen = moments(gqa)
+    z_GPD = module._as_complex(gqa.k_GdD)
+    base_GP = 0.1 + lively(groups, 6, seed=50).abs()
+
+    def weights(turned_P: Tensor) -> Tensor:
+        """Less the further a pair turns from its own frequency."""
+        return base_GP / (1 + (turned_P.log() - gqa.inv_freq_P.log()).abs())
+
+    def worth(run: tuple[int, ...]) -> float:
+        own = weights(gqa.inv_freq_P)
+        energy_GP = torch.einsum("GPD,DE,GPE->GP", z_GPD, seen.converted_DD.to(z_GPD.dtype), z_GPD.conj()).real
+        lead = max(run, key=lambda pair: float((own.square() * energy_GP)[:, pair].sum()))
+        omega_GB = weights(gqa.inv_freq_P[lead].expand(6))[:, list(run)]
+        rows = (omega_GB[..., None] * z_GPD[:, list(run)]).flatten(0, 1)
+        return float(torch.linalg.eigvalsh(rows @ seen.converted_DD.to(rows.dtype) @ rows.mH)[-1])
+
+    spans = [tuple(range(start, end)) for start in range(6) for end in range(start + 1, 7)]
+    longest = -(-18 // num_pairs)
+    best = max(
+        sum(map(worth, chosen))
+        for count in range(1, num_pairs + 1)
+        for chosen in combinations([span for span in spans if len(span) <= longest], count)
+        if len(set(sum(chosen, ()))) == sum(map(len, chosen))
+    )
+    inv_freq_M, bucket_P = chosen_frequencies(gqa.inv_freq_P, z_GPD, seen.converted_DD, weights, num_pairs)
+    found = runs_of(bucket_P)
+    assert sum(map(worth, found)) == pytest.approx(best)
+    assert [float(f) in gqa.inv_freq_P[list(run)].tolist() for f, run in zip(inv_freq_M, found, strict=False)] == [
+        True
+    ] * len(found)
+    assert all(faster > slower for faster, slower in pairwise(inv_freq_M[: len(found)].tolist()))
+
+
+@pytest.mark.parametrize(("groups", "head_dim", "rope"), [(1, 16, 4), (2, 16, 6), (1, 32, 8)])
+def test_free_frequencies_lose_no_more_than_any_theta(groups: int, head_dim: int, rope: int) -> None:
+    """Of a whole layer, on the mean over a few random ones."""
+    errors: dict[float | None, list[float]] = {
+        theta: [] for theta in (None, THETA, THETA**0.7, THETA ** (rope / head_dim))
+    }
+    for seed in range(4):
+        gqa, x_TD = gqa_weights(groups=groups, head_dim=head_dim, hidden=48, seed=11 * seed), inputs(20, 48, seed=seed)
+        for theta, found in errors.items():
+            mla = fit_layer(gqa, moments(gqa), min(48, 2 * groups * head_dim), rope, theta, ClosedForm()).mla
+            found.append(relative(mla_attention(x_TD, mla) @ mla.o_DHv.T, gqa_naive(x_TD, gqa)))
+    means = {theta: sum(found) / 4 for theta, found in errors.items()}
+    free = means.pop(None)
+    assert free < 1.001 * min(means.values()) and free < 0.95 * means[THETA]
+
+
+def test_as_many_free_pairs_as_the_source_has_keep_everything() -> None:
+    found = split(gqa_weights(groups=1), 8, theta=None, pressure=ALL_PAIRS)
+    assert torch.equal(found.inv_freq_M, inverse_frequencies(THETA, 8)) and found.leftover_HdK.abs().max() < 1e-9
