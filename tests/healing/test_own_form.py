@@ -84,7 +84,7 @@ def test_no_engine_is_promised(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for target in ("gguf", "vllm"):
         with pytest.raises(UnsupportedError, match="own class"):
             transmla.export(folder, tmp_path / "out", to=target)
-    with pytest.raises(UnsupportedError, match="own class"):
+    with pytest.raises(UnsupportedError, match="train it as it is"):
         transmla.unfold(folder, tmp_path / "out")
     card = (folder / "README.md").read_text("utf-8")
     assert "trust_remote_code=True" in card and "stock deepseek_v3" not in card and "1e-6" not in card

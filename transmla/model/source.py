@@ -78,7 +78,10 @@ class SourceLayer:
     gqa:      its attention as plain weights, float32: see `GqaWeights` for `biased` and `encoded`
     body:     the Hugging Face module with an `_Exchange` in place of its attention
     encoder:  that attention, as `modeling_transmla.encode` wants it
+    o_proj:   its output projection
+    rotary_dim: values of a head that turn, the first ones
     order_d:  places of the values of a head, so that the halves of rotary pairs are d / 2 apart
+    residual_multiplier: of what the attention adds to the stream
     """
 
     index: int

@@ -54,6 +54,13 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
     Raises `UnsupportedError` if `model` is not a converted folder, `SourceError` if it cannot be read, and
     `DestinationError` if `out` exists or cannot be written.
     """
+    if open_source(Path(model)).config.get("model_type") == "transmla":
+        raise UnsupportedError(
+            "this folder needs no unfolding",
+            where=str(model),
+            why="it has the form of its source's own class, whose weights have ordinary sizes",
+            remedy="train it as it is",
+        )
     source = open_converted(Path(model))
     config = source.config
     residual = residual_scale(float(config.get("unfolded_rms_norm_eps", EPS)))
