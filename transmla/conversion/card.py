@@ -49,8 +49,9 @@ def _own(planned: Plan) -> str:
     return f"""## Use
 
 ```python
-from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # or after `import transmla`, without it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # or transmla.load(FOLDER), without it
+AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)         # it reads the config first
 ```
 
 This is the {planned.family.model_type} class of transformers with latent attention in place of its own

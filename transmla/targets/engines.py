@@ -239,7 +239,7 @@ OWN_FORM_RULES: tuple[Rule, ...] = (
         lambda config: True,
         REFUSES,
         "it has no class for model_type transmla",
-        "use transformers, with trust_remote_code=True or after `import transmla`",
+        "use transformers, with trust_remote_code=True, or transmla.load",
     ),
 )
 
