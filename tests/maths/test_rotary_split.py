@@ -276,9 +276,10 @@ def test_chosen_frequencies_are_the_best_of_all_cuts(groups: int, num_pairs: int
     z_GPD = module._as_complex(gqa.k_GdD)
     base_GP = 0.1 + lively(groups, 6, seed=50).abs()
 
-    def weights(turned_P: Tensor) -> Tensor:
+    def weights(turned_B: Tensor, first: int = 0) -> Tensor:
         """Less the further a pair turns from its own frequency."""
-        return base_GP / (1 + (turned_P.log() - gqa.inv_freq_P.log()).abs())
+        places = slice(first, first + len(turned_B))
+        return base_GP[:, places] / (1 + (turned_B.log() - gqa.inv_freq_P[places].log()).abs())
 
     def worth(run: tuple[int, ...]) -> float:
         own = weights(gqa.inv_freq_P)

@@ -73,12 +73,14 @@ def rotary_split(
     still_HP = mean_turn(distance_HS, gqa.inv_freq_P)
     z_GPD, q_HPD = _as_complex(k_GdD), _as_complex(gqa.q_HdD)
 
-    def weights(turned_P: Tensor) -> Tensor:
-        """Omega [G, P] if the pairs turn with these frequencies."""
-        mismatch_HP = 2 - 2 * mean_turn(distance_HS, gqa.inv_freq_P - turned_P).real
+    def weights(turned_B: Tensor, first: int = 0) -> Tensor:
+        """Omega [G, B] of the pairs from `first` on, if they turn with these frequencies."""
+        places = torch.arange(first, first + len(turned_B), device=k_GdD.device)
+        own_B, both = gqa.inv_freq_P[places], torch.cat([places, places + pairs])
+        mismatch_HB = 2 - 2 * mean_turn(distance_HS, own_B - turned_B).real
         # pairs that stand are held exactly by the latent
-        gain_HP = (1 - still_HP.abs() ** 2 - mismatch_HP + rank_pressure) * (gqa.inv_freq_P != 0)
-        return _pair_weights(query_Hdd, importance_H, gain_HP, num_groups)
+        gain_HB = (1 - still_HP[:, places].abs() ** 2 - mismatch_HB + rank_pressure) * (own_B != 0)
+        return _pair_weights(query_Hdd[:, both][:, :, both], importance_H, gain_HB, num_groups)
 
     if theta is None:
         inv_freq_M, bucket_P = chosen_frequencies(gqa.inv_freq_P, z_GPD, moment_DD, weights, qk_rope_head_dim // 2)
@@ -113,7 +115,7 @@ def chosen_frequencies(
     inv_freq_P: Tensor,
     z_GPD: Tensor,
     moment_DD: Tensor,
-    weights: Callable[[Tensor], Tensor],
+    weights: Callable[[Tensor, int], Tensor],
     num_pairs: int,
 ) -> tuple[Tensor, Tensor]:
     """Frequencies of the target, float64 [M], fastest first, and the bucket of each source pair, int64 [P], -1: none.
@@ -122,19 +124,21 @@ def chosen_frequencies(
     energy of its best component, weighted as in `rotary_split`. Of all ways to cut the pairs into so many runs, with or
     without pairs left out between them, the one that is worth most: dynamic programming over the pairs.
 
-    weights: frequencies that the pairs turn with, [P] -> Omega [G, P]
+    weights: frequencies [B] that pairs turn with, and the first of these pairs -> Omega [G, B]
     """
     num_source, device = len(inv_freq_P), inv_freq_P.device
     gram = torch.einsum("GPD,DE,HQE->GPHQ", z_GPD, moment_DD.to(z_GPD.dtype), z_GPD.conj())
     energy_GP = torch.einsum("GPGP->GP", gram).real
-    leads = (weights(inv_freq_P).square() * energy_GP).sum(0).tolist()
+    leads = (weights(inv_freq_P, 0).square() * energy_GP).sum(0).tolist()
     longest = max(1, min(num_source, -(-3 * num_source // num_pairs)))
-    by_lead = {lead: weights(inv_freq_P[lead].expand(num_source)) for lead in range(num_source)}
+    # a pair leads no run that does not hold it
+    reach = [(max(0, lead - longest + 1), min(num_source, lead + longest)) for lead in range(num_source)]
+    by_lead = [weights(inv_freq_P[lead].expand(end - start), start) for lead, (start, end) in enumerate(reach)]
     worth: dict[tuple[int, int], tuple[float, int]] = {}
     for start in range(num_source):
         for end in range(start + 1, min(start + longest, num_source) + 1):
             lead = max(range(start, end), key=leads.__getitem__)
-            omega_GB = by_lead[lead][:, start:end]
+            omega_GB = by_lead[lead][:, start - reach[lead][0] : end - reach[lead][0]]
             weighted = omega_GB[..., None, None] * gram[:, start:end, :, start:end] * omega_GB
             size = weighted.shape[0] * weighted.shape[1]
             value = torch.linalg.eigvalsh(weighted.reshape(size, size))[-1]
