@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import transmla
 from tests.conversion.made import IDS, PLAIN, QUICK, Convert
@@ -189,7 +189,7 @@ def test_without_the_package(lively: MakeSource, run: Convert, tmp_path: Path) -
 import sys
 sys.modules["transmla"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 ids = torch.tensor({IDS.tolist()})
 model = AutoModelForCausalLM.from_pretrained({str(report.destination)!r}, trust_remote_code=True, dtype="float32")
 model.save_pretrained({str(tmp_path / "again")!r})
@@ -202,6 +202,22 @@ print(float(model(ids).logits.double().sum()))
     with torch.no_grad():
         wanted = float(load(report.destination, dtype=torch.float32)(IDS).logits.double().sum())
     assert float(found.stdout.split()[-1]) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text", "gpt_neox"])
+def test_other_heads(lively: MakeSource, run: Convert, model_type: str) -> None:
+    """The model without a head, and one with a new head to train."""
+    sizes = {"kv_heads": 6, "head_dim": 8} if model_type == "gpt_neox" else {}
+    folder = run(lively(model_type=model_type, **sizes), latent=12, rope=4).destination
+    whole, body = load(folder, dtype=torch.float32), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(body(IDS).last_hidden_state, whole.base_model(IDS).last_hidden_state)
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=3)
+    loss = judge(IDS, labels=torch.tensor([0, 2])).loss
+    loss.backward()
+    assert judge(IDS).logits.shape == (2, 3)
+    grads = {name: weight.grad for name, weight in judge.named_parameters() if "kv_a_proj" in name}
+    assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
 
 
 def test_the_form_is_chosen_by_rule(lively: MakeSource) -> None:

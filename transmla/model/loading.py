@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.provenance import FILE_NAME
@@ -20,6 +20,8 @@ from transmla.model.modeling_transmla import (
     DeepseekV3ForCausalLM,
     TransmlaConfig,
     TransmlaForCausalLM,
+    TransmlaForSequenceClassification,
+    TransmlaModel,
     UnfoldedConfig,
     UnfoldedForCausalLM,
 )
@@ -35,6 +37,8 @@ CONVERTED: dict[str, Any] = {
 for _config, _model in ((UnfoldedConfig, UnfoldedForCausalLM), (TransmlaConfig, TransmlaForCausalLM)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+AutoModel.register(TransmlaConfig, TransmlaModel, exist_ok=True)
+AutoModelForSequenceClassification.register(TransmlaConfig, TransmlaForSequenceClassification, exist_ok=True)
 
 
 def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwargs: Any) -> Any:

@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
@@ -419,6 +427,7 @@ class TransmlaConfig(PreTrainedConfig):
     latent_encoder:       "input": the latent is made of the hidden state; "features": of the keys and values that the
                           source's own projections and norms make of it
     softmax_scale, softcap: of the attention scores
+    base_module:          name of the module that holds the layers
     attention_module, output_projection: names of the modules that are exchanged
     source_rotary_dim:    values of a head that the source rotates
     query_bias, rope_bias, output_bias: whether these projections have biases
@@ -439,6 +448,7 @@ class TransmlaConfig(PreTrainedConfig):
         latent_encoder: str = "input",
         softmax_scale: float = 1.0,
         softcap: float | None = None,
+        base_module: str = "model",
         attention_module: str = "self_attn",
         output_projection: str = "o_proj",
         source_rotary_dim: int = 0,
@@ -454,6 +464,7 @@ class TransmlaConfig(PreTrainedConfig):
         self.qk_nope_head_dim, self.v_head_dim = qk_nope_head_dim, v_head_dim
         self.latent_inv_freq, self.latent_encoder = latent_inv_freq or [], latent_encoder
         self.softmax_scale, self.softcap = softmax_scale, softcap
+        self.base_module = base_module
         self.attention_module, self.output_projection = attention_module, output_projection
         self.source_rotary_dim = source_rotary_dim
         self.query_bias, self.rope_bias, self.output_bias = query_bias, rope_bias, output_bias
@@ -543,12 +554,15 @@ class ConvertedAttention(CachedLatent, nn.Module):
         return q_nope_BHTn, q_rope_BHTe, torch.cat((down_BTk[:, None, :, : self.kv_lora_rank], k_rope_B1Te), dim=-1)
 
 
-class TransmlaForCausalLM(PreTrainedModel, GenerationMixin):
-    """The source's own class with its attention exchanged for latent attention; all other code is the library's."""
+class ExchangedModel(PreTrainedModel):
+    """The source's own class with its attention exchanged for latent attention; all other code is the library's.
+
+    auto: the class of transformers that makes the source's class
+    """
 
     config_class = TransmlaConfig
     base_model_prefix = "model"
-    _auto_class = "AutoModelForCausalLM"
+    auto: Any
     _supports_sdpa = True
     # `absorbed` needs 4D masks
     _supports_flash_attn = False
@@ -558,14 +572,15 @@ class TransmlaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TransmlaConfig) -> None:
         super().__init__(config)
+        config.text_config.num_labels = config.num_labels
         # whatever attends in the source's class is about to be exchanged, so it need not support what this one does
-        inner: Any = AutoModelForCausalLM.from_config(config.text_config, attn_implementation="eager")
+        inner: Any = self.auto.from_config(config.text_config, attn_implementation="eager")
         inner.config._attn_implementation = config._attn_implementation
         # around nn.Module, which would register its parameters a second time
         self.__dict__["_inner"] = inner
-        self.base_model_prefix = inner.base_model_prefix
+        self.base_model_prefix = config.base_module
         self._tied_weights_keys = inner._tied_weights_keys
-        base = getattr(inner, inner.base_model_prefix)
+        base = getattr(inner, config.base_module, inner)
         for index, layer in enumerate(base.layers):
             attention = getattr(layer, config.attention_module)
             setattr(layer, config.attention_module, ConvertedAttention(config, inner.config, index, attention))
@@ -583,9 +598,42 @@ class TransmlaForCausalLM(PreTrainedModel, GenerationMixin):
                 raise
             return getattr(self.__dict__["_inner"], name)
 
+    def _init_weights(self, module: Any) -> None:
+        """As the source's class: constants that are no weights are set here as well."""
+        self.__dict__["_inner"]._init_weights(module)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the source's class."""
         return type(self.__dict__["_inner"]).forward(self, *args, **kwargs)
 
 
-__all__ = ["DeepseekV3ForCausalLM", "TransmlaConfig", "TransmlaForCausalLM", "UnfoldedConfig", "UnfoldedForCausalLM"]
+class TransmlaModel(ExchangedModel):
+    """Without a head."""
+
+    auto = AutoModel
+    _auto_class = "AutoModel"
+
+
+class TransmlaForCausalLM(ExchangedModel, GenerationMixin):
+    """With the source's head."""
+
+    auto = AutoModelForCausalLM
+    _auto_class = "AutoModelForCausalLM"
+
+
+class TransmlaForSequenceClassification(ExchangedModel):
+    """With a new head, where the source's family has such a class."""
+
+    auto = AutoModelForSequenceClassification
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+__all__ = [
+    "DeepseekV3ForCausalLM",
+    "TransmlaConfig",
+    "TransmlaForCausalLM",
+    "TransmlaForSequenceClassification",
+    "TransmlaModel",
+    "UnfoldedConfig",
+    "UnfoldedForCausalLM",
+]

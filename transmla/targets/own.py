@@ -24,7 +24,12 @@ from transmla.errors import UnsupportedError
 from transmla.families import Family, rotary_dim
 from transmla.geometry import GqaGeometry, MlaGeometry
 from transmla.maths.attention import MlaWeights
-from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
+from transmla.model.modeling_transmla import (
+    TransmlaConfig,
+    TransmlaForCausalLM,
+    TransmlaForSequenceClassification,
+    TransmlaModel,
+)
 from transmla.model.source import skeleton
 from transmla.progress import Progress
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
@@ -89,8 +94,13 @@ def own_config(
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "auto_map": {
-            "AutoConfig": f"modeling_transmla.{TransmlaConfig.__name__}",
-            "AutoModelForCausalLM": f"modeling_transmla.{ARCHITECTURE}",
+            auto: f"modeling_transmla.{made.__name__}"
+            for auto, made in (
+                ("AutoConfig", TransmlaConfig),
+                ("AutoModel", TransmlaModel),
+                ("AutoModelForCausalLM", TransmlaForCausalLM),
+                ("AutoModelForSequenceClassification", TransmlaForSequenceClassification),
+            )
         },
         "text_config": kept,
         "kv_lora_rank": mla.kv_lora_rank,
@@ -101,6 +111,7 @@ def own_config(
         "latent_encoder": "features" if encoded else "input",
         "softmax_scale": softmax_scale,
         "softcap": softcap,
+        "base_module": family.layers.rpartition(".")[0],
         "attention_module": family.attention,
         "output_projection": family.o_proj,
         "source_rotary_dim": rotary_dim(source, gqa.head_dim),
