@@ -17,17 +17,7 @@ def recipes_command(as_json: bool) -> None:
 
     A recipe's name can stand for SRC in every command. Measured: there are results in eval/results; planned: not yet.
     """
-    with errors():
-        quiet_libraries()
-        import transmla
-
-        rows = transmla.list_recipes()
-        if as_json:
-            click.echo(json.dumps([asdict(row) for row in rows], indent=2))
-            return
-        from transmla.cli.show.lists import show_recipes
-
-        show_recipes(rows)
+    _listed("recipes", as_json)
 
 
 @click.command("families", epilog=EPILOG)
@@ -37,14 +27,19 @@ def families_command(as_json: bool) -> None:
 
     deepseek_v3 runs in all engines; transmla is the family's own class with latent attention, for transformers.
     """
+    _listed("families", as_json)
+
+
+def _listed(what: str, as_json: bool) -> None:
+    """Print what `transmla.list_recipes` or `transmla.list_families` returns."""
     with errors():
-        quiet_libraries()
         import transmla
 
-        rows = transmla.list_families()
+        quiet_libraries()
+        rows = getattr(transmla, f"list_{what}")()
         if as_json:
             click.echo(json.dumps([asdict(row) for row in rows], indent=2))
             return
-        from transmla.cli.show.lists import show_families
+        from transmla.cli.show import lists
 
-        show_families(rows)
+        getattr(lists, f"show_{what}")(rows)
