@@ -1,8 +1,12 @@
 """Multi-head latent attention that caches the latent and attends in latent space.
 
-This file is self-contained: it is copied into each converted folder and named in the `auto_map` of its config.json.
-Parameters, their names and the results are those of transformers' deepseek_v3. What differs is the cache
-(`kv_lora_rank + qk_rope_head_dim` values per token in one tensor, nothing expanded) and the speed of decoding.
+This file is self-contained: it is copied into each converted folder, and `auto_map` of config.json names it. So it
+is one file with several parts:
+
+CachedLatent             attention over a cache of `kv_lora_rank + qk_rope_head_dim` values per token, nothing expanded
+DeepseekV3ForCausalLM    parameters, their names and results of transformers' deepseek_v3, with that cache
+UnfoldedForCausalLM      the same for training, without the folded norm
+TransmlaForCausalLM ...  a source's own class, with latent attention in place of its own
 
 Shape legend: B batch, T query tokens, S cached tokens, D hidden_size, H num_attention_heads, r kv_lora_rank,
 e qk_rope_head_dim, n qk_nope_head_dim, v v_head_dim.
