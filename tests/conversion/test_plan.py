@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from tests.families import LLAMA3, MakeSource
+import transmla
+from tests.families import LLAMA3, MakeSource, sparse_source
 from transmla.checkpoint.read import Source
 from transmla.conversion.flow import convert
-from transmla.conversion.plan import cache_rows, plan
+from transmla.conversion.plan import cache_rows, plan, target_config
 from transmla.errors import DestinationError
 from transmla.geometry import GqaGeometry, mla_geometry
 
@@ -137,3 +139,23 @@ def test_recipe_gives_way_to_arguments(lively: MakeSource, tmp_path: Path) -> No
 def test_the_embedded_model() -> None:
     planned = plan("stories260k", latent=28, rope=4)
     assert (planned.gqa.num_hidden_layers, planned.gqa.hidden_size, planned.gqa.head_dim) == (5, 64, 8)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen3", "phi3"])
+def test_what_a_config_leaves_out_is_its_class_s(tmp_path: Path, model_type: str) -> None:
+    """Sizes and epsilon have other defaults in every family; a wrong one would give a wrong model."""
+    config = AutoConfig.for_model(
+        model_type, hidden_size=512, num_attention_heads=32, num_hidden_layers=2, vocab_size=40000
+    )
+    values = config.to_dict()
+    left_out = ("num_key_value_heads", "head_dim", "rms_norm_eps", "intermediate_size")
+    found = transmla.plan(
+        str(sparse_source(tmp_path / "short", {key: value for key, value in values.items() if key not in left_out})),
+        latent=16, rope=8,
+    )  # fmt: skip
+    whole = transmla.plan(str(sparse_source(tmp_path / "whole", values)), latent=16, rope=8)
+    assert found.gqa == whole.gqa and found.gqa.num_key_value_heads == config.num_key_value_heads
+    if found.form == "deepseek_v3":
+        written = target_config(found, 10000.0)
+        assert written == target_config(whole, 10000.0)
+        assert written["unfolded_rms_norm_eps"] == config.rms_norm_eps

@@ -18,6 +18,7 @@ from transmla.conversion.descent import tokens_per_pass
 from transmla.conversion.fit import num_closed
 from transmla.conversion.kept import DISTILLED, FITTED
 from transmla.conversion.levels import Descent
+from transmla.conversion.plan import layer_values
 from transmla.conversion.run import Run
 from transmla.conversion.streams import Streams, advance_source
 from transmla.devices import free_bytes
@@ -187,13 +188,17 @@ def layers_that_fit(run: Run, streams: Streams) -> int:
     that products keep for backward, the MLP in the dtype of the products, and what backward needs of each token: about
     12 hidden sizes, 4 inner sizes, and queries, keys, values twice.
     """
-    config, mla = run.plan.source.config, run.plan.mla
+    config, mla = run.plan.config, run.plan.mla
     hidden, inner = mla.hidden_size, int(config["intermediate_size"])
     width = mla.num_attention_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
     window, descent = streams.source_NTD.shape[1], run.refinement.distil
     tokens = max(window, min(descent.batch * window if descent else 0, tokens_per_pass(run.device)))
     compute = torch.empty((), dtype=run.compute).element_size()
     per_token = 12 * hidden * 4 + (4 * inner + 2 * (2 * width + mla.expanded_values)) * compute
-    layer = (5 * 4 + compute) * mla.attention_weights + (3 * hidden * inner) * compute + tokens * per_token
+    layer = (
+        (5 * 4 + compute) * mla.attention_weights
+        + layer_values(run.plan.source, run.plan.family) * compute
+        + tokens * per_token
+    )
     head = int(config["vocab_size"]) * hidden * compute + 6 * tokens * hidden * 4
     return max(1, int((free_bytes(run.device) / 2 - head) // layer))

@@ -137,8 +137,9 @@ def plan(
     where = opened.config_where
     family = family_of(opened.config, where)
     refuse_quantised(opened)
-    gqa = gqa_geometry(opened.config, where)
+    gqa_geometry(opened.config, where)  # refuses what is missing or impossible before a class fills in its defaults
     config, model = complete_config(opened.config), skeleton(source_config(opened.config))
+    gqa = gqa_geometry(_filled(opened.config, config), where)
     facts = attention_facts(family, model, gqa)
     found = obstacles(config, family, biased=facts.biased or facts.output_bias, encoded=facts.encoded)
     form = _form(settings, found, where)
@@ -202,10 +203,17 @@ def plan(
         cache=cache_rows(gqa, mla),
         engines=(),
         disk_bytes=disk,
-        memory_bytes=_memory_bytes(config, gqa, settings, weights, _layer_bytes(opened, family)),
+        memory_bytes=_memory_bytes(config, gqa, settings, weights, 4 * layer_values(opened, family)),
         notes=tuple(notes),
     )
     return replace(planned, engines=engine_verdicts(_planned_config(planned)))
+
+
+def _filled(config: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the sizes that it leaves to its class, as transformers does. complete: with all defaults"""
+    wanted = ("num_key_value_heads", "head_dim", "rms_norm_eps", "intermediate_size")
+    defaults = {key: complete[key] for key in wanted if complete.get(key) is not None}
+    return defaults | {key: value for key, value in config.items() if value is not None}
 
 
 def _form(recipe: Recipe, found: tuple[str, ...], where: str) -> str:
@@ -250,9 +258,8 @@ def target_config(planned: Plan, theta: float | None, inv_freq_LM: Sequence[Sequ
     """
     if planned.form == "deepseek_v3":
         assert theta is not None
-        return deepseek_v3_config(
-            planned.source.config, planned.mla, theta, planned.max_position_embeddings, planned.dtype
-        )
+        source = _filled(planned.source.config, planned.config)
+        return deepseek_v3_config(source, planned.mla, theta, planned.max_position_embeddings, planned.dtype)
     facts = planned.attention
     _, factor = source_frequencies(source_config(planned.source.config), planned.gqa, planned.family, 0)
     return own_config(
@@ -346,14 +353,14 @@ def _weight_bytes(source: Source, family: Family, gqa: GqaGeometry, mla: MlaGeom
     return (values + mla.num_hidden_layers * (mla.attention_weights + kept)) * _DTYPE_BYTES[dtype]
 
 
-def _layer_bytes(source: Source, family: Family) -> int:
-    """The largest layer in float32."""
+def layer_values(source: Source, family: Family) -> int:
+    """Number of values in the largest layer, experts included."""
     sizes: dict[str, int] = {}
     prefix = f"{family.layers}."
     for name, info in source.tensors.items():
         if name.startswith(prefix):
             index = name.removeprefix(prefix).partition(".")[0]
-            sizes[index] = sizes.get(index, 0) + 4 * math.prod(info.shape)
+            sizes[index] = sizes.get(index, 0) + math.prod(info.shape)
     return max(sizes.values())
 
 
