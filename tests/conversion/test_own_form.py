@@ -182,6 +182,17 @@ def test_padded_texts_are_the_texts_alone(lively: MakeSource, run: Convert) -> N
     assert torch.equal(together[1, 7:], alone[0])
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text"])
+def test_static_cache_and_one_graph(lively: MakeSource, run: Convert, model_type: str) -> None:
+    model = load(run(lively(model_type=model_type), latent=12, rope=8).destination, dtype=torch.float32)
+    wanted = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False, cache_implementation="static"), wanted)
+    assert model.generate(IDS, max_new_tokens=8, do_sample=False, num_beams=3).shape == wanted.shape
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(whole(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
 def test_without_the_package(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
     """The folder loads with trust_remote_code where transmla is not installed, and saves itself whole."""
     report = run(lively(model_type="qwen3"), latent=12, rope=8)
