@@ -47,7 +47,11 @@ class GqaGeometry:
 
 @dataclass(frozen=True)
 class MlaGeometry:
-    """Sizes of the converted model's attention, in the words of a deepseek_v3 config."""
+    """Sizes of the converted model's attention, in the words of a deepseek_v3 config.
+
+    q_lora_rank:    of the queries' latent; None: they have none
+    attention_bias: whether a deepseek_v3 folder has biases in its attention;  query_bias: whether queries have one
+    """
 
     num_hidden_layers: int
     hidden_size: int
@@ -57,6 +61,8 @@ class MlaGeometry:
     qk_nope_head_dim: int
     v_head_dim: int
     q_lora_rank: int | None = None
+    attention_bias: bool = False
+    query_bias: bool = False
 
     def cache_values(self) -> int:
         """Values in the cache per token and layer: the latent and one rotary key."""
@@ -69,11 +75,30 @@ class MlaGeometry:
 
     @property
     def attention_weights(self) -> int:
-        """Number of weights in one attention block."""
-        queries = self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
-        inner = self.q_lora_rank or queries
-        rows = inner + self.cache_values() + self.num_attention_heads * self.v_head_dim
-        through_latent = self.q_lora_rank * queries if self.q_lora_rank else 0
+        """Number of weights in one attention block, as they are fitted."""
+        biases = self.cache_values() + self.hidden_size if self.attention_bias else 0
+        return self._matrices(self.q_lora_rank) + biases + (self._queries if self.query_bias else 0)
+
+    @property
+    def stock_q_lora_rank(self) -> int | None:
+        """q_lora_rank of a deepseek_v3 folder. A bias of the queries is a column of q_b_proj there, which reads a
+        constant beside the latent or, without a latent, beside the whole input."""
+        return (self.q_lora_rank or self.hidden_size) + 1 if self.query_bias else self.q_lora_rank
+
+    @property
+    def stock_attention_weights(self) -> int:
+        """Number of weights in one attention block of a deepseek_v3 folder, without norms."""
+        rank = self.stock_q_lora_rank
+        biases = (rank or 0) + self.cache_values() + self.hidden_size if self.attention_bias else 0
+        return self._matrices(rank) + biases
+
+    @property
+    def _queries(self) -> int:
+        return self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+
+    def _matrices(self, q_lora_rank: int | None) -> int:
+        rows = (q_lora_rank or self._queries) + self.cache_values() + self.num_attention_heads * self.v_head_dim
+        through_latent = (q_lora_rank or 0) * self._queries
         return self.hidden_size * rows + self.kv_lora_rank * self.expanded_values + through_latent
 
 
@@ -150,12 +175,16 @@ def mla_geometry(
     latent: int | None,
     rope: int | None,
     q_latent: int | None = None,
+    *,
+    attention_bias: bool = False,
+    query_bias: bool = False,
 ) -> MlaGeometry:
     """The geometry of the converted model.
 
     latent:   kv_lora_rank, 1 .. min(2 * num_key_value_heads * head_dim, hidden_size); None takes the default
     rope:     qk_rope_head_dim, even, 2 .. head_dim; None takes the default
     q_latent: q_lora_rank, 1 .. hidden_size; None: queries without a latent
+    attention_bias, query_bias: see `MlaGeometry`
 
     Raises `GeometryError` for an impossible size; its remedy names the nearest possible one.
     """
@@ -192,6 +221,8 @@ def mla_geometry(
         qk_nope_head_dim=source.head_dim,
         v_head_dim=source.head_dim,
         q_lora_rank=q_latent,
+        attention_bias=attention_bias,
+        query_bias=query_bias,
     )
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from transmla.families import FAMILIES, Family, family_of, rope_parameters
 from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
-from transmla.model.source import attention_facts, skeleton
+from transmla.model.source import AttentionFacts, attention_facts, skeleton
 from transmla.recipe import find_recipe, load_recipe
 from transmla.recipe import list_recipes as recipe_names
 from transmla.targets.engines import RUNS, engine_verdicts
@@ -62,7 +62,8 @@ def list_families() -> tuple[FamilyRow, ...]:
     rows = []
     for family in FAMILIES.values():
         config = AutoConfig.for_model(family.model_type, **_SMALL)
-        found = _obstacles(family, config, gqa_geometry(config.to_dict(), family.model_type))
+        gqa = gqa_geometry(config.to_dict(), family.model_type)
+        found = obstacles(config.to_dict(), family, encoded=_facts(family, config, gqa).encoded)
         rows.append(FamilyRow(family.model_type, MODEL_TYPE if found else "deepseek_v3", found))
     return tuple(rows)
 
@@ -81,8 +82,13 @@ def list_recipes() -> tuple[RecipeRow, ...]:
         family = family_of(values, str(path))
         gqa = gqa_geometry(values, str(path))
         assert not isinstance(recipe.latent, str)
-        mla = mla_geometry(gqa, recipe.latent, recipe.rope, recipe.q_latent)
-        found = _obstacles(family, _short(config), gqa)
+        short = _short(config)
+        facts = _facts(family, short, gqa)
+        mla = mla_geometry(
+            gqa, recipe.latent, recipe.rope, recipe.q_latent,
+            attention_bias=facts.biased or facts.output_bias, query_bias=facts.biased,
+        )  # fmt: skip
+        found = obstacles(short.to_dict(), family, encoded=facts.encoded)
         target: dict[str, Any] = {"model_type": MODEL_TYPE}
         if not found:
             theta = float(rope_parameters(values)["rope_theta"])
@@ -105,7 +111,5 @@ def _short(config: Any) -> Any:
     return AutoConfig.for_model(**values)
 
 
-def _obstacles(family: Family, config: Any, gqa: GqaGeometry) -> tuple[str, ...]:
-    facts = attention_facts(family, skeleton(config), replace(gqa, num_hidden_layers=6))
-    biased = facts.biased or facts.output_bias
-    return obstacles(config.to_dict(), family, biased=biased, encoded=facts.encoded)
+def _facts(family: Family, config: Any, gqa: GqaGeometry) -> AttentionFacts:
+    return attention_facts(family, skeleton(config), replace(gqa, num_hidden_layers=6))

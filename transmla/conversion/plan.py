@@ -141,12 +141,16 @@ def plan(
     config, model = complete_config(opened.config), skeleton(source_config(opened.config))
     gqa = gqa_geometry(_filled(opened.config, config), where)
     facts = attention_facts(family, model, gqa)
-    found = obstacles(config, family, biased=facts.biased or facts.output_bias, encoded=facts.encoded)
+    found = obstacles(config, family, encoded=facts.encoded)
     form = _form(settings, found, where)
     candidates = _candidates(gqa, settings)
     wanted = candidates[-1] if candidates else settings.latent
     assert not isinstance(wanted, str)
-    mla = mla_geometry(gqa, wanted, settings.rope, settings.q_latent)
+    stock = form == "deepseek_v3"
+    mla = mla_geometry(
+        gqa, wanted, settings.rope, settings.q_latent,
+        attention_bias=stock and (facts.biased or facts.output_bias), query_bias=stock and facts.biased,
+    )  # fmt: skip
     if settings.q_latent is not None and form != "deepseek_v3":
         raise GeometryError(
             "this model keeps its queries as they are",
@@ -171,6 +175,8 @@ def plan(
         )
     if form != "deepseek_v3" and found:
         notes.append(f"written as {family.model_type} with latent attention: deepseek_v3 has no {', '.join(found)}")
+    if mla.query_bias:
+        notes.append(_query_bias(mla))
     if settings.refine != "off":
         notes.append("refinement takes as many layers at once as fit into half of the free memory")
     if needs_source(settings.mix, settings.sampled):
@@ -245,7 +251,10 @@ def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
 def with_latent(planned: Plan, latent: int) -> Plan:
     """The same conversion at another kv_lora_rank."""
     recipe = planned.recipe
-    mla = mla_geometry(planned.gqa, latent, recipe.rope, recipe.q_latent)
+    mla = mla_geometry(
+        planned.gqa, latent, recipe.rope, recipe.q_latent,
+        attention_bias=planned.mla.attention_bias, query_bias=planned.mla.query_bias,
+    )  # fmt: skip
     planned = replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla))
     return replace(planned, engines=engine_verdicts(_planned_config(planned)))
 
@@ -332,6 +341,14 @@ def _context(source: Source, config: Mapping[str, Any], form: str) -> tuple[int,
     return context, notes
 
 
+def _query_bias(mla: MlaGeometry) -> str:
+    constant, fitted = mla.stock_attention_weights - mla.attention_weights, mla.attention_weights
+    return (
+        f"deepseek_v3 has no bias for queries: q_lora_rank {mla.stock_q_lora_rank} with a constant in it takes "
+        f"{constant:,} weights a layer beside the attention's {fitted:,}, and no cache; --format transmla needs none"
+    )
+
+
 def _tensor_parallel(gqa: GqaGeometry, mla: MlaGeometry) -> str:
     ranks = min(4, gqa.num_key_value_heads)
     return (
@@ -350,7 +367,7 @@ def _weight_bytes(source: Source, family: Family, gqa: GqaGeometry, mla: MlaGeom
         values += math.prod(source.tensors[f"{family.embed_tokens}.weight"].shape)
     # the own form may keep the source's projections beside the latent's
     kept = gqa.cache_values() * gqa.hidden_size
-    return (values + mla.num_hidden_layers * (mla.attention_weights + kept)) * _DTYPE_BYTES[dtype]
+    return (values + mla.num_hidden_layers * (mla.stock_attention_weights + kept)) * _DTYPE_BYTES[dtype]
 
 
 def layer_values(source: Source, family: Family) -> int:

@@ -225,18 +225,26 @@ def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> Co
     """Run the converted attention on the converted stream, without o_proj."""
     mla = mla.to(dtype=torch.float32, device=streams.device)
     heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.kept_in)
-    latents = [mla.kv_down_rD] if mla.q_down_qD is None else [mla.kv_down_rD, mla.q_down_qD]
     peaks_NK = torch.zeros(len(streams.converted_NTD), 2, device=streams.device)
     for place, _, converted_TD in streams.windows(source=False):
         x_hat_TD = layer.into_attention(converted_TD)
         with streams.computing():
             heads_NTF[place] = layer.latent_heads(x_hat_TD, mla, streams.positions(place)).float()
             if mla.encoder is None:
-                for number, down_kD in enumerate(latents):
-                    peaks_NK[place, number] = (x_hat_TD @ down_kD.T).float().square().mean(-1).max()
+                latents = [x_hat_TD @ mla.kv_down_rD.T, *_queries_latent(x_hat_TD, mla)]
+                for number, latent_Tk in enumerate(latents):
+                    peaks_NK[place, number] = latent_Tk.float().square().mean(-1).max()
     peaks = peaks_NK.amax(0).tolist() if len(peaks_NK) else [0.0, 0.0]
     of_all = streams.processes.gather({streams.processes.rank: tuple(peaks)}).values()
     return ConvertedHeads(heads_NTF, *(max(column) for column in zip(*of_all, strict=True)))
+
+
+def _queries_latent(x_hat_TD: Tensor, mla: MlaWeights) -> list[Tensor]:
+    """What the folded queries read through a norm, see maths/fold.py; nothing if they have no latent."""
+    if mla.q_down_qD is None and mla.q_nope_bias_Hn is None:
+        return []
+    read_Tq = x_hat_TD if mla.q_down_qD is None else x_hat_TD @ mla.q_down_qD.T
+    return [read_Tq if mla.q_nope_bias_Hn is None else with_one(read_Tq)]
 
 
 def advance_converted(layer: SourceLayer, mla: MlaWeights, heads_NTF: Tensor, streams: Streams) -> None:

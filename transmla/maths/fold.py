@@ -8,6 +8,9 @@ but the first, whose relative error is bounded by `latent_scale`.
 3. INPUT_NORM_GAIN keeps the small rows out of the subnormal range of float16: input_layernorm.weight times it,
    everything that reads it divided by it. A power of two, so nothing rounds.
 4. Rotary pairs from half-split to interleaved, softmax scale of the source folded into the queries.
+5. Neither q_proj nor q_b_proj may have a bias. Queries that have one read a latent with a constant in it, [x; 1] or
+   [q_down x; 1], which q_a_proj makes of the identity (or q_down) and a bias; their own is a column of q_b_proj. The
+   norm of this latent is a linear map by 1., and all factors of identity and constant are powers of two.
 
 Shape legend: see transmla/maths/__init__.py.
 """
@@ -49,30 +52,81 @@ def fold_attention(
     """Tensors of a deepseek_v3 attention block by their stock names, in the dtype of `mla`.
 
     scale:    from `latent_scale`; residual: from `residual_scale`
-    query_scale: the scale of the queries' latent where they have one, which has a norm as well
+    query_scale: the scale of the queries' latent where they have one, which has a norm as well; with a bias they do
+    Where `mla` has biases, so have q_a_proj (where there is one), kv_a_proj_with_mqa and o_proj.
     """
     nope = mla.q_nope_HnD.shape[1]
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
     order = interleaved_order(rope).to(mla.k_rope_eD.device)
     softmax = mla.scaling * math.sqrt(nope + rope)
     q = torch.cat([mla.q_nope_HnD, mla.q_rope_HeD[:, order]], dim=1).flatten(0, 1) * softmax
-    if mla.q_down_qD is None:
-        queries = {"q_proj.weight": q / INPUT_NORM_GAIN}
-    else:
-        assert query_scale is not None
-        queries = {
-            "q_a_proj.weight": mla.q_down_qD * (query_scale / INPUT_NORM_GAIN),
-            "q_a_layernorm.weight": torch.full((len(mla.q_down_qD),), math.sqrt(EPS) / query_scale).to(q),
-            "q_b_proj.weight": q,
-        }
-    kv_a = torch.cat([mla.kv_down_rD * scale, mla.k_rope_eD[order]]) / INPUT_NORM_GAIN
-    kv_b = torch.cat([mla.k_up_Hnr, mla.v_up_Hvr], dim=1)
-    return queries | {
-        "kv_a_proj_with_mqa.weight": kv_a,
-        "kv_a_layernorm.weight": torch.full((rank,), math.sqrt(EPS) / scale).to(kv_a),
-        "kv_b_proj.weight": kv_b.flatten(0, 1),
-        "o_proj.weight": mla.o_DHv * residual,
+    tensors = {
+        "kv_a_proj_with_mqa.weight": torch.cat([mla.kv_down_rD, mla.k_rope_eD[order]]),
+        "kv_a_layernorm.weight": q.new_ones(rank),
+        "kv_b_proj.weight": torch.cat([mla.k_up_Hnr, mla.v_up_Hvr], dim=1).flatten(0, 1),
+        "o_proj.weight": mla.o_DHv,
     }
+    last = "q_proj" if mla.q_down_qD is None else "q_b_proj"
+    tensors[f"{last}.weight"] = q
+    if mla.q_down_qD is not None:
+        tensors |= {"q_a_proj.weight": mla.q_down_qD, "q_a_layernorm.weight": q.new_ones(len(mla.q_down_qD))}
+    if mla.k_rope_bias_e is not None or mla.o_bias_D is not None:
+        k_rope_bias_e = q.new_zeros(rope) if mla.k_rope_bias_e is None else mla.k_rope_bias_e[order]
+        tensors["kv_a_proj_with_mqa.bias"] = torch.cat([q.new_zeros(rank), k_rope_bias_e])
+        tensors["o_proj.bias"] = q.new_zeros(len(mla.o_DHv)) if mla.o_bias_D is None else mla.o_bias_D
+        if mla.q_down_qD is not None:
+            tensors["q_a_proj.bias"] = q.new_zeros(len(mla.q_down_qD))
+    if biased := mla.q_nope_bias_Hn is not None and mla.q_rope_bias_He is not None:
+        bias = torch.cat([mla.q_nope_bias_Hn, mla.q_rope_bias_He[:, order]], dim=1)
+        tensors[f"{last}.bias"] = bias.flatten() * softmax
+    named = {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
+    folded = fold_layer(constant_query(named) if biased else named, rank, residual, scale, query_scale)
+    return {name.removeprefix("self_attn."): tensor for name, tensor in folded.items()}
+
+
+def constant_query(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A bias of the queries as a column of q_b_proj that reads a constant 1; all in the scales of the unfolded form.
+
+    tensors: by their stock names, with "self_attn." and with a q_proj.bias or a q_b_proj.bias, which no stock class has
+    Queries without a latent get one of the whole input and the constant: q_a_proj is the identity. `biased_query` is
+    the inverse.
+    """
+    others, own = _queries_apart(tensors)
+    last = "q_b_proj" if "q_b_proj.weight" in own else "q_proj"
+    weight, bias = own[f"{last}.weight"], own[f"{last}.bias"]
+    if last == "q_proj":
+        width = weight.shape[1]
+        own = {
+            "q_a_proj.weight": torch.eye(width, dtype=weight.dtype, device=weight.device),
+            "q_a_proj.bias": weight.new_zeros(width),
+            "q_a_layernorm.weight": weight.new_ones(width),
+        }
+    down = own["q_a_proj.weight"]
+    return others | {
+        "self_attn.q_a_proj.weight": torch.cat([down, torch.zeros_like(down[:1])]),
+        "self_attn.q_a_proj.bias": torch.cat([own["q_a_proj.bias"], bias.new_ones(1)]),
+        "self_attn.q_a_layernorm.weight": torch.cat([own["q_a_layernorm.weight"], bias.new_ones(1)]),
+        "self_attn.q_b_proj.weight": torch.cat([weight, bias[:, None]], dim=1),
+    }
+
+
+def biased_query(tensors: Mapping[str, Tensor], latent: bool) -> dict[str, Tensor]:
+    """What `constant_query` was given; latent: whether the queries had a latent of their own."""
+    others, own = _queries_apart(tensors)
+    weight, constant = own["q_b_proj.weight"], own["q_a_proj.bias"][-1] * own["q_a_layernorm.weight"][-1]
+    last = "q_b_proj" if latent else "q_proj"
+    found = {f"self_attn.{last}.weight": weight[:, :-1], f"self_attn.{last}.bias": weight[:, -1] * constant}
+    if latent:
+        kept = ("q_a_proj.weight", "q_a_proj.bias", "q_a_layernorm.weight")
+        found |= {f"self_attn.{name}": own[name][:-1] for name in kept}
+    return others | found
+
+
+def _queries_apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors but those of the queries, and those without "self_attn."."""
+    own = {name for name in tensors if name.startswith("self_attn.q_")}
+    others = {name: tensor for name, tensor in tensors.items() if name not in own}
+    return others, {name.removeprefix("self_attn."): tensors[name] for name in own}
 
 
 def unfold_layer(tensors: Mapping[str, Tensor], rank: int, residual: float) -> dict[str, Tensor]:
@@ -115,12 +169,17 @@ def _layer_factors(
     down = tensors["self_attn.kv_a_proj_with_mqa.weight"]
     rows = torch.full((len(down), 1), 1 / INPUT_NORM_GAIN, dtype=down.dtype, device=down.device)
     rows[:rank] *= scale
+    # biases are added behind the gain of the input
+    bias_rows = rows[:, 0] * INPUT_NORM_GAIN
     return {
         "input_layernorm.weight": INPUT_NORM_GAIN,
         "self_attn.q_proj.weight": 1 / INPUT_NORM_GAIN,
         "self_attn.q_a_proj.weight": (query_scale or 1.0) / INPUT_NORM_GAIN,
+        "self_attn.q_a_proj.bias": query_scale or 1.0,
         "self_attn.kv_a_proj_with_mqa.weight": rows,
+        "self_attn.kv_a_proj_with_mqa.bias": bias_rows,
         "self_attn.o_proj.weight": residual,
+        "self_attn.o_proj.bias": residual,
         "mlp.down_proj.weight": residual,
     }
 

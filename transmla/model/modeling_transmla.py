@@ -376,16 +376,23 @@ class UnfoldedConfig(DeepseekV3Config):
 
 
 class UnfoldedForCausalLM(DeepseekV3ForCausalLM):
-    """The form for training: weights of ordinary size, no latent norm. `transmla fold` writes the stock form of it."""
+    """The form for training: weights of ordinary size, no latent norm, and biases of queries where they belong.
+
+    `transmla fold` writes the stock form of it.
+    """
 
     config_class = UnfoldedConfig
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__(config)
         for layer in self.model.layers:
-            layer.self_attn.kv_a_layernorm.__class__ = LatentGain
+            attention = layer.self_attn
+            attention.kv_a_layernorm.__class__ = LatentGain
             if config.q_lora_rank is not None:
-                layer.self_attn.q_a_layernorm.__class__ = LatentGain
+                attention.q_a_layernorm.__class__ = LatentGain
+            if getattr(config, "query_bias", False):
+                last = attention.q_proj if config.q_lora_rank is None else attention.q_b_proj
+                last.bias = nn.Parameter(torch.zeros_like(last.weight[:, 0]))
 
 
 # An attention function that attends to nothing: queries, keys and values of each token side by side, [B, T, 1, .].

@@ -57,7 +57,8 @@ def export(
     size:     geometry of a padded folder, "512+64" or "256+64"; by default the smallest that is large enough
     progress: called as progress(stage, done, total, remark)
 
-    Raises `SourceError` for a folder that cannot be read, `UnsupportedError` for another model, a tokenizer that
+    Raises `SourceError` for a folder that cannot be read, `UnsupportedError` for another model, one with biases in its
+    attention, a tokenizer that
     llama.cpp does not support or a missing quantiser, `GeometryError` if no kernel is large enough, `DestinationError`
     if `out` exists or cannot be written, and `VerificationError` if the written file is wrong.
     """
@@ -77,6 +78,13 @@ def export(
             remedy="choose one of these",
         )
     source, target = open_converted(Path(model)), Path(out)
+    if source.config.get("attention_bias"):
+        raise UnsupportedError(
+            "this model has biases in its attention",
+            where=source.config_where,
+            why="llama.cpp's deepseek2 has no place for them, and the deepseek_v3 of vLLM and SGLang drops them",
+            remedy="run the folder as it is with transformers or MLX-LM",
+        )
     update = progress or silent
     return _to_gguf(source, target, gguf_type, update) if to == "gguf" else _to_vllm(source, target, size, update)
 

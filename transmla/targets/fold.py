@@ -20,7 +20,16 @@ from transmla.checkpoint.provenance import FILE_NAME, read_provenance, write_pro
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.errors import UnsupportedError
-from transmla.maths.fold import EPS, fold_layer, latent_scale, residual_scale, unfold_layer
+from transmla.maths.attention import with_one
+from transmla.maths.fold import (
+    EPS,
+    biased_query,
+    constant_query,
+    fold_layer,
+    latent_scale,
+    residual_scale,
+    unfold_layer,
+)
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
 from transmla.progress import Progress, silent
@@ -71,9 +80,13 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
         "latent_norm_folded": False,
         "rms_norm_eps": config.get("unfolded_rms_norm_eps", EPS),
     }
+    query_rank = unfolded_config.pop("unfolded_q_lora_rank", None)
+    if query_rank is not None:
+        unfolded_config |= {"q_lora_rank": query_rank or None, "query_bias": True}
 
     def layer(_: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return unfold_layer(tensors, config["kv_lora_rank"], residual)
+        unfolded = unfold_layer(tensors, config["kv_lora_rank"], residual)
+        return unfolded if query_rank is None else biased_query(unfolded, latent=query_rank > 0)
 
     with _writer(source, Path(out)) as writer:
         _write(source, writer, unfolded_config, dtype, layer, 1 / residual, progress or silent)
@@ -130,10 +143,14 @@ def fold_into(
 
     def layer(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         scale, query_scale = (latent_scale(peak) for peak in peaks[index])
+        tensors = constant_query(tensors) if config.get("query_bias") else tensors
         return fold_layer(tensors, config["kv_lora_rank"], residual, scale, query_scale)
 
     folded_config = _flat_rotary(config) | _FOLDED
     folded_config |= {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
+    if folded_config.pop("query_bias", False):
+        rank = config.get("q_lora_rank")
+        folded_config |= {"q_lora_rank": (rank or config["hidden_size"]) + 1, "unfolded_q_lora_rank": rank or 0}
     _write(source, writer, folded_config, dtype, layer, residual, progress)
     _verify(writer.partial, witness_ids, expected_TV, device)
 
@@ -223,15 +240,17 @@ def _observe(
 ) -> tuple[list[tuple[float, float]], Tensor]:
     """What folding has to know about the unfolded model: the size of its latents, and logits to compare with.
 
-    Returns the largest mean square that the latent of a token has, and that of its queries' latent, for each layer;
-    then the logits of the witness tokens, float64 [T, V].
+    Returns the largest mean square that the latent of a token has, and that of its queries' latent as it is folded, for
+    each layer; then the logits of the witness tokens, float64 [T, V].
     """
     model = load(folder, dtype=torch.float32, device=device)
     peaks = [[0.0, 1e-30] for _ in model.model.layers]
+    biased = bool(getattr(model.config, "query_bias", False))
 
     def watch(index: int, which: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor], output: Tensor) -> None:
-            peaks[index][which] = max(peaks[index][which], float(args[0].square().mean(-1).max()))
+            latent = with_one(args[0]) if which and biased else args[0]
+            peaks[index][which] = max(peaks[index][which], float(latent.square().mean(-1).max()))
 
         return hook
 
@@ -239,6 +258,8 @@ def _observe(
         layer.self_attn.kv_a_layernorm.register_forward_hook(watch(index, 0))
         if model.config.q_lora_rank is not None:
             layer.self_attn.q_a_layernorm.register_forward_hook(watch(index, 1))
+        elif biased:
+            layer.self_attn.q_proj.register_forward_hook(watch(index, 1))
     for number, ids_T in enumerate(ids_NT):
         model(ids_T[None].to(device), logits_to_keep=1, use_cache=False)
         progress("measure latents", number + 1, len(ids_NT), "")

@@ -39,17 +39,15 @@ MODEL_TYPE = TransmlaConfig.model_type
 ARCHITECTURE = TransmlaForCausalLM.__name__
 
 
-def obstacles(config: Mapping[str, Any], family: Family, *, biased: bool, encoded: bool) -> tuple[str, ...]:
+def obstacles(config: Mapping[str, Any], family: Family, *, encoded: bool) -> tuple[str, ...]:
     """What stock deepseek_v3 cannot express of a source; empty if it can express all of it.
 
     config:  its complete config, with the defaults of its class
-    biased:  whether projections of its attention have biases;  encoded: whether queries and keys go through norms
+    encoded: whether queries and keys go through norms
     """
     found = list(family.obstacles)
     if encoded:
         found.append("norms on queries and keys")
-    if biased:
-        found.append("biases in the attention")
     if config.get("mlp_bias"):
         found.append("biases in the MLP")
     activation = config.get("hidden_activation") or config.get("hidden_act")

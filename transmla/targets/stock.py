@@ -44,7 +44,7 @@ def deepseek_v3_config(
     config |= {
         # vLLM and SGLang expect one key/value head per query head here, although only one latent is cached
         "num_key_value_heads": target.num_attention_heads,
-        "q_lora_rank": target.q_lora_rank,
+        "q_lora_rank": target.stock_q_lora_rank,
         "kv_lora_rank": target.kv_lora_rank,
         "qk_rope_head_dim": target.qk_rope_head_dim,
         "qk_nope_head_dim": target.qk_nope_head_dim,
@@ -59,7 +59,8 @@ def deepseek_v3_config(
         "rope_interleave": True,
         # changes nothing, but avoids a wrong rotary kernel of vLLM on CPUs
         "rope_scaling": identity_yarn(max_position_embeddings),
-        "attention_bias": False,
+        # of q_a_proj, kv_a_proj_with_mqa and o_proj; in no class of the form q_proj and q_b_proj have one
+        "attention_bias": target.attention_bias,
         "tie_word_embeddings": False,
         # all layers are dense; n_routed_experts is an int >= 2, because vLLM adds to it and llama.cpp requires more
         # experts than groups
@@ -81,6 +82,9 @@ def deepseek_v3_config(
         "torch_dtype": dtype,
         "use_cache": True,
     }
+    if target.query_bias:
+        # 0: without a latent. The form for training has no constant in it; read by `transmla unfold`
+        config["unfolded_q_lora_rank"] = target.q_lora_rank or 0
     return config
 
 
@@ -107,7 +111,7 @@ def modeling_source() -> str:
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a converted folder with this config.json."""
+    """Name and shape of every tensor of a converted folder with this config.json, or of its form for training."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, rank, rope = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
     nope, value, q_rank = config["qk_nope_head_dim"], config["v_head_dim"], config.get("q_lora_rank")
@@ -129,6 +133,11 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj.weight": (inner, hidden),
         "mlp.down_proj.weight": (hidden, inner),
     }
+    if config.get("attention_bias"):
+        layer |= {"self_attn.kv_a_proj_with_mqa.bias": (rank + rope,), "self_attn.o_proj.bias": (hidden,)}
+        layer |= {"self_attn.q_a_proj.bias": (q_rank,)} if q_rank else {}
+    if config.get("query_bias"):  # of the form for training
+        layer[f"self_attn.{'q_b_proj' if q_rank else 'q_proj'}.bias"] = (heads * (nope + rope),)
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for index in range(config["num_hidden_layers"]):
         tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
