@@ -44,6 +44,7 @@ def test_every_family_is_listed() -> None:
     rows = {row.model_type: row for row in transmla.list_families()}
     assert list(rows) == list(FAMILIES)
     assert rows["llama"].form == "deepseek_v3" and rows["llama"].obstacles == ()
+    assert rows["qwen2"].form == "deepseek_v3" and rows["qwen2"].obstacles == ()
     assert rows["qwen3"].form == "transmla" and rows["qwen3"].obstacles == ("norms on queries and keys",)
 
 

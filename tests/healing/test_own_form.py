@@ -26,8 +26,9 @@ def pair(
     source = lively(model_type=request.param, **sizes)
     folder = tmp_path_factory.mktemp("own") / "mla"
     transmla.convert(
-        str(source), folder, latent=8, rope=4, refine="off", calibration=str(text_file), tokens=1024, window=64
-    )
+        str(source), folder, latent=8, rope=4, refine="off", calibration=str(text_file), tokens=1024, window=64,
+        format="transmla",
+    )  # fmt: skip
     return source, folder
 
 

@@ -1,6 +1,7 @@
 """The folded block in the stock class is latent attention without a norm."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from tests.maths.weights import THETA, inputs, mla_weights, relative
+from tests.maths.weights import THETA, inputs, lively, mla_weights, relative
 from transmla.geometry import MlaGeometry
 from transmla.maths import fold
 from transmla.maths.attention import MlaWeights
@@ -18,10 +19,14 @@ from transmla.maths.fold import (
     INPUT_NORM_GAIN,
     LARGEST_LATENT_SCALE,
     MAX_NORM_DEVIATION,
+    biased_query,
+    constant_query,
     fold_attention,
+    fold_layer,
     interleaved_order,
     latent_scale,
     residual_scale,
+    unfold_layer,
 )
 from transmla.maths.reference import mla_naive
 from transmla.targets.stock import deepseek_v3_config
@@ -34,10 +39,13 @@ def stock_output(mla: MlaWeights, tensors: dict[str, Tensor], x_TD: Tensor = X_T
     """The stock attention, float64, on what the scaled input norm gives it."""
     heads, nope, _ = mla.q_nope_HnD.shape
     hidden = mla.kv_down_rD.shape[1]
-    sizes = MlaGeometry(1, hidden, heads, len(mla.kv_down_rD), len(mla.k_rope_eD), nope, mla.v_up_Hvr.shape[1])
-    settings = deepseek_v3_config(SOURCE | {"num_attention_heads": heads}, sizes, THETA, 64, "float32")
     q_rank = None if mla.q_down_qD is None else len(mla.q_down_qD)
-    config = DeepseekV3Config(**settings | {"q_lora_rank": q_rank})
+    sizes = MlaGeometry(
+        1, hidden, heads, len(mla.kv_down_rD), len(mla.k_rope_eD), nope, mla.v_up_Hvr.shape[1], q_rank,
+        attention_bias=mla.o_bias_D is not None, query_bias=mla.q_nope_bias_Hn is not None,
+    )  # fmt: skip
+    settings = deepseek_v3_config(SOURCE | {"num_attention_heads": heads}, sizes, THETA, 64, "float32")
+    config = DeepseekV3Config(**settings)
     config._attn_implementation = "sdpa"
     block = DeepseekV3Attention(config, 0).double().eval()
     block.load_state_dict(tensors)
@@ -59,6 +67,63 @@ def test_stock_block_with_a_latent_of_queries() -> None:
     assert relative(stock_output(mla, folded), 0.25 * mla_naive(X_TD, mla)) < 2e-4
     seen = fold_attention(mla, LARGEST_LATENT_SCALE, residual=0.25, query_scale=1e-3)
     assert relative(stock_output(mla, seen), 0.25 * mla_naive(X_TD, mla)) > 0.05, "a norm that is not linear"
+
+
+BIASES = {
+    "q_nope_bias_Hn": lively(4, 8, seed=41),
+    "q_rope_bias_He": lively(4, 6, seed=42),
+    "k_rope_bias_e": lively(6, seed=43),
+    "o_bias_D": lively(24, seed=44),
+}
+
+
+@pytest.mark.parametrize("q_rank", [None, 9])
+def test_stock_block_with_biases(q_rank: int | None) -> None:
+    """Queries have no bias in the stock class, but a constant in their latent."""
+    mla = replace(mla_weights(q_rank=q_rank), **BIASES)
+    wanted = 0.25 * mla_naive(X_TD, mla)
+
+    def found(one: MlaWeights) -> Tensor:
+        return stock_output(one, fold_attention(one, LARGEST_LATENT_SCALE, 0.25, LARGEST_LATENT_SCALE))
+
+    assert relative(found(mla), wanted) < 5e-4
+    for name in BIASES:
+        assert relative(found(replace(mla, **{name: torch.zeros_like(BIASES[name])})), wanted) > 1e-2, name
+    only_of_the_output = replace(mla_weights(q_rank=q_rank), o_bias_D=BIASES["o_bias_D"])
+    assert relative(found(only_of_the_output), 0.25 * mla_naive(X_TD, only_of_the_output)) < 5e-4
+
+
+def test_the_constant_rounds_nothing() -> None:
+    """Identity and constant are powers of two, whatever the scale of the latent."""
+    folded = fold_attention(replace(mla_weights(), **BIASES), 2.0**-19, 0.3, query_scale=latent_scale(50.0))
+    for name in ("q_a_proj.weight", "q_a_proj.bias"):
+        assert torch.equal(folded[name].bfloat16().double(), folded[name])
+    assert folded["q_a_proj.weight"].count_nonzero() == 24 and folded["q_a_proj.bias"].count_nonzero() == 1
+    assert folded["q_proj.weight" if "q_proj.weight" in folded else "q_b_proj.weight"].shape == (56, 25)
+
+
+@pytest.mark.parametrize("q_rank", [None, 9])
+def test_unfolding_is_the_inverse(q_rank: int | None) -> None:
+    """Of trained weights, too, whose latent and its gains have moved; scales of two powers are exact."""
+    mla = replace(mla_weights(q_rank=q_rank), **BIASES)
+    named = {
+        f"self_attn.{name}": value
+        for name, value in fold_attention(mla, LARGEST_LATENT_SCALE, 1.0, LARGEST_LATENT_SCALE).items()
+    }
+    trained = biased_query(unfold_layer(named, 10, 1.0), latent=q_rank is not None)
+    last = "self_attn.q_proj" if q_rank is None else "self_attn.q_b_proj"
+    bias = torch.cat([BIASES["q_nope_bias_Hn"], BIASES["q_rope_bias_He"][:, interleaved_order(6)]], 1).flatten()
+    assert relative(trained[f"{last}.bias"], bias * (0.4 * math.sqrt(14))) < 1e-14
+    assert ("self_attn.q_a_proj.weight" in trained) == (q_rank is not None)
+    for number, name in enumerate(trained):
+        if not name.endswith("layernorm.weight"):
+            trained[name] = trained[name] + 0.1 * lively(*trained[name].shape, seed=50 + number)
+    folded = fold_layer(constant_query(trained), 10, 1.0, 2.0**-18, 2.0**-19)
+    again = biased_query(unfold_layer(folded, 10, 1.0), latent=q_rank is not None)
+    assert again.keys() == trained.keys()
+    for name, value in trained.items():
+        # the norm's weight sqrt(EPS) / scale is no power of two
+        assert relative(again[name], value) < 1e-14, name
 
 
 def test_error_falls_with_the_square_of_the_scale() -> None:

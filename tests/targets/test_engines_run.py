@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import transmla
+from tests.families import MakeSource
 from transmla.checkpoint.gguf.write import QUANTISER
 from transmla.model.loading import load_tokenizer
 from transmla.text.sources import read_text
@@ -119,6 +120,16 @@ def test_mlx(converted: Path, windows: list[list[int]], tmp_path: Path) -> None:
     result, last = run("MLX-LM", converted, "float32", windows, tmp_path)
     check(converted, windows, result, last, F32)
     assert result["bytes_per_token"] == 32 * 4 * 5
+
+
+def test_mlx_with_biases(lively: MakeSource, windows: list[list[int]], tmp_path: Path) -> None:
+    """Every bias of the stock form, and the constant in the queries' latent."""
+    python_of("MLX-LM")
+    folder = tmp_path / "mla"
+    transmla.convert(str(lively(model_type="qwen2")), folder, latent=16, rope=8, refine="off", tokens=4096, window=256)
+    result, last = run("MLX-LM", folder, "float32", windows, tmp_path)
+    check(folder, windows, result, last, F32)
+    assert result["bytes_per_token"] == 24 * 4 * 3
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", F32), ("bfloat16", HALF)])

@@ -13,7 +13,7 @@ from tests.families import MakeSource
 from transmla.checkpoint.provenance import read_provenance
 from transmla.errors import GeometryError, SourceError, UnsupportedError
 from transmla.maths.pad import Widths
-from transmla.targets.engines import LLAMA_CPP, OWN, REFUSES, RUNS, SGLANG, VLLM_CPU, VLLM_GPU
+from transmla.targets.engines import LLAMA_CPP, MLX, OWN, REFUSES, RUNS, SGLANG, STOCK, VLLM_CPU, VLLM_GPU
 from transmla.targets.padding import padded_widths
 
 IDS = torch.arange(3, 67)[None]
@@ -77,6 +77,17 @@ def test_doctor_reads_the_folder(converted: Path, tmp_path: Path) -> None:
     outcome = {verdict.engine: verdict for verdict in transmla.doctor(damaged).engines}
     assert outcome[OWN].outcome == REFUSES and "transmla.load" in outcome[OWN].findings[0].remedy
     assert outcome[LLAMA_CPP].outcome == REFUSES and "tokenizer" in outcome[LLAMA_CPP].findings[0].why
+
+
+@pytest.mark.parametrize("to", ["gguf", "vllm"])
+def test_biases_have_no_place_in_an_export(lively: MakeSource, text_file: Path, tmp_path: Path, to: str) -> None:
+    transmla.convert(str(lively(model_type="qwen2", layers=2)), tmp_path / "mla", latent=16, rope=8, refine="off",
+                     calibration=str(text_file), tokens=256, window=64)  # fmt: skip
+    with pytest.raises(UnsupportedError, match="biases") as caught:
+        transmla.export(tmp_path / "mla", tmp_path / "out", to=to)
+    assert "MLX-LM" in caught.value.remedy and not (tmp_path / "out").exists()
+    accepting = {verdict.engine for verdict in transmla.doctor(tmp_path / "mla").engines if verdict.accepts}
+    assert accepting == {STOCK, OWN, MLX}
 
 
 def test_what_is_no_converted_folder(converted: Path, lively: MakeSource, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The contract with the engines: config values, tensor names and shapes of the stock class."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,9 +109,18 @@ def test_identity_yarn_is_seen_by_transformers(config: dict[str, Any]) -> None:
     assert not torch.allclose(rotary.inv_freq.double(), inverse_frequencies(5000.0, 8), rtol=1e-2)
 
 
-def test_tensors_are_those_of_the_stock_class(config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("q_rank", [None, 20])
+@pytest.mark.parametrize(("biases", "constant"), [((False, False), 0), ((True, False), 0), ((True, True), 1)])
+def test_tensors_are_those_of_the_stock_class(q_rank: int | None, biases: tuple[bool, bool], constant: int) -> None:
+    target = replace(TARGET, q_lora_rank=q_rank, attention_bias=biases[0], query_bias=biases[1])
+    config = deepseek_v3_config(SOURCE, target, 5000.0, 256, "bfloat16")
+    assert config["q_lora_rank"] == (None if q_rank is None and not constant else (q_rank or 48) + constant)
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(DeepseekV3Config(**config))
     stock = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert expected_tensors(config) == stock
+    values = [math.prod(shape) for name, shape in stock.items() if "layers.0.self_attn." in name and "norm" not in name]
+    assert sum(values) == target.stock_attention_weights
+    if q_rank is None:
+        assert target.stock_attention_weights - target.attention_weights == constant * 49 * 49
     assert all(type(layer.mlp) is DeepseekV3MLP for layer in model.model.layers)
