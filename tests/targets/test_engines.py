@@ -16,6 +16,7 @@ from transmla.targets.engines import (
     SGLANG,
     STOCK,
     TENSORRT,
+    VLLM_BACKEND,
     VLLM_CPU,
     VLLM_GPU,
     WRONG,
@@ -44,10 +45,10 @@ def test_every_engine_runs_what_is_written_at_its_size() -> None:
 
 
 SIZES: list[tuple[int, int, int, set[str]]] = [
-    (256, 64, 64, {VLLM_CPU}),
-    (256, 64, 128, {VLLM_CPU, VLLM_GPU, SGLANG}),
+    (256, 64, 64, {VLLM_CPU, VLLM_BACKEND}),
+    (256, 64, 128, {VLLM_CPU, VLLM_BACKEND, VLLM_GPU, SGLANG}),
     (512, 64, 64, {VLLM_GPU, SGLANG}),
-    (96, 32, 64, {VLLM_CPU, VLLM_GPU, SGLANG}),
+    (96, 32, 64, {VLLM_CPU, VLLM_BACKEND, VLLM_GPU, SGLANG}),
 ]
 
 

@@ -31,8 +31,8 @@ from transmla.text.sources import read_text
 pytestmark = pytest.mark.engines
 
 RUNNER = Path(__file__).parents[2] / "benchmarks" / "engine_runner.py"
-PYTHONS = {"llama.cpp": "LLAMA_CPP", "MLX-LM": "MLX", "vLLM (CPU)": "VLLM"}
-MODULES = {"llama.cpp": "llama_cpp", "MLX-LM": "mlx_lm", "vLLM (CPU)": "vllm"}
+PYTHONS = {"llama.cpp": "LLAMA_CPP", "MLX-LM": "MLX", "vLLM (CPU)": "VLLM", "vLLM (CPU, transformers)": "VLLM"}
+MODULES = {"LLAMA_CPP": "llama_cpp", "MLX": "mlx_lm", "VLLM": "vllm"}
 # relative deviation of the perplexity, and KL to the reference in nats, that a number format explains
 F32, HALF, EIGHT_BIT, FOUR_BIT = (5e-4, 1e-4), (5e-3, 2e-3), (5e-3, 5e-3), (0.05, 0.05)
 # one window is too few for these bounds: rounding moves its perplexity up or down by half a percent
@@ -55,7 +55,9 @@ def windows() -> list[list[int]]:
 
 def python_of(engine: str) -> str:
     python = os.environ.get(f"TRANSMLA_PYTHON_{PYTHONS[engine]}", sys.executable)
-    found = subprocess.run([python, "-c", f"import {MODULES[engine]}"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [python, "-c", f"import {MODULES[PYTHONS[engine]]}"], capture_output=True, text=True, check=False
+    )
     if found.returncode:
         pytest.skip(f"{engine} is not installed: {(found.stderr.strip().splitlines() or ['no message'])[-1]}")
     return python
@@ -130,6 +132,21 @@ def test_mlx_with_biases(lively: MakeSource, windows: list[list[int]], tmp_path:
     result, last = run("MLX-LM", folder, "float32", windows, tmp_path)
     check(folder, windows, result, last, F32)
     assert result["bytes_per_token"] == 24 * 4 * 3
+
+
+def test_vllm_with_biases(lively: MakeSource, windows: list[list[int]], tmp_path: Path) -> None:
+    """The stock class in vLLM has every bias; vLLM's own class drops them without a word."""
+    python_of("vLLM (CPU)")
+    sizes: dict[str, Any] = {"hidden": 512, "heads": 4, "kv_heads": 4, "head_dim": 80, "max_position_embeddings": 512}
+    folder, source = tmp_path / "mla", lively(model_type="qwen2", layers=2, **sizes)
+    settings: dict[str, Any] = {"refine": "off", "tokens": 4096, "window": 256}
+    transmla.convert(str(source), folder, latent=512, rope=64, **settings)
+    result, last = run("vLLM (CPU, transformers)", folder, "float32", windows, tmp_path)
+    check(folder, windows, result, last, F32)
+    assert result["bytes_per_token"] == pytest.approx(576 * 4 * 2, rel=0.05)
+    result, last = run("vLLM (CPU)", folder, "float32", windows, tmp_path)
+    with pytest.raises(AssertionError):
+        check(folder, windows, result, last, F32)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", F32), ("bfloat16", HALF)])

@@ -18,6 +18,8 @@ RUNS, REFUSES, WRONG = "runs", "refuses", "computes something else"
 
 STOCK, OWN = "transformers, stock class", "transformers, own class"
 VLLM_GPU, VLLM_CPU, SGLANG = "vLLM (GPU)", "vLLM (CPU)", "SGLang"
+# the stock class of transformers in vLLM, with vLLM's attention; vLLM chooses it if it is asked to
+VLLM_BACKEND = "vLLM (CPU, transformers)"
 LLAMA_CPP, MLX, TENSORRT = "llama.cpp", "MLX-LM", "TensorRT-LLM"
 # engine -> note on a folder that the engine runs
 ENGINES = {
@@ -25,6 +27,7 @@ ENGINES = {
     OWN: "latent cache, absorbed decoding",
     VLLM_GPU: "latent cache, kernels for this size",
     VLLM_CPU: "latent cache",
+    VLLM_BACKEND: "latent cache, with --model-impl transformers",
     SGLANG: "latent cache, kernels for this size",
     LLAMA_CPP: "latent cache, any size, as GGUF (transmla export --to gguf); fast GPU attention for 512+64 and 256+64",
     MLX: "latent cache, any size",
@@ -32,8 +35,8 @@ ENGINES = {
 }
 # engine -> how its rules are known
 EVIDENCE = {
-    STOCK: "measured", OWN: "measured", VLLM_CPU: "measured", LLAMA_CPP: "measured", MLX: "measured",
-    VLLM_GPU: "source code", SGLANG: "source code", TENSORRT: "source code",
+    STOCK: "measured", OWN: "measured", VLLM_CPU: "measured", VLLM_BACKEND: "measured", LLAMA_CPP: "measured",
+    MLX: "measured", VLLM_GPU: "source code", SGLANG: "source code", TENSORRT: "source code",
 }  # fmt: skip
 
 Config = Mapping[str, Any]
@@ -145,11 +148,11 @@ RULES: tuple[Rule, ...] = (
         "pad the heads with zeros (transmla export --to vllm), which leaves the cache as it is",
     ),
     Rule(
-        (VLLM_CPU,),
+        (VLLM_CPU, VLLM_BACKEND),
         lambda config: (config["kv_lora_rank"], config["qk_rope_head_dim"]) != (512, 64),
         REFUSES,
         "it loads any size, but fails at the first request unless the size is 512+64",
-        "pad the folder with zeros: transmla export --to vllm --size 512+64",
+        "convert to 512+64, or pad a folder without biases with zeros: transmla export --to vllm --size 512+64",
     ),
     Rule(
         (VLLM_GPU, VLLM_CPU, SGLANG),
@@ -169,8 +172,8 @@ RULES: tuple[Rule, ...] = (
         (VLLM_GPU, VLLM_CPU, SGLANG, TENSORRT),
         lambda config: bool(config.get("attention_bias")),
         WRONG,
-        "it silently drops the biases of the attention",
-        "use transformers or MLX-LM",
+        "its own deepseek_v3 silently drops the biases of the attention",
+        "use transformers, MLX-LM, or vLLM with --model-impl transformers",
     ),
     Rule(
         (LLAMA_CPP,),
