@@ -22,7 +22,7 @@ from transmla.targets.engines import (
     WRONG,
     engine_verdicts,
 )
-from transmla.targets.stock import deepseek_v3_config
+from transmla.targets.stock import deepseek_v3_config, flat_rotary
 
 SOURCE = {
     "vocab_size": 97, "hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 32,
@@ -72,6 +72,9 @@ CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"tie_word_embeddings": True}, dict.fromkeys((*VLLM, SGLANG, MLX), REFUSES)),
     ({"num_hidden_layers": 62, "first_k_dense_replace": 62}, {MLX: WRONG}),
     ({"num_hidden_layers": 61, "first_k_dense_replace": 61}, {}),
+    ({"num_hidden_layers": 27, "first_k_dense_replace": 27, "q_lora_rank": 8}, {LLAMA_CPP: REFUSES}),
+    ({"num_hidden_layers": 28, "first_k_dense_replace": 28, "q_lora_rank": 8}, {}),
+    ({"num_hidden_layers": 27, "first_k_dense_replace": 27}, {}),
     ({"n_routed_experts": None}, dict.fromkeys((*VLLM, SGLANG, LLAMA_CPP), REFUSES)),
     ({"n_routed_experts": 1}, {LLAMA_CPP: REFUSES}),
     ({"rms_norm_eps": 1e-5}, {STOCK: WRONG, MLX: WRONG}),
@@ -87,8 +90,22 @@ def test_changes_that_engines_would_misread(change: dict[str, Any], expected: di
     assert {engine: outcome for engine, outcome in found.items() if outcome != RUNS} == expected
 
 
+def saved_by_transformers() -> dict[str, Any]:
+    """The rotary settings where transformers 5 saves them."""
+    flat = config()
+    rotary = flat.pop("rope_scaling") | {"rope_theta": flat.pop("rope_theta")}
+    return flat | {"rope_parameters": rotary}
+
+
+def test_rotary_settings_that_one_engine_does_not_see() -> None:
+    found = outcomes(saved_by_transformers())
+    assert {engine for engine, outcome in found.items() if outcome != RUNS} == {MLX} and found[MLX] == WRONG
+    assert flat_rotary(saved_by_transformers()) == config()
+
+
 def test_every_rule_applies_to_some_case_above() -> None:
     cases = [config(*sizes) for *sizes, _ in SIZES] + [config(**change) for change, _ in CHANGES]
+    cases.append(saved_by_transformers())
     for rule in RULES:
         assert any(rule.applies(case) for case in cases) and not rule.applies(config()), rule.why
         assert rule.remedy and set(rule.engines) <= set(ENGINES) and rule.outcome in (REFUSES, WRONG)

@@ -1,5 +1,6 @@
 """What goes along with the weights: tokenizer, chat template, generation settings, licence. Never code."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_OTHER_FILES = ("chat_template.jinja", "chat_template.json", "generation_config.json")
+_GENERATION = "generation_config.json"
+_OTHER_FILES = ("chat_template.jinja", "chat_template.json", _GENERATION)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -34,7 +36,36 @@ def copy_companions(source: Source, destination: Path) -> list[str]:
         ]
     for name in names:
         shutil.copyfile(source.path / name, destination / name)
+    if _GENERATION in names:
+        _let_sample(destination)
     return sorted(names)
+
+
+def _let_sample(folder: Path) -> None:
+    """Set do_sample in a generation config that gives a temperature and the like without it.
+
+    Engines sample with that temperature all the same; transformers decodes greedily, and refuses to save the model once
+    any other setting of it has changed. A file that is wrong in another way stays as it is.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / _GENERATION
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        if not values.get("do_sample") and not _is_valid(GenerationConfig(**values)):
+            sampling = values | {"do_sample": True}
+            if _is_valid(GenerationConfig(**sampling)):
+                path.write_text(json.dumps(sampling, indent=2) + "\n", encoding="utf-8")
+    except (ValueError, TypeError, AttributeError):
+        return
+
+
+def _is_valid(settings: Any) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def tokenizer(source: Source) -> Any:

@@ -181,7 +181,7 @@ def _write(
     (embedded_TD,) = run.model.embed(text.ids_NT[-1:])
     witness = Witness(text.ids_NT[-1], embedded_TD)
     scales = write_weights(run, witness, fitted.measured, writer)
-    config = target_config(planned, fitted.theta, witness.inv_freq_LM)
+    config = target_config(planned, fitted.theta, witness.inv_freq_LM, tied=run.model.tied)
     losses = {f"{theta:g}": found for theta, found in fitted.theta_losses.items()}
     sections = {
         "rope_theta": {"chosen": fitted.theta, "losses": losses},

@@ -12,7 +12,7 @@ from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import SHARD_BYTES, check_destination
-from transmla.errors import GeometryError, RecipeError, UnsupportedError
+from transmla.errors import GeometryError, RecipeError, SourceError, UnsupportedError
 from transmla.families import Family, family_of, rope_parameters
 from transmla.geometry import CACHE_BITS, GqaGeometry, MlaGeometry, gqa_geometry, latent_candidates, mla_geometry
 from transmla.model.source import (
@@ -20,6 +20,7 @@ from transmla.model.source import (
     attention_facts,
     checkpoint_tensors,
     complete_config,
+    is_tied,
     skeleton,
     source_config,
     source_frequencies,
@@ -158,7 +159,7 @@ def plan(
             why=f"it is written in the form of {family.model_type}: {'; '.join(found) or 'as asked for'}",
             remedy="leave out --q-latent; it saves no cache",
         )
-    _check_tensors(opened, family, model)
+    _check_tensors(opened, family, model, tied=is_tied(config))
     dtype = _output_dtype(opened, family, settings.dtype)
     context, notes = _context(opened, config, form)
     if settings.context and settings.context > context:
@@ -259,20 +260,24 @@ def with_latent(planned: Plan, latent: int) -> Plan:
     return replace(planned, engines=engine_verdicts(_planned_config(planned)))
 
 
-def target_config(planned: Plan, theta: float | None, inv_freq_LM: Sequence[Sequence[float]] = ()) -> dict[str, Any]:
+def target_config(
+    planned: Plan, theta: float | None, inv_freq_LM: Sequence[Sequence[float]] = (), *, tied: bool | None = None
+) -> dict[str, Any]:
     """config.json of the folder that is written.
 
     theta:       base of the rotary frequencies of a deepseek_v3 folder
     inv_freq_LM: those of each layer, in the own form
+    tied:        whether lm_head is the embeddings, in the own form; None: as the source's config says
     """
     if planned.form == "deepseek_v3":
         assert theta is not None
         source = _filled(planned.source.config, planned.config)
         return deepseek_v3_config(source, planned.mla, theta, planned.max_position_embeddings, planned.dtype)
+    config = dict(planned.config) if tied is None else dict(planned.config) | {"tie_word_embeddings": tied}
     facts = planned.attention
     _, factor = source_frequencies(source_config(planned.source.config), planned.gqa, planned.family, 0)
     return own_config(
-        planned.config, planned.family, planned.gqa, planned.mla, inv_freq_LM, planned.dtype,
+        config, planned.family, planned.gqa, planned.mla, inv_freq_LM, planned.dtype,
         softmax_scale=facts.scaling * factor**2, softcap=facts.softcap, biased=facts.biased, encoded=facts.encoded,
         output_bias=facts.output_bias or (facts.biased and not facts.encoded),
     )  # fmt: skip
@@ -308,11 +313,18 @@ def _recipe(source: str, recipe: str | Path | None) -> Recipe:
     return load_recipe(named) if named is not None else Recipe(source=source)
 
 
-def _check_tensors(source: Source, family: Family, model: Any) -> None:
-    head = f"{family.lm_head}.weight"
-    tied = bool(source.config.get("tie_word_embeddings"))
-    if not tied:
-        source.require({head: tuple(model.get_output_embeddings().weight.shape)})
+def _check_tensors(source: Source, family: Family, model: Any, tied: bool) -> None:
+    head, shape = f"{family.lm_head}.weight", tuple(model.get_output_embeddings().weight.shape)
+    if not tied and head not in source.tensors:
+        raise SourceError(
+            "tensors are missing",
+            where=str(source.path),
+            why=f"{head}, and the config does not say that the head is the embeddings",
+            remedy="download the checkpoint again; if its head is the embeddings, set tie_word_embeddings to true in "
+            "config.json",
+        )
+    if head in source.tensors:
+        source.require({head: shape})
     source.require(checkpoint_tensors(family, model, tied))
 
 

@@ -72,7 +72,7 @@ def _write_ends(run: Run, residual: float, dtype: torch.dtype, writer: Checkpoin
     embed_VD = source.read(embeddings, dtype=torch.float32).mul_(residual)
     writer.add_as(embeddings, embed_VD, dtype)
     del embed_VD  # before the next one is read
-    if run.plan.form == "deepseek_v3" or model.head_name != embeddings:
+    if run.plan.form == "deepseek_v3" or not model.tied:
         # some families call it otherwise in the file than in the class
         writer.add_as("lm_head.weight", source.read(model.head_name), dtype)
         if (bias := f"{family.lm_head}.bias") in source.tensors:

@@ -413,8 +413,14 @@ def as_encoder(attention: Any, output_projection: str) -> Any:
     """A transformers attention module, changed in place to give what it would attend with: see `encode`."""
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = TAP
-    setattr(attention, output_projection, nn.Identity())
+    delattr(attention, output_projection)
+    # no module, which would have the name that adapters are put on
+    attention.__dict__[output_projection] = _unchanged
     return attention
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def encode(encoder: Any, hidden_BTD: torch.Tensor, rotary_dim: int) -> torch.Tensor:

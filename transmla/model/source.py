@@ -11,6 +11,7 @@ Legend: B texts, T tokens, D hidden_size, V vocabulary, H query heads, G key/val
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -249,12 +250,21 @@ class SourceModel:
         self.config: Any = source_config(source.config)
         self.skeleton = skeleton(self.config)
 
+    @functools.cached_property
+    def tied(self) -> bool:
+        """Whether lm_head is the embeddings: as the config says, unless the checkpoint has a head of other values.
+
+        So does transformers (`PreTrainedModel.tie_weights`).
+        """
+        head, embeddings = (f"{name}.weight" for name in (self.family.lm_head, self.family.embed_tokens))
+        if not is_tied(self.config.to_dict()):
+            return False
+        return head not in self.source.tensors or torch.equal(self.source.read(head), self.source.read(embeddings))
+
     @property
     def head_name(self) -> str:
-        """Name of the tensor that is used as lm_head: that of the embeddings if the two are tied."""
-        family, tensors = self.family, self.source.tensors
-        has_head = f"{family.lm_head}.weight" in tensors and not self.source.config.get("tie_word_embeddings")
-        return f"{family.lm_head if has_head else family.embed_tokens}.weight"
+        """Name of the tensor that is used as lm_head."""
+        return f"{self.family.embed_tokens if self.tied else self.family.lm_head}.weight"
 
     @property
     def eps(self) -> float:
@@ -334,6 +344,11 @@ def skeleton(config: PreTrainedConfig) -> Any:
     with torch.device("meta"):
         # grouped products have no gradient on every device
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a complete config says that lm_head is the embeddings; the default differs between families."""
+    return bool(config.get("tie_word_embeddings"))
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:

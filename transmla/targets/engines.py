@@ -126,6 +126,12 @@ def _head_widths(config: Config) -> tuple[int, int]:
     return config["qk_nope_head_dim"], config["v_head_dim"]
 
 
+def _is_lite(config: Config) -> bool:
+    """Whether llama.cpp's deepseek2 takes the model for a lite one, by its depth (models/deepseek2.cpp)."""
+    depth = config["num_hidden_layers"]
+    return depth in (26, 27) or (depth == 48 and config.get("vocab_size") == 128256)
+
+
 _SIZES = " and ".join(f"{rank}+{rope}" for rank, rope in GPU_KERNELS)
 _CONVERT = "convert the model with transmla, which writes plain frequencies"
 
@@ -167,6 +173,21 @@ RULES: tuple[Rule, ...] = (
         WRONG,
         "it ignores frequency factors for deepseek2",
         _CONVERT,
+    ),
+    Rule(
+        (MLX,),
+        lambda config: "rope_theta" not in config,
+        WRONG,
+        "it reads rope_theta alone and takes 10,000 if that is in rope_parameters, where transformers 5 saves it",
+        "write rope_theta and rope_scaling into config.json: transmla unfold and fold, or export, do",
+    ),
+    Rule(
+        (LLAMA_CPP,),
+        lambda config: bool(config.get("q_lora_rank")) and _is_lite(config),
+        REFUSES,
+        "it takes a deepseek2 model of this depth (26 or 27 layers; 48 with a vocabulary of 128,256) for a small one "
+        "without a latent of the queries",
+        "convert without --q-latent",
     ),
     Rule(
         (VLLM_GPU, VLLM_CPU, SGLANG, TENSORRT),

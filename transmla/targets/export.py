@@ -14,7 +14,7 @@ from transmla.errors import UnsupportedError
 from transmla.progress import Progress, silent
 from transmla.targets.gguf import ARCHITECTURE, gguf_settings, gguf_tensors
 from transmla.targets.padding import write_padded
-from transmla.targets.stock import expected_tensors
+from transmla.targets.stock import expected_tensors, flat_rotary
 
 TARGETS = ("gguf", "vllm")
 
@@ -90,7 +90,8 @@ def export(
 
 
 def open_converted(folder: Path) -> Source:
-    """The opened folder, if it has the form that `transmla convert` writes and all tensors.
+    """The opened folder, if it has the form that `transmla convert` writes and all tensors; its config has the rotary
+    settings in the spelling that it was written with, even if transformers has saved it in its own since.
 
     Raises `UnsupportedError` for a folder of another form, and `SourceError` for one that cannot be read or lacks
     tensors.
@@ -111,6 +112,7 @@ def open_converted(folder: Path) -> Source:
             f"{source.config.get('latent_norm_folded', False)!r}; a converted folder has 'deepseek_v3' and True",
             remedy="pass a folder that `transmla convert` has written",
         )
+    source.config = flat_rotary(source.config)
     source.require(expected_tensors(source.config))
     return source
 

@@ -35,7 +35,7 @@ from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
 from transmla.progress import Progress, silent
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
 from transmla.targets.export import open_converted
-from transmla.targets.stock import ARCHITECTURE, MODELING_FILE, expected_tensors, modeling_source
+from transmla.targets.stock import ARCHITECTURE, MODELING_FILE, expected_tensors, flat_rotary, modeling_source
 from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
 from transmla.text.windows import windows
 
@@ -146,26 +146,13 @@ def fold_into(
         tensors = constant_query(tensors) if config.get("query_bias") else tensors
         return fold_layer(tensors, config["kv_lora_rank"], residual, scale, query_scale)
 
-    folded_config = _flat_rotary(config) | _FOLDED
+    folded_config = flat_rotary(config) | _FOLDED
     folded_config |= {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
     if folded_config.pop("query_bias", False):
         rank = config.get("q_lora_rank")
         folded_config |= {"q_lora_rank": (rank or config["hidden_size"]) + 1, "unfolded_q_lora_rank": rank or 0}
     _write(source, writer, folded_config, dtype, layer, residual, progress)
     _verify(writer.partial, witness_ids, expected_TV, device)
-
-
-def _flat_rotary(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with `rope_theta` and `rope_scaling`, which engines read.
-
-    transformers merges both into `rope_parameters` when it saves a model.
-    """
-    if "rope_parameters" not in config:
-        return dict(config)
-    rotary = dict(config["rope_parameters"])
-    # save_pretrained also adds head_dim, the rotary size, which an engine could mistake for the width of the heads
-    flat = {key: value for key, value in config.items() if key not in ("rope_parameters", "head_dim")}
-    return flat | {"rope_theta": rotary.pop("rope_theta"), "rope_scaling": {"type": rotary["rope_type"]} | rotary}
 
 
 def open_unfolded(folder: Path) -> Source:

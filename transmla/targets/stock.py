@@ -105,6 +105,19 @@ def identity_yarn(max_position_embeddings: int) -> dict[str, Any]:
     }
 
 
+def flat_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with `rope_theta` and `rope_scaling`, which engines read.
+
+    transformers merges both into `rope_parameters` when it saves a model.
+    """
+    if "rope_parameters" not in config:
+        return dict(config)
+    rotary = dict(config["rope_parameters"])
+    # save_pretrained also adds head_dim, the rotary size, which an engine could mistake for the width of the heads
+    flat = {key: value for key, value in config.items() if key not in ("rope_parameters", "head_dim")}
+    return flat | {"rope_theta": rotary.pop("rope_theta"), "rope_scaling": {"type": rotary["rope_type"]} | rotary}
+
+
 def modeling_source() -> str:
     """The source code of `MODELING_FILE`, which is copied into every converted folder."""
     return (resources.files("transmla.model") / MODELING_FILE).read_text("utf-8")
