@@ -13,6 +13,8 @@ MIX = "wikitext:2+synthetic+code"
 CALIBRATION = {"off": MIX, "fast": MIX, "full": "wikitext:4+code:2+synthetic:5+continued:3"}
 TOKENS = {"off": 131072, "fast": 180224, "full": 573440}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# calibration or training windows that start with the begin token, where the tokenizer puts one first
+BEGIN = ("half", "all", "none")
 FORMATS = ("auto", "deepseek_v3", "transmla")
 TRAINED = ("attention", "all")
 PRECISIONS = ("bfloat16", "float32")
@@ -22,7 +24,7 @@ STATES = ("measured", "planned")
 # the words that a key takes, where it does not take every string
 _WORDS = {
     "theta": ("auto",), "latent": ("auto",), "refine": REFINE_LEVELS, "dtype": DTYPES, "format": FORMATS,
-    "train": TRAINED, "precision": PRECISIONS, "state": STATES,
+    "begin": BEGIN, "train": TRAINED, "precision": PRECISIONS, "state": STATES,
 }  # fmt: skip
 _POSITIVE = (
     "theta", "tokens", "window", "context", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature",
@@ -73,6 +75,7 @@ class Healing:
     tokens: int = 1_000_000  # trained on in all
     distinct: int | None = None  # different ones among them, then they repeat; None: all
     window: int = 1024  # tokens per window
+    begin: str = "none"  # windows of plain texts that start with the begin token: half, all, none; rows always do
     batch: int | None = None  # windows per step; None: a 400th of all windows, at least 1, at most 64
     micro: int = 1  # windows at once on a device
     rate: float | None = None  # largest step, as a share of the row that it changes; None: by the size of the model
@@ -115,6 +118,7 @@ class Recipe:
     tokens: int | None = None  # calibration tokens in all; None: TOKENS
     sampled: int = 0  # tokens more, written by the source itself as continuations of that text
     window: int = 1024  # tokens per calibration window
+    begin: str = "half"  # windows that start with the begin token, where the tokenizer puts one first: half, all, none
     context: int | None = None  # positions that half of the windows are spread over; None: the source's, at most 8,192
     dtype: str = "auto"  # of the written weights
     format: str = "auto"  # of the folder: deepseek_v3, or transmla where that cannot express the model

@@ -30,6 +30,20 @@ def test_calibration_on_the_model_s_own_text(lively: MakeSource, run: Convert) -
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_windows_behind_the_begin_token(lively: MakeSource, run: Convert) -> None:
+    """Said in the plan, the provenance file and the card; another choice is another text."""
+    digests = set()
+    for begin, said in (("half", "Half of the calibration"), ("all", "All calibration"), ("none", "")):
+        report = run(lively(layers=1), begin, begin=begin, sampled=64, theta=100.0)
+        provenance = json.loads((report.destination / "transmla.json").read_text("utf-8"))["calibration"]
+        assert provenance["begin"] == {"tokens": [] if begin == "none" else [1], "windows": begin}
+        card = (report.destination / "README.md").read_text("utf-8")
+        assert said in card and ("puts first (token 1)" in card) == bool(said)
+        assert any("begin token" in note for note in report.plan.notes) == (begin != "half")
+        digests.add(provenance["sha256"])
+    assert len(digests) == 3
+
+
 def test_two_windows_are_enough(lively: MakeSource, run: Convert) -> None:
     """One to fit to and one held out, also where theta is chosen."""
     report = run(lively(), tokens=128, window=64)

@@ -9,11 +9,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 import transmla
 from transmla.cli import main as command_line
 from transmla.errors import DataError, RecipeError
 from transmla.evaluation import measure as measure_module
+from transmla.model.loading import load_any, load_tokenizer
+from transmla.text.sources import read_text
 
 from click.testing import CliRunner  # isort: skip
 
@@ -140,6 +143,31 @@ def test_what_cannot_be_measured_is_named(converted: Path) -> None:
         transmla.evaluate(converted, tasks=["pica"], windows=2, length=32)
     with pytest.raises(DataError, match=r"no text 'missing.txt'"):
         transmla.evaluate(converted, text=["missing.txt"], windows=2, length=32)
+
+
+def test_behind_the_begin_token(converted: Path, tmp_path: Path) -> None:
+    """By default eval is what a plain loop gives on the raw text; with the option, the same tokens are scored."""
+    settings = {"text": "tinystories-valid", "windows": 2, "length": 32, "dtype": "float32"}
+    tokenizer, model = load_tokenizer("stories260k"), load_any("stories260k", dtype="float32")
+    content = read_text("tinystories-valid", 2000, evaluation=True)
+    raw_NT = torch.tensor(tokenizer(content, add_special_tokens=False).input_ids[:64]).view(2, 32)
+    begun_NT = raw_NT.clone()
+    begun_NT[:, 0] = tokenizer.bos_token_id
+    found = {}
+    for begin, ids_NT in ((False, raw_NT), (True, begun_NT)):
+        with torch.no_grad():
+            wanted = model(ids_NT, labels=ids_NT).loss
+        report = transmla.evaluate(converted, "stories260k", begin=begin, **settings)
+        assert report.source is not None
+        assert sum(report.source["texts"]["tinystories-valid"]["nats"]) / 2 == pytest.approx(float(wanted), rel=1e-5)
+        assert report.made["begin"] == [tokenizer.bos_token_id] * begin and report.suite["begin"] == begin
+        found[begin] = report.source["texts"]["tinystories-valid"]["nats"]
+    assert abs(found[True][1] - found[False][1]) > 1e-3
+    assert transmla.evaluate(converted, **settings).suite["begin"] is False
+    result = CliRunner().invoke(
+        command_line, ["eval", "stories260k", "--begin", "--windows", "1", "--length", "16", "-q"]
+    )
+    assert "behind the begin token (1)" in result.output, result.output
 
 
 def test_a_gate_that_was_not_measured_is_missed(converted: Path, suite: str) -> None:

@@ -34,6 +34,14 @@ def test_equals_ten_plain_lines(ids_NT: torch.Tensor, device: torch.device) -> N
     assert found.num_tokens == 12 * 128
 
 
+def test_the_first_tokens_are_not_scored(ids_NT: torch.Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(STORIES).double()
+    with torch.no_grad():
+        log_probabilities = torch.log_softmax(model(ids_NT[:1]).logits[0], dim=-1)
+    wanted = -sum(float(log_probabilities[t, ids_NT[0, t + 1]]) for t in range(2, 127)) / 125
+    assert perplexity(model, ids_NT[:1], unscored=3).nats == pytest.approx(wanted, rel=1e-6)
+
+
 def test_batches_shrink_until_they_fit(ids_NT: torch.Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(STORIES)
     tried: list[int] = []

@@ -43,6 +43,15 @@ def documents(name: str, tokenizer: Any = None, length: int = 10) -> list[list[i
     return list(text.documents())
 
 
+@pytest.mark.parametrize(("begin", "wanted"), [("none", "abcdefghi"), ("half", "1bcdef1hi"), ("all", "1bc1ef1hi")])
+def test_pieces_that_begin(tmp_path: Path, begin: str, wanted: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghi", encoding="utf-8")
+    text = open_text(Part(str(path)), Letters(), 3, nothing, evaluation=False, begin=begin)
+    ids = [token for piece in text.documents() for token in piece]
+    assert "".join("1" if token == 1 else chr(token) for token in ids) == wanted
+
+
 def as_text(ids: list[int]) -> str:
     return "".join(chr(token) for token in ids)
 

@@ -4,13 +4,22 @@ import hashlib
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.text.letters import Letters
 from transmla.errors import DataError
-from transmla.text.windows import calibration_tokens, skipping_windows, spread_positions, windows, with_sampled
+from transmla.text.windows import (
+    begin_tokens,
+    calibration_tokens,
+    skipping_windows,
+    spread_positions,
+    windows,
+    with_begin,
+    with_sampled,
+)
 
 
 def test_without_room_there_are_no_gaps() -> None:
@@ -60,6 +69,42 @@ def test_every_second_window_starts_with_the_begin_token() -> None:
     ids_NT = windows(list(range(100, 150)), 50, 10, name="text", prefix=[1]).ids_NT
     assert ids_NT[:, 0].tolist() == [1, 110, 1, 130, 1]
     assert ids_NT[:, 1].tolist() == [101, 111, 121, 131, 141]
+
+
+class Marks(Letters):
+    """Two tokens before, as GLM-4 has them, and one behind."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        ids = [ord(letter) for letter in text]
+        return type("Encoding", (), {"input_ids": [1, 2, *ids, 3] if add_special_tokens else ids})
+
+
+class Ended(Letters):
+    """One token behind and none before."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        ids = [ord(letter) for letter in text]
+        return type("Encoding", (), {"input_ids": [*ids, 3] if add_special_tokens else ids})
+
+
+def test_what_tokenizers_put_first() -> None:
+    assert [begin_tokens(one) for one in (Letters(), Marks(), Ended())] == [(1,), (1, 2), ()]
+    ids_NT = torch.arange(10, 30).view(2, 10)
+    assert with_begin(ids_NT, (1, 2))[1].tolist() == [1, 2, *range(22, 30)]
+    assert torch.equal(with_begin(ids_NT, ()), ids_NT) and ids_NT[0, 0] == 10
+
+
+@pytest.mark.parametrize(("begin", "starts"), [("half", "1b1d"), ("all", "1111"), ("none", "abcd")])
+def test_which_windows_begin(tmp_path: Path, begin: str, starts: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(letter * 10 for letter in "abcd"), encoding="utf-8")
+    ids_NT = calibration_tokens(str(path), Letters(), 40, 10, begin=begin).ids_NT
+    assert "".join("1" if first == 1 else chr(first) for first in ids_NT[:, 0].tolist()) == starts
+    assert [chr(one) for one in ids_NT[:, 1].tolist()] == list("abcd")
+    sampled = calibration_tokens(
+        "self", Letters(), 40, 10, sampler=lambda n, t: torch.full((n, t), 7), begin=begin
+    )  # fmt: skip
+    assert sampled.ids_NT[:, 0].tolist() == ([1] * 4 if begin == "all" else [7] * 4)
 
 
 def test_tokens_of_a_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import EPILOG, device, errors, is_first_process, number, option, quiet_libraries
-from transmla.recipe import CALIBRATION, DTYPES, FORMATS, REFINE_LEVELS, TOKENS
+from transmla.recipe import BEGIN, CALIBRATION, DTYPES, FORMATS, REFINE_LEVELS, TOKENS
 
 
 def geometry_options(command: Any) -> Any:
@@ -82,6 +82,12 @@ def geometry_options(command: Any) -> Any:
     "[default: 0]",
 )
 @option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
+@option(
+    "--begin",
+    type=click.Choice(BEGIN),
+    help="Calibration windows that start with the begin token, where the tokenizer of SRC puts one first. "
+    "[default: half]",
+)
 @option(
     "--context",
     type=click.IntRange(min=1),

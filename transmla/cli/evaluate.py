@@ -29,6 +29,13 @@ from transmla.recipe import DTYPES
 )
 @option("--windows", type=click.IntRange(min=1), metavar="N", help="Windows of each text. [default: 16]")
 @option("--length", type=click.IntRange(min=2), metavar="N", help="Tokens per window. [default: 1024, or the context]")
+@option(
+    "--begin",
+    is_flag=True,
+    default=None,
+    help="Put the begin token, if the tokenizer adds one, in the place of each window's first token, which is not "
+    "scored.",
+)
 @option("--tasks", metavar="A,B", help="Tasks of lm-eval, separated by commas.")
 @option("--include-path", metavar="DIR", help="Folder of more lm-eval task files.")
 @option("--limit", type=click.IntRange(min=1), metavar="N", help="Documents of each task. [default: all]")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import EPILOG, errors, is_first_process, option, quiet_libraries
-from transmla.recipe import MIX, PRECISIONS, TRAINED
+from transmla.recipe import BEGIN, MIX, PRECISIONS, TRAINED
 
 _SCALES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -50,6 +50,12 @@ class Count(click.ParamType[int]):
 @option("--tokens", type=Count(), metavar="N", help="Total training tokens, for example 300K or 100M. [default: 1M]")
 @option("--distinct", type=Count(), metavar="N", help="Distinct tokens; they repeat after that. [default: all]")
 @option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per window. [default: 1024]")
+@option(
+    "--begin",
+    type=click.Choice(BEGIN),
+    help="Windows of plain texts that start with the begin token, where the tokenizer puts one first; rows of tables "
+    "always do. [default: none]",
+)
 @option(
     "--batch",
     type=click.IntRange(min=1),

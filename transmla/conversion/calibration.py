@@ -5,6 +5,7 @@ Legend: N windows, T tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ from transmla.processes import Processes
 from transmla.progress import Progress
 from transmla.text.mixes import needs_source
 from transmla.text.sampling import continue_from, sample_from
-from transmla.text.windows import CalibrationTokens, calibration_tokens, shuffled, with_sampled
+from transmla.text.windows import (
+    CalibrationTokens,
+    begin_tokens,
+    calibration_tokens,
+    shuffled,
+    with_begin,
+    with_sampled,
+)
 
 
 def calibration_text(
@@ -31,10 +39,10 @@ def calibration_text(
     text = None
     if processes.first:
         if kept := journal.load("text"):
-            text = CalibrationTokens(kept[0]["ids_NT"], **kept[1])
+            text = CalibrationTokens(kept[0]["ids_NT"], **kept[1] | {"begin": tuple(kept[1]["begin"])})
         else:
             text = _made(planned, device, progress)
-            values = {"name": text.name, "digest": text.digest, "num_heldout": text.num_heldout}
+            values = {key: getattr(text, key) for key in ("name", "digest", "num_heldout", "begin")}
             # what can be read again is not worth a folder of its own
             again = not needs_source(planned.recipe.mix, planned.recipe.sampled)
             journal.save("text", {"ids_NT": text.ids_NT}, values, alone=not again)
@@ -57,10 +65,12 @@ def _made(planned: Plan, device: torch.device, progress: Progress) -> Calibratio
     def sampler(num_windows: int, length: int) -> Tensor:
         return sample_from(model(), num_windows, length, seed=recipe.seed, progress=tell)
 
-    made = calibration_tokens(recipe.mix, tokenizer(source), recipe.num_tokens, window, sampler=sampler)
+    cutter = tokenizer(source)
+    made = calibration_tokens(recipe.mix, cutter, recipe.num_tokens, window, sampler=sampler, begin=recipe.begin)
+    begin = () if recipe.begin == "none" else begin_tokens(cutter)
     found = shuffled(made, recipe.seed)
     if num_sampled := -(-recipe.sampled // window):
         prompts_NT = found.ids_NT[: -found.num_heldout]
         sampled_NT = continue_from(model(), prompts_NT, num_sampled, seed=recipe.seed, progress=tell)
-        found = with_sampled(found, sampled_NT)
-    return found
+        found = with_sampled(found, with_begin(sampled_NT, begin) if recipe.begin == "all" else sampled_NT)
+    return replace(found, begin=begin)

@@ -24,8 +24,8 @@ Converted by transmla from {name}. {_refined(sections)} The licence is that of t
 | perplexity, {heldout["num_windows"]} held-out calibration windows | {_perplexity(heldout["source"])} | \
 {_perplexity(heldout["converted"])} |
 
-{_STOCK if planned.form == "deepseek_v3" else _own(planned)}- `transmla.json` says what this was made from, with \
-which text, and the loss of every layer.
+{_STOCK if planned.form == "deepseek_v3" else _own(planned)}{_begin(sections)}- \
+`transmla.json` says what this was made from, with which text, and the loss of every layer.
 """
 
 
@@ -73,6 +73,18 @@ def _refined(sections: dict[str, Any]) -> str:
     tokens = blocks[-1]["windows"] * sections["calibration"]["window"]
     steps = sum(block["steps"] for block in blocks)
     return f"Attention weights refined against the source on {tokens:,} tokens of calibration text ({steps:,} steps)."
+
+
+def _begin(sections: dict[str, Any]) -> str:
+    """What the calibration windows began with, of a tokenizer that puts something first."""
+    begin = sections["calibration"]["begin"]
+    if not begin["tokens"]:
+        return ""
+    which = {"half": "Half of the calibration windows of plain text", "all": "All calibration windows"}[
+        begin["windows"]
+    ]
+    ids = ", ".join(map(str, begin["tokens"]))
+    return f"- {which} began with what the tokenizer puts first (token {ids}); so should prompts.\n"
 
 
 def _perplexity(nats: float) -> str:

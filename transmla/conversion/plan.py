@@ -178,6 +178,9 @@ def plan(
         notes.append(f"written as {family.model_type} with latent attention: deepseek_v3 has no {', '.join(found)}")
     if mla.query_bias:
         notes.append(_query_bias(mla))
+    if settings.begin != "half":
+        which = "every" if settings.begin == "all" else "no"
+        notes.append(f"{which} calibration window starts with the begin token, where the tokenizer puts one first")
     if settings.refine != "off":
         notes.append("refinement takes as many layers at once as fit into half of the free memory")
     if needs_source(settings.mix, settings.sampled):

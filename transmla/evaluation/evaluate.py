@@ -14,7 +14,7 @@ from transmla.devices import usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.compare import Gate, comparison, judged
-from transmla.evaluation.measure import Kept, Skipped, Subject, measure, window_length, windows_of
+from transmla.evaluation.measure import Kept, Skipped, Subject, begin_of, measure, window_length, windows_of
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
@@ -82,6 +82,7 @@ def evaluate(
     text: str | Sequence[str] | None = None,
     windows: int | None = None,
     length: int | None = None,
+    begin: bool | None = None,
     tasks: Sequence[str] | None = None,
     include_path: str | None = None,
     limit: int | None = None,
@@ -101,8 +102,10 @@ def evaluate(
     against: the source, or any other model with the same tokenizer
     suite:   "quick", "standard", "full" or a TOML file; without one, perplexity and cache bytes alone
     text:    files, dataset ids or shipped texts; default: those of the suite, else the text of the recipe the model was
-             made with. No special tokens are added, the first token of a window is not scored
+             made with. The first token of a window is not scored
     windows: the first so many windows of a text;  length: tokens per window, default 1024 or the context
+    begin:   put the begin token, of a tokenizer that adds one, in the place of each window's first token. Without it,
+             windows are pieces of the text without special tokens, as in most published numbers
     tasks, include_path, limit, quantised, positions, needles, gates: see `Suite`; each overrides the suite's value
     dtype:   to compute and cache in, "auto" for the stored one;  device: where
     kept:    file for finished parts; the same call resumes from there and removes it at the end
@@ -112,8 +115,8 @@ def evaluate(
     """
     wanted = _suite(
         suite, model,
-        texts=(text,) if isinstance(text, str) else _tuple(text), windows=windows, length=length, tasks=_tuple(tasks),
-        include_path=include_path, limit=limit, quantised=_tuple(quantised), positions=positions,
+        texts=(text,) if isinstance(text, str) else _tuple(text), windows=windows, length=length, begin=begin,
+        tasks=_tuple(tasks), include_path=include_path, limit=limit, quantised=_tuple(quantised), positions=positions,
         needles=_tuple(needles), gates=gates,
     )  # fmt: skip
     if wanted.tasks:
@@ -152,12 +155,13 @@ def evaluate(
             agreed = store.get(str(model), "agreement", lambda: _agreement(subject, source_predictions, wanted, tell))
         compared = comparison(found, source_found, agreed)
     subject.release()
-    length_used = window_length(wanted, load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
     made = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "dtype": dtype,
         "device": device,
-        "length": length_used,
+        "length": window_length(wanted, tokenizer),
+        "begin": list(begin_of(wanted, tokenizer)),
         "versions": versions(),
         "commit": commit(),
     }
@@ -216,8 +220,8 @@ def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str) -> d
 
 
 def _without_gates(suite: dict[str, Any]) -> dict[str, Any]:
-    """Gates judge what was measured, and change nothing of it."""
-    return {key: value for key, value in suite.items() if key != "gates"}
+    """All keys, of which an earlier program may have known less; gates judge what was measured, and change nothing."""
+    return {key: value for key, value in (Suite().plain() | suite).items() if key != "gates"}
 
 
 def _files(name: str | Path) -> list[list[str | int]]:
@@ -240,7 +244,8 @@ def _default_text(model: Path) -> str:
 
 def _predictions(subject: Subject, suite: Suite, progress: Progress) -> Predictions:
     tokenizer = load_tokenizer(subject.name)
-    ids_NT = windows_of(suite.texts[0], tokenizer, window_length(suite, tokenizer), suite.windows)
+    length, begin = window_length(suite, tokenizer), begin_of(suite, tokenizer)
+    ids_NT = windows_of(suite.texts[0], tokenizer, length, suite.windows, begin)
     stage = f"predictions {Path(subject.name).name}"
     return predictions(subject.model, ids_NT, lambda done, total: progress(stage, done, total, ""))
 

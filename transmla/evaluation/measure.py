@@ -6,7 +6,7 @@ import functools
 import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from transmla.evaluation.tasks import needles, run_tasks
 from transmla.model.loading import is_converted, load_any, load_tokenizer
 from transmla.progress import Progress
 from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
+from transmla.text.windows import begin_tokens, with_begin
 
 # tokens per window when neither suite nor option says so
 DEFAULT_LENGTH = 1024
@@ -108,17 +109,23 @@ def window_length(suite: Suite, tokenizer: Any) -> int:
     return suite.length or min(DEFAULT_LENGTH, int(getattr(tokenizer, "model_max_length", DEFAULT_LENGTH)))
 
 
-def windows_of(text: str, tokenizer: Any, length: int, count: int) -> Tensor:
-    """The first windows of a text, int64 [N, T]; raises `DataError`."""
+def begin_of(suite: Suite, tokenizer: Any) -> tuple[int, ...]:
+    """What windows begin with instead of their first tokens."""
+    return begin_tokens(tokenizer) if suite.begin else ()
+
+
+def windows_of(text: str, tokenizer: Any, length: int, count: int, begin: Sequence[int] = ()) -> Tensor:
+    """The first windows of a text, int64 [N, T], behind the tokens `begin`; raises `DataError`."""
     content = read_text(text, count * length * CHARACTERS_PER_TOKEN, evaluation=True)
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
-    return text_windows(ids, length, count, text)
+    return with_begin(text_windows(ids, length, count, text), begin)
 
 
 def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], progress: Progress) -> dict[str, Any]:
     """All parts of one model as plain values; parts that cannot be measured for want of data are named in `skipped`."""
     name, tokenizer = subject.name, load_tokenizer(subject.name)
-    length = window_length(suite, tokenizer)
+    length, begin = window_length(suite, tokenizer), begin_of(suite, tokenizer)
+    unscored = max(1, len(begin))
 
     def part(key: str, make: Callable[[], Any], optional: bool = True) -> Any:
         try:
@@ -130,22 +137,26 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
             return None
 
     def text(which: str) -> dict[str, Any]:
-        ids_NT = windows_of(which, tokenizer, length, suite.windows)
+        ids_NT = windows_of(which, tokenizer, length, suite.windows, begin)
         stage = f"{Path(which).name} {Path(name).name}"
-        found = perplexity(subject.model, ids_NT, progress=lambda done, total: progress(stage, done, total, ""))
+        found = perplexity(
+            subject.model, ids_NT, unscored=unscored, progress=lambda done, total: progress(stage, done, total, "")
+        )
         return {"nats": list(found.nats_N), "num_tokens": found.num_tokens, "length": length}
 
     def quantised(bits: int) -> dict[str, Any]:
-        ids_NT = windows_of(suite.texts[0], tokenizer, length, suite.windows)
+        ids_NT = windows_of(suite.texts[0], tokenizer, length, suite.windows, begin)
         rank = getattr(subject.model.config, "kv_lora_rank", None)
         key = latents_by_token(bits, rank) if rank else keys_by_channel(bits)
-        found = perplexity(subject.model, ids_NT, cache=lambda: rounding_cache(key, values_by_token(bits)))
+        found = perplexity(
+            subject.model, ids_NT, unscored=unscored, cache=lambda: rounding_cache(key, values_by_token(bits))
+        )
         stored = measured_bytes_per_token(subject.model) * bits_per_value(bits) / _bits_of(subject.model)
         return {"bits": bits, "bytes_per_token": stored, "nats": list(found.nats_N)}
 
     def positions() -> dict[str, Any]:
         context = int(subject.model.config.max_position_embeddings)
-        found = by_position(subject.model, windows_of(suite.texts[0], tokenizer, context, suite.positions))
+        found = by_position(subject.model, windows_of(suite.texts[0], tokenizer, context, suite.positions, begin))
         return {"edges": list(found.edges), "nats": [list(row) for row in found.nats_NR]}
 
     def tasks(task: str) -> list[dict[str, Any]]:

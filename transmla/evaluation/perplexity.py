@@ -67,13 +67,15 @@ def perplexity(
     ids_NT: Tensor,
     *,
     batch: int | None = None,
+    unscored: int = 1,
     progress: Callable[[int, int], None] | None = None,
     cache: Callable[[], Any] | None = None,
 ) -> Perplexity:
-    """Teacher-forced perplexity; the first token of each window is not scored.
+    """Teacher-forced perplexity; the first tokens of each window are not scored.
 
     model: a transformers causal language model
     batch: windows at once; default: 2 on CPUs, elsewhere 16 or as many as fit into memory
+    unscored: how many these are, at least 1: the first token has nothing that predicts it
     cache: makes a cache that the keys and values go through, see quantised_cache.py
     Raises `VerificationError` if the model returns NaN.
     """
@@ -89,7 +91,7 @@ def perplexity(
             loss_BT = torch.nn.functional.cross_entropy(
                 logits_BTV[:, :-1].transpose(1, 2), ids_BT[:, 1:], reduction="none"
             )
-            nats.extend(loss_BT.mean(1).tolist())
+            nats.extend(loss_BT[:, unscored - 1 :].mean(1).tolist())
             if progress is not None:
                 progress(len(nats), len(ids_NT))
 

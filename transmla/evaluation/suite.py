@@ -16,6 +16,7 @@ class Suite:
     """One evaluation. Whatever is empty, false or zero is left out.
 
     texts:     files, dataset ids, shipped texts; windows of `length` tokens each, the first `windows` of a text
+    begin:     the begin token takes the place of each window's first token, so that the same tokens are scored
     agreement: KL and agreement of the first choice with the source, on the first text
     quantised: bits of rounded caches that are measured beside the model's own, of source and model, on the first text
     positions: windows over the whole context, for perplexity by position, on the first text
@@ -28,6 +29,7 @@ class Suite:
     texts: tuple[str, ...] = ("wikitext-valid",)
     windows: int = 16
     length: int = 0
+    begin: bool = False
     agreement: bool = False
     quantised: tuple[int, ...] = ()
     positions: int = 0

@@ -24,7 +24,7 @@ from transmla.model.loading import load_source
 from transmla.processes import Processes
 from transmla.progress import Progress
 from transmla.recipe import Healing
-from transmla.text.documents import mixed, open_text
+from transmla.text.documents import Text, mixed, open_text
 from transmla.text.mixes import SELF, Part, parse_mix
 from transmla.text.packing import pack
 from transmla.text.sampling import TEXT_LENGTH, sample_texts
@@ -93,13 +93,16 @@ class Preparation:
             with np.load(path, allow_pickle=False) as arrays:
                 return [text.tolist() for text in np.split(arrays["ids"], arrays["ends"][:-1])]
 
-        texts = [open_text(part, model_tokenizer, settings.window, sampled, evaluation=False) for part in parts]
+        def opened(part: Part, evaluation: bool) -> Text:
+            return open_text(
+                part, model_tokenizer, settings.window, sampled, evaluation=evaluation, begin=settings.begin
+            )
+
+        texts = [opened(part, evaluation=False) for part in parts]
         heldout_of_each = -(-settings.heldout // len(texts))
         for text in texts:
             text.hold_out(heldout_of_each, settings.window)
-        watched = [
-            open_text(part, model_tokenizer, settings.window, sampled, evaluation=True) for part in self.texts[1:]
-        ]
+        watched = [opened(part, evaluation=True) for part in self.texts[1:]]
         for text in watched:
             text.hold_out(settings.heldout, settings.window)
         heldout = [[window for text in texts for window in text.heldout], *(text.heldout for text in watched)]

@@ -18,6 +18,7 @@ from transmla.errors import DataError
 from transmla.text.mixes import SELF, Part
 from transmla.text.packing import pack
 from transmla.text.sources import TEXT_COLUMN, is_table, read_text, rows
+from transmla.text.windows import begin_tokens
 
 MESSAGES = "messages"
 # characters that are tokenised at once, and read of one text at most
@@ -65,11 +66,18 @@ class Text:
 
 
 def open_text(
-    part: Part, tokenizer: Any, length: int, sampled: Callable[[], list[list[int]]], *, evaluation: bool
+    part: Part,
+    tokenizer: Any,
+    length: int,
+    sampled: Callable[[], list[list[int]]],
+    *,
+    evaluation: bool,
+    begin: str = "none",
 ) -> Text:
     """The documents of one part; what a name means is checked when the first one is drawn.
 
     sampled: for "self", texts that the source has written, as token ids
+    begin:   windows of a plain text that start with what the tokenizer puts first: "half", "all" or "none"
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
@@ -81,7 +89,7 @@ def open_text(
             yield from sampled()
         elif not is_table(part.name):
             text = read_text(part.name, PLAIN_CHARACTERS, evaluation=evaluation)
-            yield from _pieces(_tokens_of(text, tokenizer), length)
+            yield from _begun(_pieces(_tokens_of(text, tokenizer), length), tokenizer, begin)
         else:
             render = _renderer(tokenizer)
             for row in rows(part.name):
@@ -119,6 +127,14 @@ def _pieces(ids: Iterator[int], length: int) -> Iterator[list[int]]:
     """Pieces of `length` tokens: one text has no documents to respect."""
     while piece := list(islice(ids, length)):
         yield piece
+
+
+def _begun(pieces: Iterator[list[int]], tokenizer: Any, begin: str) -> Iterator[list[int]]:
+    """Pieces, of which all or every second one have begin tokens in the place of their first ones."""
+    prefix = [] if begin == "none" else list(begin_tokens(tokenizer))
+    for number, piece in enumerate(pieces):
+        begins = begin == "all" or number % 2 == 0
+        yield prefix + piece[len(prefix) :] if begins else piece
 
 
 def _renderer(tokenizer: Any) -> Callable[[dict[str, Any], str], tuple[str, bool]]:

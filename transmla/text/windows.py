@@ -6,6 +6,7 @@ Legend: N windows, T tokens per window.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,14 @@ class CalibrationTokens:
     """ids_NT:   int64 [N, T]
     name:        what it was made of;  digest: SHA-256 of the ids, for the provenance file
     num_heldout: the last windows that only measure; default: a sixteenth, at most 8
+    begin:       begin tokens of the tokenizer, if some windows were given them
     """
 
     ids_NT: Tensor
     name: str
     digest: str
     num_heldout: int = 0
+    begin: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.num_heldout:
@@ -38,14 +41,28 @@ class CalibrationTokens:
             object.__setattr__(self, "num_heldout", default)
 
 
+def begin_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """What a tokenizer puts in front of a text by itself: nothing, a begin token or, in some families, two tokens."""
+    whole, bare = (tokenizer("a", add_special_tokens=special, verbose=False).input_ids for special in (True, False))
+    start = next((place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0)
+    return tuple(whole[:start])
+
+
+def with_begin(ids_NT: Tensor, begin: Sequence[int]) -> Tensor:
+    """A copy of windows in which begin tokens take the place of the first tokens: length and the tokens behind stay."""
+    begun_NT = ids_NT.clone()
+    begun_NT[:, : len(begin)] = torch.tensor(list(begin), dtype=ids_NT.dtype)
+    return begun_NT
+
+
 def windows(
-    ids: list[int], num_tokens: int, window: int, *, name: str, prefix: list[int] | None = None
+    ids: list[int], num_tokens: int, window: int, *, name: str, prefix: Sequence[int] = ()
 ) -> CalibrationTokens:
     """Windows spread evenly over the text, at most `num_tokens` in all; raises `DataError`.
 
     At least two windows are needed: one to fit to and one held out.
-    prefix: begin token of a tokenizer that adds one; every second window starts with it, since the model
-            meets both the start and the middle of texts
+    prefix: begin tokens; every second window starts with them, since the model meets both the start and the middle
+            of texts
     """
     wanted = max(2, num_tokens // window)
     available = len(ids) // window
@@ -58,18 +75,19 @@ def windows(
         )
     starts = torch.linspace(0, available - 1, min(wanted, available)).long().tolist()
     ids_NT = torch.tensor([ids[start * window : (start + 1) * window] for start in starts])
-    if prefix:
-        ids_NT[::2, 0] = prefix[0]
+    ids_NT[::2] = with_begin(ids_NT[::2], prefix)
     return _named(ids_NT, name)
 
 
 def calibration_tokens(
-    name: str, tokenizer: Any, num_tokens: int, window: int, *, sampler: Any = None
+    name: str, tokenizer: Any, num_tokens: int, window: int, *, sampler: Any = None, begin: str = "half"
 ) -> CalibrationTokens:
     """Windows of token ids of the text called `name`; of several, "A:3+B", in turns, each with its share of the tokens.
 
-    tokenizer: a transformers tokenizer; no special tokens are added
+    tokenizer: a transformers tokenizer; of special tokens, only those that it puts first are added
     sampler:   for "self", a call (num_windows, window) -> int64 [N, T]
+    begin:     windows that start with these: "half" (of those from a text; what a model writes begins as it does),
+               "all" or "none"
     """
     parts = parse_mix(name, "--calibration")
     if len(parts) > 1:
@@ -77,19 +95,19 @@ def calibration_tokens(
         shares = [int(num_tokens * part.weight / whole) for part in parts]
         return _mixed(
             [
-                calibration_tokens(part.name, tokenizer, share, window, sampler=sampler)
+                calibration_tokens(part.name, tokenizer, share, window, sampler=sampler, begin=begin)
                 for part, share in zip(parts, shares, strict=True)
             ],
             name,
         )
-    name = parts[0].name
+    name, prefix = parts[0].name, () if begin == "none" else begin_tokens(tokenizer)
     if name == SELF:
         ids_NT = sampler(max(2, num_tokens // window), window)
-        return _named(ids_NT, name)
+        return _named(with_begin(ids_NT, prefix) if begin == "all" else ids_NT, name)
     text = read_text(name, max(num_tokens, 2 * window) * CHARACTERS_PER_TOKEN)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    prefix = tokenizer("", verbose=False).input_ids[:1]
-    return windows(ids, num_tokens, window, name=name, prefix=prefix)
+    found = windows(ids, num_tokens, window, name=name, prefix=prefix)
+    return found if begin != "all" else _named(with_begin(found.ids_NT, prefix), name)
 
 
 def _mixed(texts: list[CalibrationTokens], name: str | None = None) -> CalibrationTokens:

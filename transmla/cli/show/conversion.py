@@ -47,7 +47,7 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
         **narrow,
         **refined,
         "verified": f"{_form(report)}, relative error {report.verification.relative_error:.1e}",
-        "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.mix}",
+        "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.mix}{_begin(report)}",
         "time, peak memory": f"{report.seconds:.0f} s, {size(peak_memory)}",
         "written": f"{report.destination}  ({size(report.written_bytes)}, {report.plan.dtype})",
     }
@@ -61,6 +61,12 @@ def _refined(block: BlockReport, last: bool) -> str:
     if block.steps < block.planned:
         found += f" of {block.planned}, until the loss or a gradient was not finite"
     return found if block.taken else f"{found}; discarded, since it is no better"
+
+
+def _begin(report: ConversionReport) -> str:
+    """Where it is not the usual half of the windows."""
+    which = {"half": "", "all": "all", "none": "no"}[report.plan.recipe.begin]
+    return f", {which} windows behind a begin token" if which else ""
 
 
 def _share(row: Any, base: Any) -> float:

@@ -24,7 +24,8 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
     first = perplexity_of(model, report.text)
     console.print(_perplexities(report))
     console.print(
-        f"{report.text}: {len(first.nats_N)} windows of {report.made['length']:,} tokens, {report.made['dtype']}, "
+        f"{report.text}: {len(first.nats_N)} windows of {report.made['length']:,} tokens{_begin(report)}, "
+        f"{report.made['dtype']}, "
         f"{report.made['device']}. ± one standard error over windows, for the ratio that of the paired difference",
         highlight=False,
     )
@@ -48,6 +49,13 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
         )
     for one in report.skipped:
         console.print(f"[yellow]left out[/] {one.part} of {one.model}: {one.why}", highlight=False)
+
+
+def _begin(report: EvaluationReport) -> str:
+    if not report.suite["begin"]:
+        return ""
+    ids = ", ".join(map(str, report.made["begin"]))
+    return f" behind the begin token ({ids})" if ids else " (the tokenizer adds no begin token)"
 
 
 def _perplexities(report: EvaluationReport) -> Table:

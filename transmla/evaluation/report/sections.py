@@ -64,6 +64,7 @@ def texts(results: list[Result]) -> Section:
     rows = []
     for result in results:
         model, source, compared = (result.content[key] for key in ("model", "source", "comparison"))
+        begun = " behind the begin token" if result.content["suite"].get("begin") else ""
         for text in model["texts"]:
             own = perplexity_of(model, text)
             base = perplexity_of(source, text) if source and text in source["texts"] else None
@@ -73,7 +74,7 @@ def texts(results: list[Result]) -> Section:
                 f"{base.value:.3f} ± {_error(base.standard_error)}" if base else "",
                 f"{own.value:.3f} ± {_error(own.standard_error)}",
                 f"{found['ratio']:.4f} ± {_error(found['standard_error'], 4)}" if found else "",
-                f"{len(own.nats_N)} × {model['texts'][text]['length']:,}",
+                f"{len(own.nats_N)} × {model['texts'][text]['length']:,}{begun}",
             ])  # fmt: skip
     agreed = [
         f"{result.name} follows its source with a KL divergence of {one['kl']['value']:.4f} ± "
