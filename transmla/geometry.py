@@ -17,6 +17,10 @@ GPU_KERNELS = {(512, 64): (128, 128), (256, 64): (64, 64)}
 CACHE_BITS = {"bf16": 16.0, "8-bit": 8.5, "4-bit": 4.5}
 
 
+# shares of the rotary values of a head that `--rope auto` tries as the width of the rotary key
+ROPE_SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
+
+
 @dataclass(frozen=True)
 class GqaGeometry:
     """Sizes of the source's attention, in the words of its config.json.
@@ -168,6 +172,36 @@ def latent_candidates(source: GqaGeometry, rope: int | None) -> tuple[int, ...]:
     if step >= 16:
         step = step // 16 * 16
     return tuple(range(step, largest + 1, step)) or (max(1, largest),)
+
+
+def usual_rope(source: GqaGeometry, total: int) -> int:
+    """qk_rope_head_dim if latent and rotary key have `total` values together: that of GPU kernels, else the default."""
+    for rank, rope in GPU_KERNELS:
+        if rank + rope == total and rope <= source.head_dim:
+            return rope
+    return default_sizes(source)[1]
+
+
+def rope_candidates(source: GqaGeometry, total: int, turning: int) -> tuple[int, ...]:
+    """The values of qk_rope_head_dim that `--rope auto` chooses from, the usual one first.
+
+    total:   values of latent and rotary key together;  turning: values of a head that rotary embeddings turn
+
+    Raises `GeometryError` if no division is possible.
+    """
+    max_rank = min(source.cache_values(), source.hidden_size)
+    shares = (2 * max(1, round(share * turning / 2)) for share in ROPE_SHARES)
+    widths = dict.fromkeys((usual_rope(source, total), *shares))
+    possible = tuple(rope for rope in widths if rope <= turning and 1 <= total - rope <= max_rank)
+    if not possible:
+        nearest = min(max(total, 3), max_rank + turning)
+        raise _impossible(
+            f"{total} cached values cannot be divided",
+            f"a rotary key has 2 to {turning} values, and a latent 1 to {max_rank}",
+            f"--total {nearest}",
+            "--total",
+        )
+    return possible
 
 
 def mla_geometry(

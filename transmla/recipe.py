@@ -23,12 +23,12 @@ STATES = ("measured", "planned")
 
 # the words that a key takes, where it does not take every string
 _WORDS = {
-    "theta": ("auto",), "latent": ("auto",), "refine": REFINE_LEVELS, "dtype": DTYPES, "format": FORMATS,
-    "begin": BEGIN, "train": TRAINED, "precision": PRECISIONS, "state": STATES,
+    "theta": ("auto",), "latent": ("auto",), "rope": ("auto",), "refine": REFINE_LEVELS, "dtype": DTYPES,
+    "format": FORMATS, "begin": BEGIN, "train": TRAINED, "precision": PRECISIONS, "state": STATES,
 }  # fmt: skip
 _POSITIVE = (
     "theta", "tokens", "window", "context", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature",
-    "top_k", "heldout", "evaluations", "patience",
+    "top_k", "heldout", "evaluations", "patience", "total",
 )  # fmt: skip
 # tokens: less says nothing of attention
 _LEAST = {"window": 8}
@@ -108,7 +108,8 @@ class Recipe:
     revision: str | None = None  # commit, branch or tag of a hub id
     latent: int | str | None = None  # kv_lora_rank; "auto": the smallest within the budget
     budget: float | None = None  # perplexity increase that "auto" may cost, 0.02 is 2 %
-    rope: int | None = None  # qk_rope_head_dim
+    rope: int | str | None = None  # qk_rope_head_dim; "auto": the best division of the total by measured error
+    total: int | None = None  # kv_lora_rank + qk_rope_head_dim, where one of them or none is given
     q_latent: int | None = None  # q_lora_rank; None: queries without a latent
     refine: str = "fast"  # how much gradient refinement: off, fast, full
     batch: int | None = None  # windows per step of it; None: the level's

@@ -15,11 +15,16 @@ def geometry_options(command: Any) -> Any:
     for decorate in (
         option("--recipe", metavar="R", help="Name of an installed recipe, or a TOML file."),
         option(
+            "--total",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="kv_lora_rank + qk_rope_head_dim, where --latent, --rope or both are not given.",
+        ),
+        option(
             "--rope",
-            type=int,
             metavar="DIM",
-            help="qk_rope_head_dim: cached rotary values per token and layer, an even number. [default: depends "
-            "on SRC, see `plan`]",
+            help="qk_rope_head_dim: cached rotary values per token and layer, an even number; auto: the division of "
+            "--total with the smallest measured error. [default: depends on SRC, see `plan`]",
         ),
         option(
             "--q-latent",
@@ -180,13 +185,14 @@ def convert_command(
 
 
 def sizes(given: dict[str, Any]) -> dict[str, Any]:
-    """--latent and --budget from words to numbers, in place."""
-    latent = given["latent"]
-    if latent not in (None, "auto"):
-        try:
-            given["latent"] = int(latent)
-        except ValueError:
-            raise click.BadParameter(f"{latent!r} is neither an integer nor auto", param_hint="--latent") from None
+    """--latent, --rope and --budget from words to numbers, in place."""
+    for key in ("latent", "rope"):
+        size = given[key]
+        if size not in (None, "auto"):
+            try:
+                given[key] = int(size)
+            except ValueError:
+                raise click.BadParameter(f"{size!r} is neither an integer nor auto", param_hint=f"--{key}") from None
     budget = given["budget"]
     if budget is not None:
         percent = number(budget.removesuffix("%"), "--budget", auto=False)

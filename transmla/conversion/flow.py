@@ -27,6 +27,7 @@ from transmla.conversion.measure import HeldoutNats, Measured, measure
 from transmla.conversion.plan import Plan, plan, target_config
 from transmla.conversion.run import Run
 from transmla.conversion.search import Trial, find_latent
+from transmla.conversion.split import SplitTrial, choose_split
 from transmla.conversion.theta import choose_theta
 from transmla.conversion.verify import Verification, Witness, verify
 from transmla.conversion.write import write_companions, write_weights
@@ -46,6 +47,7 @@ class ConversionReport:
 
     theta:         of the rotary frequencies; None: every layer has its own, in the config
     latent_scales: s of maths/fold.py, by layer; none in the own form;  tried: sizes that `latent="auto"` tried
+    splits:        divisions of the cache that `rope="auto"` measured
     """
 
     plan: Plan
@@ -57,6 +59,7 @@ class ConversionReport:
     latent_scales: tuple[float, ...]
     heldout: HeldoutNats
     tried: tuple[Trial, ...]
+    splits: tuple[SplitTrial, ...]
     num_calibration_tokens: int
     verification: Verification
     seconds: float
@@ -81,7 +84,8 @@ def convert(
     """Convert a GQA, MHA or MQA checkpoint to multi-head latent attention and write it as one folder.
 
     source:      Hugging Face folder, .gguf file, hub id, recipe name, or "stories260k" (ships with the package)
-    destination: new folder; default NAME-mla-LATENT-ROPE in the working directory. Nothing is overwritten
+    destination: new folder; default NAME-mla-LATENT-ROPE in the working directory (NAME-mla-auto, NAME-mla-TOTAL
+                 where sizes are searched for). Nothing is overwritten
     recipe:      path or name of a recipe; its values give way to the settings
     device:      where the arithmetic runs
     offload:     GiB that calibration activations may take in the memory of a process; if they need more, they go
@@ -116,15 +120,20 @@ def convert(
             planned, model, text, KeptLayers(journal, planned.mla, processes, where), method, level, where, processes,
             tell, _activations(planned, text, processes, target, where, offload), block_layers,
         )  # fmt: skip
+        splits: tuple[SplitTrial, ...] = ()
+        if planned.recipe.rope == "auto":
+            run, splits = choose_split(run)
         if planned.recipe.latent == "auto":
             run, tried, fitted = _searched(run)
         else:
             tried, fitted = (), _fit(run)
-        scales, verified = processes.from_first(_write(run, fitted, tried, writer) if writer is not None else None)
+        scales, verified = processes.from_first(
+            _write(run, fitted, tried, splits, writer) if writer is not None else None
+        )
     written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return ConversionReport(
         run.plan, target, fitted.theta, fitted.theta_losses, fitted.layers, fitted.blocks, scales,
-        fitted.measured.heldout, tried, text.ids_NT.numel(), verified, time.monotonic() - started, written,
+        fitted.measured.heldout, tried, splits, text.ids_NT.numel(), verified, time.monotonic() - started, written,
     )  # fmt: skip
 
 
@@ -165,6 +174,7 @@ def _searched(run: Run) -> tuple[Run, tuple[Trial, ...], _Fitted]:
 
     recipe = run.plan.recipe
     assert recipe.budget is not None
+    assert not isinstance(recipe.rope, str)
     sizes = latent_candidates(run.plan.gqa, recipe.rope)
     latent, tried = find_latent(sizes, recipe.budget, fit, forget, run.progress)
     chosen = run.with_latent(latent)
@@ -172,7 +182,7 @@ def _searched(run: Run) -> tuple[Run, tuple[Trial, ...], _Fitted]:
 
 
 def _write(
-    run: Run, fitted: _Fitted, tried: tuple[Trial, ...], writer: CheckpointWriter
+    run: Run, fitted: _Fitted, tried: tuple[Trial, ...], splits: tuple[SplitTrial, ...], writer: CheckpointWriter
 ) -> tuple[tuple[float, ...], Verification]:
     """The folder, verified and given its name; returns the latent scales and what verification found."""
     planned, text, num_processes = run.plan, run.text, run.processes.size
@@ -196,6 +206,7 @@ def _write(
         "computed": {"device": run.device.type, "forward_dtype": str(run.compute), "processes": num_processes},
         "heldout": asdict(fitted.measured.heldout),
         "tried": [vars(trial) for trial in tried],
+        "splits": [asdict(split) for split in splits],
         "layers": _with_scales(fitted.layers, scales),
         "distilled_blocks": [vars(block) for block in fitted.blocks],
     }
@@ -218,6 +229,8 @@ def default_destination(planned: Plan) -> Path:
     name = Path(stem).expanduser().resolve().name if Path(stem).exists() else stem.rsplit("/", 1)[-1]
     if planned.recipe.latent == "auto":
         return Path(f"{name}-mla-auto")
+    if planned.recipe.rope == "auto":
+        return Path(f"{name}-mla-{planned.mla.cache_values()}")
     return Path(f"{name}-mla-{planned.mla.kv_lora_rank}-{planned.mla.qk_rope_head_dim}")
 
 

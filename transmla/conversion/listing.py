@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from transmla.conversion.plan import chosen_sizes
 from transmla.families import FAMILIES, Family, family_of, rope_parameters
 from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
 from transmla.model.source import AttentionFacts, attention_facts, skeleton
@@ -81,13 +82,13 @@ def list_recipes() -> tuple[RecipeRow, ...]:
         values = config.to_dict()
         family = family_of(values, str(path))
         gqa = gqa_geometry(values, str(path))
-        assert not isinstance(recipe.latent, str)
         short = _short(config)
         facts = _facts(family, short, gqa)
-        mla = mla_geometry(
-            gqa, recipe.latent, recipe.rope, recipe.q_latent,
-            attention_bias=facts.biased or facts.output_bias, query_bias=facts.biased,
-        )  # fmt: skip
+        mla = replace(
+            mla_geometry(gqa, *chosen_sizes(gqa, recipe), recipe.q_latent),
+            attention_bias=facts.biased or facts.output_bias,
+            query_bias=facts.biased,
+        )
         found = obstacles(short.to_dict(), family, encoded=facts.encoded)
         target: dict[str, Any] = {"model_type": MODEL_TYPE}
         if not found:

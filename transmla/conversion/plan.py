@@ -13,8 +13,18 @@ from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import SHARD_BYTES, check_destination
 from transmla.errors import GeometryError, RecipeError, SourceError, UnsupportedError
-from transmla.families import Family, family_of, rope_parameters
-from transmla.geometry import CACHE_BITS, GqaGeometry, MlaGeometry, gqa_geometry, latent_candidates, mla_geometry
+from transmla.families import Family, family_of, rope_parameters, rotary_dim
+from transmla.geometry import (
+    CACHE_BITS,
+    GqaGeometry,
+    MlaGeometry,
+    default_sizes,
+    gqa_geometry,
+    latent_candidates,
+    mla_geometry,
+    rope_candidates,
+    usual_rope,
+)
 from transmla.model.source import (
     AttentionFacts,
     attention_facts,
@@ -54,6 +64,14 @@ class CacheRow:
 
 
 @dataclass(frozen=True)
+class Split:
+    """One way to divide the cached values between latent and rotary key, and the engines that run it."""
+
+    mla: MlaGeometry
+    engines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is known before a weight is read.
 
@@ -61,6 +79,7 @@ class Plan:
     attention: what the attention of its first layer does
     obstacles: what keeps stock deepseek_v3 from expressing the model
     form:      of the folder that is written: "deepseek_v3" or "transmla", see targets/own.py
+    splits:    what `rope="auto"` chooses from, the usual one first; empty otherwise
     """
 
     resolved: ResolvedSource
@@ -80,6 +99,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...]
+    splits: tuple[Split, ...] = ()
 
     @property
     def calibration_context(self) -> int:
@@ -108,6 +128,14 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
             "notes": list(self.notes),
+            "splits": [
+                {
+                    "kv_lora_rank": split.mla.kv_lora_rank,
+                    "qk_rope_head_dim": split.mla.qk_rope_head_dim,
+                    "engines": list(split.engines),
+                }
+                for split in self.splits
+            ],
         }
 
 
@@ -116,7 +144,7 @@ def plan(
     destination: str | Path | None = None,
     *,
     latent: int | str | None = None,
-    rope: int | None = None,
+    rope: int | str | None = None,
     recipe: str | Path | None = None,
     download: bool = False,
     **overrides: Any,
@@ -126,13 +154,14 @@ def plan(
     source:      Hugging Face folder, .gguf file, hub id, recipe name, or "stories260k" (ships with the package)
     destination: checked for existence and disk space when given
     latent:      kv_lora_rank;  rope: qk_rope_head_dim;  None: see `geometry.default_sizes`; latent "auto": chosen by
-                 measured loss, planned for the largest
+                 measured loss, planned for the largest; rope "auto": by measured error, planned for the usual width
     recipe:      path or name of a recipe; its values give way to the arguments
     download:    bring the weights of a hub id into the local cache; False: read their headers where they are
     overrides:   any other field of `transmla.recipe.Recipe`
     Raises SourceError, UnsupportedError, GeometryError, DestinationError, RecipeError.
     """
-    settings = _recipe(source, recipe).with_overrides(latent=latent, rope=rope, **overrides)
+    settings = _redivided(_recipe(source, recipe), latent, rope, overrides.get("total"))
+    settings = settings.with_overrides(latent=latent, rope=rope, **overrides)
     resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
     opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path)
     where = opened.config_where
@@ -145,13 +174,14 @@ def plan(
     found = obstacles(config, family, encoded=facts.encoded)
     form = _form(settings, found, where)
     candidates = _candidates(gqa, settings)
-    wanted = candidates[-1] if candidates else settings.latent
-    assert not isinstance(wanted, str)
+    latent, rope = chosen_sizes(gqa, settings, candidates)
+    divided = _divided(gqa, settings, rotary_dim(config, gqa.head_dim))
     stock = form == "deepseek_v3"
-    mla = mla_geometry(
-        gqa, wanted, settings.rope, settings.q_latent,
-        attention_bias=stock and (facts.biased or facts.output_bias), query_bias=stock and facts.biased,
-    )  # fmt: skip
+    mla = replace(
+        divided[0] if divided else mla_geometry(gqa, latent, rope, settings.q_latent),
+        attention_bias=stock and (facts.biased or facts.output_bias),
+        query_bias=stock and facts.biased,
+    )
     if settings.q_latent is not None and form != "deepseek_v3":
         raise GeometryError(
             "this model keeps its queries as they are",
@@ -173,6 +203,11 @@ def plan(
         notes.append(
             f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "
             f"perplexity stays within {settings.budget:.1%}; up to {len(candidates).bit_length()} conversions"
+        )
+    if divided:
+        notes.append(
+            f"--rope auto: {len(divided)} ways to divide {mla.cache_values()} cached values, of which convert takes "
+            "the one with the smallest error in a few layers; all else here is for the first"
         )
     if form != "deepseek_v3" and found:
         notes.append(f"written as {family.model_type} with latent attention: deepseek_v3 has no {', '.join(found)}")
@@ -216,7 +251,28 @@ def plan(
         memory_bytes=_memory_bytes(config, gqa, settings, weights, 4 * layer_values(opened, family)),
         notes=tuple(notes),
     )
-    return replace(planned, engines=engine_verdicts(_planned_config(planned)))
+    splits = (with_sizes(planned, one) for one in divided)
+    return replace(
+        planned,
+        engines=engine_verdicts(_planned_config(planned)),
+        splits=tuple(
+            Split(one.mla, tuple(verdict.engine for verdict in one.engines if verdict.accepts)) for one in splits
+        ),
+    )
+
+
+def _redivided(recipe: Recipe, latent: int | str | None, rope: int | str | None, total: int | None) -> Recipe:
+    """The recipe without the sizes that these divide anew; the sum of its own remains, unless another is given."""
+    if latent is not None and rope is not None:
+        return replace(recipe, total=None)
+    if rope != "auto" and total is None:
+        return recipe
+    if latent is not None:
+        return replace(recipe, rope=None)
+    own = recipe.total
+    if isinstance(recipe.latent, int) and isinstance(recipe.rope, int):
+        own = recipe.latent + recipe.rope
+    return replace(recipe, latent=None, total=own)
 
 
 def _filled(config: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,16 +305,65 @@ def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
             why=f"latent is {recipe.latent!r}, budget {recipe.budget!r}",
             remedy="give both, for example --latent auto --budget 2%, or a number for --latent alone",
         )
-    return latent_candidates(gqa, recipe.rope) if recipe.latent == "auto" else ()
+    if recipe.latent != "auto":
+        return ()
+    if recipe.rope == "auto" or recipe.total is not None:
+        raise RecipeError(
+            "latent auto goes with a rotary width",
+            where="--latent / --rope / --total",
+            why="it searches for the smallest latent, so there is no total to divide",
+            remedy="give --rope a number or leave it out, and leave out --total",
+        )
+    return latent_candidates(gqa, _number(recipe.rope))
+
+
+def chosen_sizes(gqa: GqaGeometry, recipe: Recipe, candidates: Sequence[int] = ()) -> tuple[int | None, int | None]:
+    """kv_lora_rank and qk_rope_head_dim of a recipe; None takes the default. What is "auto" is the largest, the usual.
+
+    candidates: for `latent="auto"`
+    Raises `RecipeError` if more is given than fits together.
+    """
+    latent, rope, total = recipe.latent, recipe.rope, recipe.total
+    if None not in (latent, rope, total) or (rope == "auto" and latent not in (None, "auto")):
+        raise RecipeError(
+            "the sizes say more than fits together",
+            where="--latent / --rope / --total",
+            why="the total is the sum of latent and rotary width, and --rope auto divides it",
+            remedy="leave out --latent" if rope == "auto" else "leave out one of the three",
+        )
+    if candidates:
+        return candidates[-1], _number(rope)
+    latent, rope = _number(latent), _number(rope)
+    if total is None:
+        return latent, rope
+    if latent is not None:
+        return latent, total - latent
+    rope = usual_rope(gqa, total) if rope is None else rope
+    return total - rope, rope
+
+
+def _number(size: int | str | None) -> int | None:
+    return None if isinstance(size, str) else size
+
+
+def _divided(gqa: GqaGeometry, recipe: Recipe, turning: int) -> tuple[MlaGeometry, ...]:
+    """The divisions for `rope="auto"`, else none."""
+    if recipe.rope != "auto":
+        return ()
+    total = recipe.total or sum(default_sizes(gqa))
+    widths = rope_candidates(gqa, total, turning)
+    return tuple(mla_geometry(gqa, total - rope, rope, recipe.q_latent) for rope in widths)
 
 
 def with_latent(planned: Plan, latent: int) -> Plan:
     """The same conversion at another kv_lora_rank."""
     recipe = planned.recipe
-    mla = mla_geometry(
-        planned.gqa, latent, recipe.rope, recipe.q_latent,
-        attention_bias=planned.mla.attention_bias, query_bias=planned.mla.query_bias,
-    )  # fmt: skip
+    return with_sizes(planned, mla_geometry(planned.gqa, latent, _number(recipe.rope), recipe.q_latent))
+
+
+def with_sizes(planned: Plan, mla: MlaGeometry) -> Plan:
+    """The same conversion at other sizes; biases stay those of the plan."""
+    mla = replace(mla, attention_bias=planned.mla.attention_bias, query_bias=planned.mla.query_bias)
     planned = replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla))
     return replace(planned, engines=engine_verdicts(_planned_config(planned)))
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from transmla.conversion.kept import KeptLayers
 from transmla.conversion.levels import Refinement
-from transmla.conversion.plan import Plan, with_latent
+from transmla.conversion.plan import Plan, with_latent, with_sizes
 from transmla.conversion.streams import CPU, Streams, allocate
 from transmla.devices import narrow_dtype
+from transmla.geometry import MlaGeometry
 from transmla.maths.closed_form import ClosedForm
 from transmla.model.source import SourceModel
 from transmla.processes import Processes
@@ -49,8 +50,11 @@ class Run:
 
     def with_latent(self, latent: int) -> Run:
         """The same conversion at another kv_lora_rank."""
-        planned = with_latent(self.plan, latent)
-        return replace(self, plan=planned, kept=self.kept.of(planned.mla))
+        return self.with_sizes(with_latent(self.plan, latent).mla)
+
+    def with_sizes(self, mla: MlaGeometry) -> Run:
+        """The same conversion at other sizes."""
+        return replace(self, plan=with_sizes(self.plan, mla), kept=self.kept.of(mla))
 
     @property
     def compute(self) -> torch.dtype:

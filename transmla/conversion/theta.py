@@ -5,6 +5,9 @@ Legend: see transmla/conversion/streams.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
 import torch
 
 from transmla.conversion.moments import observe
@@ -24,6 +27,8 @@ MARGIN = 0.95
 # windows of the survey
 NUM_SURVEYED = 6
 
+Candidate = TypeVar("Candidate")
+
 
 def choose_theta(run: Run) -> tuple[float | None, dict[float, list[float]]]:
     """rope_theta of the target and, if it was chosen here, the losses of all candidates by surveyed layer.
@@ -39,22 +44,34 @@ def choose_theta(run: Run) -> tuple[float | None, dict[float, list[float]]]:
         return kept["chosen"], {float(theta): losses for theta, losses in kept["losses"].items()}
     mla, config = run.plan.mla, run.plan.config
     own, turning = float(rope_parameters(config)["rope_theta"]), rotary_dim(config, run.plan.gqa.head_dim)
-    losses: dict[float, list[float]] = {theta: [] for theta in candidates(own, turning, mla.qk_rope_head_dim)}
-    streams = _surveyed_streams(run)
-    surveyed = surveyed_layers(mla.num_hidden_layers)
-    for index in range(max(surveyed) + 1):
-        layer = run.model.layer(index)
-        if index in surveyed and bool(layer.gqa.inv_freq_P.any()):
-            moments = observe(layer, streams, streams.num_fitted)
-            sizes = (mla.kv_lora_rank, mla.qk_rope_head_dim)
-            for theta, found in losses.items():
-                found.append(output_error(layer, moments, streams, sizes, theta, run.method))
-        advance_source(layer, streams)
-        del layer  # before the next one is read
-        run.progress("choose theta", index + 1, max(surveyed) + 1, "")
+    thetas, sizes = candidates(own, turning, mla.qk_rope_head_dim), (mla.kv_lora_rank, mla.qk_rope_head_dim)
+    found = survey(run, [(sizes, theta) for theta in thetas], "choose theta", rotated_only=True)
+    losses: dict[float, list[float]] = dict(zip(thetas, found, strict=True))
     chosen: float = run.processes.from_first(choose(losses))
     run.kept.save("theta", {"chosen": chosen, "losses": {str(theta): found for theta, found in losses.items()}})
     return chosen, losses
+
+
+def survey(
+    run: Run, trials: Sequence[tuple[tuple[int, int], float | None]], stage: str, *, rotated_only: bool = False
+) -> list[list[float]]:
+    """`output_error` of each trial, (kv_lora_rank, qk_rope_head_dim) and theta, in a few layers, on a few windows.
+
+    rotated_only: leave out layers without rotary embeddings, where theta does nothing
+    """
+    losses: list[list[float]] = [[] for _ in trials]
+    streams = _surveyed_streams(run)
+    surveyed = surveyed_layers(run.plan.mla.num_hidden_layers)
+    for index in range(max(surveyed) + 1):
+        layer = run.model.layer(index)
+        if index in surveyed and (not rotated_only or bool(layer.gqa.inv_freq_P.any())):
+            moments = observe(layer, streams, streams.num_fitted)
+            for (sizes, theta), found in zip(trials, losses, strict=True):
+                found.append(output_error(layer, moments, streams, sizes, theta, run.method))
+        advance_source(layer, streams)
+        del layer  # before the next one is read
+        run.progress(stage, index + 1, max(surveyed) + 1, "")
+    return losses
 
 
 def _surveyed_streams(run: Run) -> Streams:
@@ -86,7 +103,7 @@ def output_error(
     moments: Moments,
     streams: Streams,
     sizes: tuple[int, int],
-    theta: float,
+    theta: float | None,
     method: ClosedForm,
 ) -> float:
     """Squared error of the converted attention's output over its squared size, on held-out windows.
@@ -108,8 +125,8 @@ def output_error(
     return lost / size if size else 0.0  # of an output projection that is zero
 
 
-def choose(losses: dict[float, list[float]]) -> float:
+def choose(losses: Mapping[Candidate, list[float]]) -> Candidate:
     """The candidate with the smallest mean loss, or the first unless that is beaten by `MARGIN`."""
     own, *others = losses
-    best = min(others, key=lambda theta: sum(losses[theta]), default=own)
+    best = min(others, key=lambda one: sum(losses[one]), default=own)
     return best if sum(losses[best]) < MARGIN * sum(losses[own]) else own

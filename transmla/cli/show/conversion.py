@@ -42,6 +42,7 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
         {f"queries, rank {mla.q_lora_rank}": f"{sum(lost) / len(lost):.2%} of their energy dropped"} if lost else {}
     )
     facts = {
+        **_split(report),
         "rope_theta": _theta(report),
         "stream error": f"{last.stream_loss_fitted:.2%} fitted windows, {last.stream_loss_heldout:.2%} held out",
         **narrow,
@@ -67,6 +68,16 @@ def _begin(report: ConversionReport) -> str:
     """Where it is not the usual half of the windows."""
     which = {"half": "", "all": "all", "none": "no"}[report.plan.recipe.begin]
     return f", {which} windows behind a begin token" if which else ""
+
+
+def _split(report: ConversionReport) -> dict[str, str]:
+    """The division of the cache that was chosen, and the others."""
+    if not report.splits:
+        return {}
+    chosen = report.plan.mla.qk_rope_head_dim
+    ordered = sorted(report.splits, key=lambda one: (one.qk_rope_head_dim != chosen, one.loss))
+    sizes = [f"{one.kv_lora_rank}+{one.qk_rope_head_dim} {one.loss:.2%}" for one in ordered]
+    return {"latent + rope": f"{sizes[0]} error of the attention; {', '.join(sizes[1:])}".rstrip("; ")}
 
 
 def _share(row: Any, base: Any) -> float:

@@ -31,6 +31,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     geometry.add_row("max_position_embeddings", "", f"{plan.max_position_embeddings:,}")
     geometry.add_row("weights", "", plan.dtype)
     console.print(geometry)
+    if plan.splits:
+        console.print(_splits_table(plan))
     console.print(_cache_table(plan))
     console.print("[dim]values per layer, bytes of all layers[/]", highlight=False)
     console.print(engines_table(plan.engines))
@@ -39,6 +41,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     )
     for note in plan.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False)
+
+
+def _splits_table(plan: Plan) -> Table:
+    table = columns("latent + rope", "engines that run it")
+    for split in plan.splits:
+        table.add_row(f"{split.mla.kv_lora_rank} + {split.mla.qk_rope_head_dim}", ", ".join(split.engines))
+    return table
 
 
 def _cache_table(plan: Plan) -> Table:
