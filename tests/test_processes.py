@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.families import MakeSource
 from tests.maths.weights import relative
 from transmla.conversion.flow import convert as convert_here
 from transmla.errors import TransmlaError
+from transmla.model.loading import load
 from transmla.processes import ALONE, Processes
 
 # in nats: gradients are summed in another order, and Adam divides small numbers by small numbers
@@ -30,7 +30,8 @@ torch.set_num_threads(1)
 run.narrow_dtype = lambda device: None  # rounding to bfloat16 would hide what is tested
 refinement = Refinement(Descent(4.0, 2, 3e-3), closed_form_tokens=640)
 report = convert(
-    sys.argv[1], sys.argv[2], latent=12, rope=8, theta=10000.0, calibration=sys.argv[3], tokens=1024, window=64,
+    sys.argv[1], sys.argv[2], latent=12, rope=8, theta="auto" if sys.argv[6:] else 10000.0, calibration=sys.argv[3],
+    tokens=1024, window=64,
     refinement=refinement, block_layers=int(sys.argv[4]), restart=sys.argv[5] == "restart",
 )
 print(json.dumps(vars(report.heldout)))
@@ -66,6 +67,21 @@ def test_two_processes_convert_like_one(
     assert computed["processes"] == 2
 
 
+def test_two_processes_convert_the_own_form_like_one(
+    lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int
+) -> None:
+    """Norms on queries and keys, windows, and frequencies that every layer chooses for itself."""
+    arguments = (str(lively(model_type="gemma3_text", layers=2)), str(text_file), "2", "", "auto")
+    (one,) = convert(tmp_path / "one", *arguments, size=1, port=0)
+    both = convert(tmp_path / "two", *arguments, size=2, port=free_port)
+    assert both[0] == both[1]
+    assert both[0]["converted"] == pytest.approx(one["converted"], abs=TOLERANCE)
+    first, second = (json.loads((tmp_path / name / "config.json").read_text("utf-8")) for name in ("one", "two"))
+    assert first["model_type"] == second["model_type"] == "transmla"
+    assert torch.allclose(torch.tensor(second["latent_inv_freq"]), torch.tensor(first["latent_inv_freq"]), rtol=1e-4)
+    assert relative(logits(tmp_path / "two"), logits(tmp_path / "one")) < 10 * TOLERANCE
+
+
 def test_two_processes_start_again(lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int) -> None:
     """--restart: what process 0 deletes, no other process has read before."""
     source = str(lively(layers=1))
@@ -83,7 +99,7 @@ def test_two_processes_start_again(lively: MakeSource, text_file: Path, tmp_path
 
 def logits(folder: Path) -> torch.Tensor:
     """The weights themselves may differ: a latent has no preferred basis."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load(folder)
     with torch.no_grad():
         output: torch.Tensor = model(torch.arange(3, 60)[None]).logits
     return output

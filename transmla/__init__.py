@@ -14,6 +14,7 @@
     transmla.fold("TRAIN", "OUT2")                       # and back
     transmla.list_recipes(), transmla.list_families()    # what can be converted, and what it would become
     transmla.load("OUT")                                 # a transformers model that caches the latent
+    transmla.register()                                  # transformers' Auto classes load folders of all forms
     for piece in transmla.generate("OUT", "Once upon a time"):
         print(piece, end="")
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transmla.healing.flow import heal as heal
     from transmla.model.generation import generate as generate
     from transmla.model.loading import load as load
+    from transmla.model.loading import register as register
     from transmla.targets.doctor import doctor as doctor
     from transmla.targets.export import export as export
     from transmla.targets.fold import fold as fold
@@ -53,6 +55,7 @@ _PUBLIC = {
     "list_recipes": "transmla.conversion.listing",
     "load": "transmla.model.loading",
     "plan": "transmla.conversion.plan",
+    "register": "transmla.model.loading",
     "report": "transmla.evaluation.report.page",
     "unfold": "transmla.targets.fold",
 }

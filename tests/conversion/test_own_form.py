@@ -22,7 +22,7 @@ from transmla.families import FAMILIES, rope_parameters, rotary_dim
 from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
 from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.maths.reference import mla_naive
-from transmla.model.loading import load
+from transmla.model.loading import load, load_any, load_tokenizer
 from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
 from transmla.model.source import attention_facts, build_layer, layer_tensors, skeleton, source_frequencies
 from transmla.targets.own import own_attention, own_config
@@ -233,6 +233,50 @@ def test_other_heads(lively: MakeSource, run: Convert, model_type: str) -> None:
     assert judge(IDS).logits.shape == (2, 3)
     grads = {name: weight.grad for name, weight in judge.named_parameters() if "kv_a_proj" in name}
     assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("form", ["deepseek_v3", "transmla"])
+@pytest.mark.parametrize("window", [None, -1, 0])
+def test_a_window_that_is_none(lively: MakeSource, run: Convert, window: int | None, form: str) -> None:
+    """transformers takes -1 for a window of minus one; nobody means that."""
+    source = lively(model_type="mistral", kv_heads=1, sliding_window=window)
+    report = run(source, latent=12, rope=12, format=form, method=PLAIN, theta=10000.0)
+    assert report.plan.form == form and report.plan.max_position_embeddings == 256
+    unlimited = lively_model(lively_config(model_type="mistral", kv_heads=1, sliding_window=None))
+    own, theirs = (load_any(one, dtype=torch.float32) for one in (report.destination, source))
+    with torch.no_grad():
+        wanted = unlimited(IDS).logits
+        assert relative(own(IDS).logits, wanted) < 1e-3 and relative(theirs(IDS).logits, wanted) < 1e-5
+        written = own.generate(IDS, max_new_tokens=6, do_sample=False)
+        assert torch.equal(own(written).logits[:, IDS.shape[1] - 1 : -1].argmax(-1), written[:, IDS.shape[1] :])
+
+
+def test_the_auto_classes(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
+    """What it takes to load the own form by them without code from the folder: one call, which `import` does not make;
+    and the tokenizer needs nothing but a no to the question that it would ask."""
+    folder = run(lively(model_type="qwen3"), latent=12, rope=8).destination
+    (folder / "modeling_transmla.py").write_text("raise SystemExit('code of the folder ran')\n", encoding="utf-8")
+    code = f"""
+import sys
+from transformers import AutoConfig, AutoTokenizer
+folder = {str(folder)!r}
+print(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)("Once").input_ids)
+import transmla
+assert "transmla.model.loading" not in sys.modules
+try:
+    AutoConfig.from_pretrained(folder, trust_remote_code=False)
+except ValueError:
+    transmla.register()
+print(type(AutoConfig.from_pretrained(folder)).__name__)
+print(AutoTokenizer.from_pretrained(folder)("Once").input_ids)
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(folder)).__name__)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert found.returncode == 0, found.stderr
+    first, config, second, model = found.stdout.splitlines()
+    assert first == second == str(load_tokenizer(folder)("Once").input_ids)
+    assert (config, model) == ("TransmlaConfig", "TransmlaForCausalLM")
 
 
 def test_the_form_is_chosen_by_rule(lively: MakeSource) -> None:

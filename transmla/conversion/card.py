@@ -50,9 +50,12 @@ def _own(planned: Plan) -> str:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # or transmla.load(FOLDER), without it
-AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)         # it reads the config first
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=False)  # left out, it asks, since it reads the config first
 ```
+
+Without code from the folder: `transmla.load(FOLDER)`, or the same lines without `trust_remote_code` after
+`transmla.register()`.
 
 This is the {planned.family.model_type} class of transformers with latent attention in place of its own
 (`modeling_transmla.py`): it caches the latent and decodes in latent space.

@@ -25,6 +25,7 @@ from transmla.model.modeling_transmla import (
     UnfoldedConfig,
     UnfoldedForCausalLM,
 )
+from transmla.model.source import corrections
 from transmla.recipe import Recipe, find_recipe, load_recipe
 
 # model_type -> class of a converted folder
@@ -33,12 +34,22 @@ CONVERTED: dict[str, Any] = {
     UnfoldedConfig.model_type: UnfoldedForCausalLM,
     TransmlaConfig.model_type: TransmlaForCausalLM,
 }
-# lets the Auto classes of transformers load the forms of this package without running code from a folder
-for _config, _model in ((UnfoldedConfig, UnfoldedForCausalLM), (TransmlaConfig, TransmlaForCausalLM)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
-AutoModel.register(TransmlaConfig, TransmlaModel, exist_ok=True)
-AutoModelForSequenceClassification.register(TransmlaConfig, TransmlaForSequenceClassification, exist_ok=True)
+
+
+def register() -> None:
+    """Make the Auto classes of transformers load the forms of this package, without running code from a folder.
+
+    `load` and whatever else loads a model has done it already. `import transmla` alone has not: it imports neither
+    torch nor transformers.
+    """
+    for config, model in ((UnfoldedConfig, UnfoldedForCausalLM), (TransmlaConfig, TransmlaForCausalLM)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+    AutoModel.register(TransmlaConfig, TransmlaModel, exist_ok=True)
+    AutoModelForSequenceClassification.register(TransmlaConfig, TransmlaForSequenceClassification, exist_ok=True)
+
+
+register()
 
 
 def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwargs: Any) -> Any:
@@ -70,7 +81,8 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
     """
     device = usable(device)
     if source.format != "gguf":
-        model = AutoModelForCausalLM.from_pretrained(str(source.path), dtype=dtype, local_files_only=True)
+        corrected = corrections(source.config)
+        model = AutoModelForCausalLM.from_pretrained(str(source.path), dtype=dtype, local_files_only=True, **corrected)
         return model.to(device).eval()
     model = AutoModelForCausalLM.from_pretrained(
         str(source.path.parent), gguf_file=source.path.name, dtype=dtype, local_files_only=True

@@ -331,10 +331,16 @@ def embedding_scale(family: Family, config: Mapping[str, Any]) -> float:
     return float(config.get("embedding_multiplier") or 1.0)
 
 
+def corrections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that transformers takes another way than they are meant: a window of -1, which is none, for a window."""
+    window = config.get("sliding_window")
+    return {"sliding_window": None} if isinstance(window, int) and window <= 0 else {}
+
+
 def source_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """The transformers config object for a parsed config.json; code from the checkpoint is never run."""
     left_out = ("auto_map", "model_type", "torch_dtype", "quantization_config")
-    values = {key: value for key, value in config.items() if key not in left_out}
+    values = {key: value for key, value in config.items() if key not in left_out} | corrections(config)
     return AutoConfig.for_model(config["model_type"], **values)
 
 
