@@ -37,6 +37,10 @@ import transmla
 torch.set_num_threads(1)
 transmla.heal(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
 """
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}  # fmt: skip
 # accelerate shards on GPUs only; gloo does it on the CPU all the same
 SHARDED = """
 from accelerate.state import AcceleratorState
@@ -268,11 +272,7 @@ def test_two_processes_heal_like_one(
 ) -> None:
     options = json.dumps(SETTINGS | {"data": str(text_file)})
     launch(PROGRAM, [str(converted), str(tmp_path / "one"), options], 1, 0)
-    sharded = {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    }  # fmt: skip
-    program, extra = (SHARDED + PROGRAM, sharded) if kind == "FSDP2" else (PROGRAM, {})
+    program, extra = (SHARDED + PROGRAM, SHARDING) if kind == "FSDP2" else (PROGRAM, {})
     launch(program, [str(converted), str(tmp_path / "two"), options], 2, free_port, **extra)
     # gradients are summed in another order, and Adam divides small numbers by small numbers
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)

@@ -1,5 +1,6 @@
 """Folders in the form of their source's class: healed, evaluated, diagnosed like any other."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import transmla
 from tests.families import MakeSource
-from tests.healing.test_flow import IDS, SETTINGS
+from tests.healing.test_flow import IDS, PROGRAM, SETTINGS, SHARDED, SHARDING, curve, launch, logits
 from transmla.checkpoint.read import read_config
 from transmla.errors import UnsupportedError
 from transmla.model.head import head_of
@@ -52,6 +53,21 @@ def test_healing(pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any
         path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("healing")
     )
     assert made.config.kv_lora_rank == 8
+
+
+def test_two_processes_heal_like_one(lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int) -> None:
+    """With everything sharded, the norms on queries and keys, which are vectors, as well."""
+    folder = tmp_path / "mla"
+    transmla.convert(
+        str(lively(model_type="qwen3", layers=2)), folder, latent=8, rope=4, refine="off", calibration=str(text_file),
+        tokens=1024, window=64,
+    )  # fmt: skip
+    options = json.dumps(SETTINGS | {"data": "self", "rate": 3e-4})
+    launch(PROGRAM, [str(folder), str(tmp_path / "one"), options], 1, 0)
+    launch(SHARDED + PROGRAM, [str(folder), str(tmp_path / "two"), options], 2, free_port, **SHARDING)
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
+    before, one, two = (logits(tmp_path / name) for name in ("mla", "one", "two"))
+    assert torch.allclose(two, one, atol=2e-2) and not torch.allclose(one, before, atol=2e-2)
 
 
 def test_evaluating(pair: tuple[Path, Path], text_file: Path) -> None:

@@ -53,7 +53,8 @@ class RelativeAdam(torch.optim.Optimizer):
             return
         update = torch.zeros_like(parameter)
         _adam(update, gradient, state, 1.0, group)
-        size = parameter.square().mean(-1, keepdim=True).sqrt_().clamp_min_(group["least"])
+        # not in place: of a vector that is sharded, the mean is a sum over processes until its root is taken
+        size = parameter.square().mean(-1, keepdim=True).sqrt().clamp_min(group["least"])
         parameter.addcmul_(update, size.expand_as(parameter), value=rate)
 
     def _state_of(self, parameter: Tensor, each: str) -> dict[str, Any]:
