@@ -45,7 +45,6 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def _splits_table(plan: Plan) -> Table:
     table = columns("latent + rope", "engines that run it")
-    table.columns[1].justify = "left"
     for split in plan.splits:
         table.add_row(f"{split.mla.kv_lora_rank} + {split.mla.qk_rope_head_dim}", "; ".join(split.engines))
     return table

@@ -9,6 +9,7 @@ from rich.table import Table
 
 # headers of columns that are not right-aligned
 _TEXT = (
+    "engines that run it",
     "source",
     "converted",
     "outcome",
