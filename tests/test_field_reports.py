@@ -101,7 +101,8 @@ def test_sizes_at_which_others_failed(
     assert (planned.gqa.head_dim, planned.gqa.cache_values(), planned.mla.cache_values()) == (128, cached, 320)
     queries = heads * 128
     weights = hidden * (heads * (128 + 64) + 256 + 64 + queries) + 256 * heads * (128 + 128)
-    assert planned.mla.attention_weights == weights
+    biases = 256 + 64 + hidden + heads * (128 + 64)  # of kv_a, o and the queries
+    assert planned.mla.attention_weights == weights + biases
 
 
 # --- nothing is lost that was there before (report 6)
