@@ -1,197 +1,155 @@
-"""A first visit to a GPU in a few minutes: convert, measure, heal and time one model; results are written after every
-stage.
+"""What a CUDA machine does with this program, in as many minutes as there are; results are written stage by stage.
 
-    python benchmarks/gpu.py SRC --texts DIR --latent 96 --rope 32 --seconds 440 --out DIR [--device cpu --tiny]
+    python benchmarks/gpu/campaign.py --minutes 12 --source SMOLLM2 --data DIR --out OUT
+    python benchmarks/gpu/campaign.py --minutes 12 --device cpu --tiny --out OUT      # to try it
+    python benchmarks/gpu/campaign.py plan                                            # stages and estimates
+    python benchmarks/gpu/campaign.py report OUT/results.json                         # tables, as Markdown
 
-DIR holds wikitext2-train-part.txt and docs.txt (any large text) to train on, and the texts that are measured on:
-wikitext2-valid.raw, c4-sample.txt, tinystories-valid.txt, stdlib-code.txt. What does not fit into the time is left out.
+Every stage is a process of its own, which is ended at its limit: what it has found so far is kept. A stage that is done
+in OUT is not run again, so the same command goes on where time or files were short. See README.md beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import math
-import resource
-import statistics
-import tempfile
+import os
+import signal
+import subprocess
+import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+for folder in (str(HERE), str(ROOT)):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
-import transmla
+from plan import BY_NAME, STAGES, Stage, allowed, refusal  # noqa: E402
 
-MEASURED = ("wikitext2-valid.raw", "c4-sample.txt", "tinystories-valid.txt", "stdlib-code.txt")
-# bytes per second of a large copy on an H100, read and written, as measured there
-BANDWIDTH = 3.0e12
+FORMAT = 1
+# characters that are kept of what a failed stage printed
+TAIL = 3000
 
 
-class Stages:
-    """What is found, stage by stage; a stage that fails leaves its traceback, and the next one runs."""
+def record_path(out: Path, name: str) -> Path:
+    return out / "stages" / f"{name}.json"
 
-    def __init__(self, device: str, seconds: float, out: Path) -> None:
-        self.device, self.out, self.found = device, out, {}  # type: ignore[var-annotated]
-        self._end = time.monotonic() + seconds
 
-    @property
-    def left(self) -> float:
-        return self._end - time.monotonic()
+def read_record(out: Path, name: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(record_path(out, name).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
 
-    def run(self, name: str, work: Callable[[], Any], needs: float = 0) -> None:
-        """needs: seconds that must be left, else the stage is skipped"""
-        if self.left < needs:
-            self.found[name] = {"skipped": f"{self.left:.0f} s were left"}
-            return
-        started, on_gpu = time.monotonic(), self.device == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+
+def write(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+def collect(out: Path, tiny: bool, device: str) -> dict[str, Any]:
+    """All records in one file, results.json."""
+    records = {stage.name: record for stage in STAGES if (record := read_record(out, stage.name)) is not None}
+    content = {"format": FORMAT, "tiny": tiny, "device": device, "stages": records}
+    write(out / "results.json", content)
+    return content
+
+
+def run_stage(stage: Stage, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """The record of one stage that was run in a process of its own."""
+    found, log = args.out / "stages" / f"{stage.name}.found.json", args.out / "stages" / f"{stage.name}.log"
+    found.unlink(missing_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "campaign.py"), "stage", "--only", stage.name, "--out", str(args.out)]
+    command += ["--device", args.device, "--seconds", str(seconds), *(["--tiny"] if args.tiny else [])]
+    for option in ("source", "data"):
+        if getattr(args, option) is not None:
+            command += [f"--{option}", str(getattr(args, option))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]).strip(":")}
+    environment |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
+    started = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
-            self.found[name] = {"result": work()}
-        except Exception:
-            self.found[name] = {"error": traceback.format_exc()}
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = {"host": host, "gpu": torch.cuda.max_memory_allocated() if on_gpu else 0}
-        self.found[name] |= {"seconds": round(time.monotonic() - started, 2), "peak": peak}
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
-        (self.out / "gpu.json").write_text(json.dumps(self.found, indent=1, default=str) + "\n", encoding="utf-8")
-        print(name, str(self.found[name])[:300], flush=True)
+            code = process.wait(timeout=seconds)
+            status = "done" if code == 0 else "failed"
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            status = "out of time" if isinstance(error, subprocess.TimeoutExpired) else "interrupted"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    record: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
+    record |= {"estimate": stage.estimate, "allowed": round(seconds, 1)}
+    if found.is_file():
+        record |= json.loads(found.read_text("utf-8"))
+    if status != "done":
+        record["why"] = log.read_text("utf-8", errors="replace")[-TAIL:].replace(str(ROOT), ".")
+    return record
 
 
-def watch() -> tuple[Callable[[str, int, int, str], None], dict[str, float]]:
-    """A progress function, and the seconds that it has seen go by in each stage."""
-    spent: dict[str, float] = {}
-    last = time.monotonic()
-
-    def progress(stage: str, done: int, total: int, remark: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        spent[stage] = spent.get(stage, 0.0) + now - last
-        last = now
-
-    return progress, spent
-
-
-def milliseconds(work: Callable[[], Any], device: str, repeats: int = 20) -> float:
-    """Median of repeats, after three to warm up."""
-    for _ in range(3):
-        work()
-    taken = []
-    for _ in range(repeats):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            taken.append(start.elapsed_time(end))
+def run(args: argparse.Namespace) -> int:
+    end = time.monotonic() + 60 * args.minutes
+    names = args.only.split(",") if args.only else list(BY_NAME)
+    done = {name for name in BY_NAME if (read_record(args.out, name) or {}).get("status") == "done"}
+    for stage in STAGES:
+        if stage.name not in names or (stage.name in done and not args.again):
+            continue
+        left = end - time.monotonic()
+        why = refusal(stage, left, args.source is not None or args.tiny, done)
+        if why is not None:
+            record: dict[str, Any] = {"status": "skipped", "seconds": 0.0, "estimate": stage.estimate, "why": why}
+            # what an earlier call has found is worth more
+            if (read_record(args.out, stage.name) or {}).get("status", "skipped") == "skipped":
+                write(record_path(args.out, stage.name), record)
         else:
-            started = time.perf_counter()
-            work()
-            taken.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(taken)
+            record = run_stage(stage, args, allowed(stage, left))
+            write(record_path(args.out, stage.name), record)
+            if record["status"] == "done":
+                done.add(stage.name)
+        collect(args.out, args.tiny, args.device)
+        told = record.get("why", "").strip().splitlines()[-1:]
+        print(f"{stage.name:16}{record['status']:12}{record['seconds']:7.1f} s", *told, flush=True)
+    return 0
 
 
-def attention(device: str, contexts: list[int]) -> list[dict[str, Any]]:
-    """One query per head against a latent cache, 32 heads: fused calls and plain products, beside the time it takes to
-    read the cache once."""
-    attend, rows = torch.nn.functional.scaled_dot_product_attention, []
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for rank, rope in ((512, 64), (256, 64), (96, 32)):
-        for batch in (1, 16):
-            for size in contexts:
-                query = torch.randn(batch, 32, 1, rank + rope, device=device, dtype=dtype)
-                key = torch.randn(batch, 1, size, rank + rope, device=device, dtype=dtype)
-                value, scale = key[..., :rank], (rank + rope) ** -0.5
-
-                def products(query: Any = query, key: Any = key, value: Any = value, scale: float = scale) -> Any:
-                    scores = (query[:, :, 0] @ key[:, 0].mT).float() * scale
-                    return scores.softmax(-1).to(value.dtype) @ value[:, 0]
-
-                ways = {
-                    "heads": lambda q=query, k=key, v=value, s=scale: attend(q, k, v, scale=s, enable_gqa=True),
-                    "rows": lambda q=query, k=key, v=value, s=scale: attend(q.transpose(1, 2), k, v, scale=s),
-                    "products": products,
-                }
-                row: dict[str, Any] = {"rank": rank, "rope": rope, "batch": batch, "context": size}
-                row["floor_ms"] = 1e3 * key.numel() * key.itemsize / BANDWIDTH
-                for name, way in ways.items():
-                    try:
-                        row[name] = milliseconds(way, device)
-                    except torch.OutOfMemoryError:
-                        row[name] = "out of memory"
-                rows.append(row)
-    return rows
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--latent", type=int, default=96)
-    parser.add_argument("--rope", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=440)
+    parser.add_argument("command", nargs="?", default="run", choices=("run", "plan", "report", "stage"))
+    parser.add_argument("results", nargs="?", type=Path, help="for report: results.json")
+    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--source", help="SmolLM2-135M-Instruct: folder or GGUF; without it what needs it is skipped")
+    parser.add_argument("--data", type=Path, help="folder of texts that text.py or prepare.sh has written")
+    parser.add_argument("--out", type=Path, default=Path("gpu-out"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a few tokens of everything, to try the script")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="the model that ships, and a little of everything")
+    parser.add_argument("--only", help="stages, A,B")
+    parser.add_argument("--again", action="store_true", help="run stages again that are done")
+    parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    stages, work = Stages(args.device, args.seconds, args.out), Path(tempfile.mkdtemp())
-    window, batch = (256, 4) if args.tiny else (1024, 16)
-    texts = [str(args.texts / name) for name in MEASURED]
+    if args.command == "plan":
+        for stage in STAGES:
+            print(f"{stage.name:16}{stage.estimate:5.0f} s, at most {stage.limit:4.0f} s  {stage.title}")
+        print(f"{'':16}{sum(stage.estimate for stage in STAGES):5.0f} s")
+    elif args.command == "report":
+        from report import markdown
 
-    def convert() -> dict[str, Any]:
-        progress, spent = watch()
-        mix = f"{args.texts / 'wikitext2-train-part.txt'}:2+synthetic+code"
-        report = transmla.convert(
-            args.source, work / "fast", latent=args.latent, rope=args.rope, device=args.device, calibration=mix,
-            progress=progress, **({"tokens": 8192, "window": 256} if args.tiny else {}),
-        )  # fmt: skip
-        ratio = math.exp(report.heldout.converted - report.heldout.source)
-        return {"heldout_ratio": ratio, "seconds": report.seconds, "spent": spent}
+        print(markdown(json.loads((args.results or args.out / "results.json").read_text("utf-8"))))
+    elif args.command == "stage":
+        from stages import run_one
 
-    def quality(name: str) -> dict[str, Any]:
-        settings: dict[str, Any] = {"windows": 2 if args.tiny else 16, "length": window, "device": args.device}
-        found = transmla.evaluate(work / name, against=args.source, text=texts, **settings).plain()
-        return {Path(text).name: ratio for text, ratio in found["comparison"]["texts"].items()}
-
-    def heal(name: str, tokens: int, data: str, evaluations: int) -> dict[str, Any]:
-        progress, spent = watch()
-        report = transmla.heal(
-            work / "fast", work / name, source=args.source, device=args.device, tokens=tokens, window=window,
-            batch=batch, micro=batch, rate=1e-3, data=data, watch=texts[0], evaluations=evaluations,
-            heldout=2 if args.tiny else 8, progress=progress,
-        )  # fmt: skip
-        (args.out / f"{name}.json").write_bytes((work / name / "healing.json").read_bytes())
-        rates = {"tokens_per_second": report.tokens / spent["heal"], "trained": report.num_trained}
-        return {"tokens": report.tokens, "before": report.before, "after": report.after, "spent": spent} | rates
-
-    def heal_as_long_as_there_is_time() -> dict[str, Any]:
-        probed = stages.found["heal, probe"].get("result", {})
-        rate = probed.get("tokens_per_second", 20_000)
-        tokens = 8192 if args.tiny else int(rate * (stages.left - 75) * 0.9)
-        data = f"{args.texts / 'wikitext2-train-part.txt'}:3+{args.texts / 'docs.txt'}:4+synthetic:2+continued+code:2"
-        return heal("healed", tokens, data, 6)
-
-    def bench() -> dict[str, Any]:
-        contexts, batches = ([128], [1]) if args.tiny else ([2048, 8000], [1, 16])
-        grid: dict[str, Any] = {"contexts": contexts, "batches": batches, "steps": 8, "device": args.device}
-        return transmla.bench(work / "fast", against=args.source, **grid).plain()
-
-    stages.run("convert", convert)
-    stages.run("quality, converted", lambda: quality("fast"))
-    stages.run("attention", lambda: attention(args.device, [256] if args.tiny else [2048, 8192, 32768, 65536]), 20)
-    stages.run("heal, probe", lambda: heal("probe", 8192 if args.tiny else 2**19, "synthetic+code", 2), 40)
-    stages.run("heal", heal_as_long_as_there_is_time, 90)
-    stages.run("quality, healed", lambda: quality("healed"), 15)
-    stages.run("bench", bench, 40)
+        run_one(args.only, args)
+    else:
+        return run(args)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
