@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from plan import cache_bytes, expanded_bytes, extrapolated, healing_tokens, texts
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers import DeepseekV3ForCausalLM as StockForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 import transmla
@@ -129,7 +129,17 @@ def environment(run: Run) -> dict[str, Any]:
 def tests(run: Run) -> dict[str, Any]:
     """Tests that have a CUDA variant; elsewhere they are skipped, and say why."""
     where = ["tests/maths", "tests/model"] if run.tiny else ["tests"]
-    options = ["-m", "cuda", "-W", "default", "-q", "-rsfE", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    options = [
+        "-m",
+        "cuda",
+        "-W",
+        "default",
+        "-q",
+        "-rsfE",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+    ]
     options += ["-p", "no:benchmark", "-p", "no:randomly"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *where],
@@ -261,7 +271,13 @@ def kernels(run: Run) -> dict[str, Any]:
                     "heads": lambda q=query, k=key: attend(q, k, k, enable_gqa=True),
                     "products": lambda q=rows, k=key, r=rank: own._products(q, k, r, None, 1.0),
                 }
-                row = {"rank": rank, "rope": rope, "batch": batch, "context": size, "chosen": own._kernel(query, key, None)}
+                row = {
+                    "rank": rank,
+                    "rope": rope,
+                    "batch": batch,
+                    "context": size,
+                    "chosen": own._kernel(query, key, None),
+                }
                 row["floor_ms"] = 1e3 * key.numel() * key.itemsize / rates.bytes
                 # one fused call of grouped heads at a width above 256 expands the key for every head
                 if rank + rope > 256 and batch * size > 2**17:
@@ -277,7 +293,9 @@ def kernels(run: Run) -> dict[str, Any]:
             v = torch.randn(*shape, value_width, device=run.device, dtype=run.dtype)
             row = {"query_width": query_width, "value_width": value_width, "tokens": size}
             row["floor_ms"] = 1e3 * heads * size**2 / 2 * (query_width + value_width) / rates.multiply_adds
-            row["as_it_is"] = _attempt(lambda: milliseconds(lambda: attend(q, k, v, is_causal=True), run.device, repeats))
+            row["as_it_is"] = _attempt(
+                lambda: milliseconds(lambda: attend(q, k, v, is_causal=True), run.device, repeats)
+            )
             pad = query_width - value_width
             row["padded"] = _attempt(
                 lambda: milliseconds(
@@ -587,7 +605,9 @@ def _quality(run: Run, folder: Path, found: dict[str, Any]) -> None:
     """Perplexity on the texts, of the folder and its source, as `quality`."""
     settings: dict[str, Any] = {"windows": 2, "length": 128} if run.tiny else {"windows": 16, "length": 1024}
     names = texts(run.data)
-    report = transmla.evaluate(folder, run.source, text=list(names.values()), device=str(run.device), **settings).plain()
+    report = transmla.evaluate(
+        folder, run.source, text=list(names.values()), device=str(run.device), **settings
+    ).plain()
     by_path = {path: name for name, path in names.items()}
     found["quality"] = {by_path[path]: ratio for path, ratio in report["comparison"]["texts"].items()}
     found["perplexity"] = {by_path[path]: one for path, one in report["model"]["texts"].items()}
@@ -598,7 +618,9 @@ def _convert(run: Run, name: str, latent: int, rope: int, refine: str) -> dict[s
     found: dict[str, Any] = {"refine": refine}
     settings: dict[str, Any] = {"latent": latent, "rope": rope, "refine": refine}
     file = _mix(run)
-    settings["calibration"] = f"{file}:4+code:2+synthetic:5+continued:3" if refine == "full" else f"{file}:2+synthetic+code"
+    settings["calibration"] = (
+        f"{file}:4+code:2+synthetic:5+continued:3" if refine == "full" else f"{file}:2+synthetic+code"
+    )
     if run.tiny:
         settings |= {"latent": 24 if latent < 100 else 40, "rope": 8, "tokens": 2048, "window": 128, "theta": 1e4}
     folder = run.work / name
@@ -625,7 +647,11 @@ def heal(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     folder, target = run.work / "96-32", run.work / "96-32-healed"
     wiki, docs = _mix(run), (run.data / "docs.txt" if run.data is not None else Path("docs.txt"))
-    data = f"{wiki}:3+{docs}:8+synthetic:2+continued+code:2" if docs.is_file() else f"{wiki}:3+synthetic:6+continued+code:2"
+    data = (
+        f"{wiki}:3+{docs}:8+synthetic:2+continued+code:2"
+        if docs.is_file()
+        else f"{wiki}:3+synthetic:6+continued+code:2"
+    )
     window, batch = (128, 4) if run.tiny else (1024, 16)
     tokens = 4096 if run.tiny else healing_tokens(min(run.left - 15, 300), 55_000)
     report = transmla.heal(
