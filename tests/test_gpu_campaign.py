@@ -84,9 +84,10 @@ def test_the_time_is_dealt_out(module: Any, tmp_path: Path, monkeypatch: pytest.
 def test_a_stage_is_ended_at_its_limit(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has found until then is kept."""
     campaign = module("campaign")
+    found = str(tmp_path / "stages" / "heal.found.json")
     (tmp_path / "campaign.py").write_text(
         "import json, pathlib, time\n"
-        f"pathlib.Path({str(tmp_path / 'stages' / 'heal.found.json')!r}).write_text(json.dumps({{'result': {{'a': 1}}}}))\n"
+        f"pathlib.Path({found!r}).write_text(json.dumps({{'result': {{'a': 1}}}}))\n"
         "time.sleep(600)\n"
     )
     monkeypatch.setattr(campaign, "HERE", tmp_path)

@@ -82,7 +82,7 @@ def cache_bytes(config: Any, batch: int, context: int, itemsize: int = 2) -> int
 
 
 def expanded_bytes(config: Any, batch: int, context: int, itemsize: int = 2) -> int:
-    """Bytes that the stock class takes for one layer: the latent expanded to all heads, keys and values side by side."""
+    """Bytes that the stock class takes for one layer: the latent expanded to all heads, keys and values beside it."""
     width = 2 * (config.qk_nope_head_dim + config.v_head_dim) + config.qk_rope_head_dim
     return int(batch * context * config.num_attention_heads * width * itemsize)
 

@@ -128,7 +128,7 @@ def _conversion(result: dict[str, Any]) -> list[str]:
     else:
         lines += ["", " ".join(f"{name} {seconds:.0f} s;" for name, seconds in result["spent"].items())]
     if "quality" in result:
-        rows = [(name, f"{one['value']:.4f} ± {one['standard_error']:.4f}") for name, one in result["quality"].items()]
+        rows = [(name, f"{one['ratio']:.4f} ± {one['standard_error']:.4f}") for name, one in result["quality"].items()]
         lines += ["", *_table(("text", "perplexity, x source"), rows)]
     return lines
 

@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,20 +294,23 @@ def kernels(run: Run) -> dict[str, Any]:
             v = torch.randn(*shape, value_width, device=run.device, dtype=run.dtype)
             row = {"query_width": query_width, "value_width": value_width, "tokens": size}
             row["floor_ms"] = 1e3 * heads * size**2 / 2 * (query_width + value_width) / rates.multiply_adds
-            row["as_it_is"] = _attempt(
-                lambda: milliseconds(lambda: attend(q, k, v, is_causal=True), run.device, repeats)
-            )
-            pad = query_width - value_width
-            row["padded"] = _attempt(
-                lambda: milliseconds(
-                    lambda: attend(q, k, torch.nn.functional.pad(v, (0, pad)), is_causal=True), run.device, repeats
-                )
-            )
+            row["as_it_is"] = _attempt(partial(_prefill_ms, q, k, v, 0, repeats))
+            row["padded"] = _attempt(partial(_prefill_ms, q, k, v, query_width - value_width, repeats))
             if run.cuda:
                 row["backends"] = _backends(q, k, v, repeats, run.device)
             prefill.append(row)
             run.keep(found)
     return found
+
+
+def _prefill_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pad: int, repeats: int) -> float:
+    """Milliseconds of causal attention with values that are padded by `pad`."""
+
+    def attend() -> torch.Tensor:
+        wide = torch.nn.functional.pad(v, (0, pad)) if pad else v
+        return torch.nn.functional.scaled_dot_product_attention(q, k, wide, is_causal=True)
+
+    return milliseconds(attend, q.device, repeats)
 
 
 def _backends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -467,7 +471,7 @@ def _speed(run: Run, makers: dict[str, Callable[[], Any]], contexts: list[int], 
                 row["failed"] = "no time left"
             else:
                 with _forced(kernel):
-                    one = _attempt(lambda: measure(run, model, batch, size, rates))  # noqa: B023
+                    one = _attempt(partial(measure, run, model, batch, size, rates))
                 row |= one if isinstance(one, dict) else {"failed": one}
             _free()
             rows.append(row)
@@ -517,7 +521,7 @@ def graphs(run: Run) -> dict[str, Any]:
             model = make()
             for batch in batches:
                 row: dict[str, Any] = {"model": name, "batch": batch, "context": context, "way": way}
-                ms = _attempt(lambda: _static_step(run, model, batch, context, way))  # noqa: B023
+                ms = _attempt(partial(_static_step, run, model, batch, context, way))
                 row |= {"failed": ms} if isinstance(ms, str) else ms
                 rows.append(row)
                 run.keep(found)
