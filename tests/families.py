@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from transmla.families import FAMILIES
-from transmla.model.source import checkpoint_tensors, skeleton, source_config
+from transmla.model.skeleton import checkpoint_tensors, skeleton, source_config
 
 # the fixture `lively`
 MakeSource = Callable[..., Path]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.families import ODDITIES, lively_config, lively_model
 from transmla.errors import UnsupportedError
 from transmla.families import FAMILIES, MLA_MODEL_TYPES, NON_ROTARY_MODEL_TYPES, family_of, rope_parameters
-from transmla.model.source import checkpoint_tensors, skeleton
+from transmla.model.skeleton import checkpoint_tensors, skeleton
 
 
 def config(**changes: Any) -> dict[str, Any]:

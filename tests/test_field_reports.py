@@ -28,7 +28,7 @@ from transmla.errors import DestinationError, SourceError
 from transmla.evaluation.cache import measured_bytes_per_token
 from transmla.maths.attention import inverse_frequencies
 from transmla.model.loading import load
-from transmla.model.source import source_frequencies
+from transmla.model.skeleton import source_frequencies
 from transmla.targets.engines import MLX, WRONG
 from transmla.targets.export import open_converted
 from transmla.targets.gguf import gguf_settings

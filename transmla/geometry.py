@@ -209,16 +209,12 @@ def mla_geometry(
     latent: int | None,
     rope: int | None,
     q_latent: int | None = None,
-    *,
-    attention_bias: bool = False,
-    query_bias: bool = False,
 ) -> MlaGeometry:
     """The geometry of the converted model.
 
     latent:   kv_lora_rank, 1 .. min(2 * num_key_value_heads * head_dim, hidden_size); None takes the default
     rope:     qk_rope_head_dim, even, 2 .. head_dim; None takes the default
     q_latent: q_lora_rank, 1 .. hidden_size; None: queries without a latent
-    attention_bias, query_bias: see `MlaGeometry`
 
     Raises `GeometryError` for an impossible size; its remedy names the nearest possible one.
     """
@@ -255,8 +251,6 @@ def mla_geometry(
         qk_nope_head_dim=source.head_dim,
         v_head_dim=source.head_dim,
         q_lora_rank=q_latent,
-        attention_bias=attention_bias,
-        query_bias=query_bias,
     )
 
 

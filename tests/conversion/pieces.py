@@ -9,7 +9,8 @@ from tests.families import lively_config, lively_model
 from transmla.conversion.streams import Streams
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
-from transmla.model.source import SourceLayer, build_layer, skeleton
+from transmla.model.layer import SourceLayer, build_layer
+from transmla.model.skeleton import skeleton
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,8 @@ from transmla.conversion.streams import Streams, advance_converted, advance_sour
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.model.head import Head
-from transmla.model.source import Ends, SourceLayer
+from transmla.model.layer import SourceLayer
+from transmla.model.source import Ends
 
 LAYERS = [model_and_layer(index, heads=4, head_dim=16)[1] for index in (0, 1)]
 ENDS = Ends(lambda x_TD: x_TD, Head(0.3 * torch.randn(97, 48, generator=torch.Generator().manual_seed(3))))

@@ -11,7 +11,7 @@ from tests.conversion.pieces import model_and_layer, random_streams
 from tests.maths.weights import relative
 from transmla.conversion.moments import attended, observe
 from transmla.maths.attention import GqaWeights, rotate
-from transmla.model.source import SourceLayer
+from transmla.model.layer import SourceLayer
 
 TOKENS = 7
 

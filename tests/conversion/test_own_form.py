@@ -22,9 +22,10 @@ from transmla.families import FAMILIES, rope_parameters, rotary_dim
 from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
 from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.maths.reference import mla_naive
+from transmla.model.layer import build_layer
 from transmla.model.loading import load, load_any, load_tokenizer
 from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
-from transmla.model.source import attention_facts, build_layer, layer_tensors, skeleton, source_frequencies
+from transmla.model.skeleton import attention_facts, layer_tensors, skeleton, source_frequencies
 from transmla.targets.own import own_attention, own_config
 
 # one key/value head of 8: 16 values hold all of it, however little of it turns

@@ -21,7 +21,7 @@ from transmla.conversion.streams import (
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.maths.reference import gqa_naive, mla_naive
-from transmla.model.source import SourceLayer
+from transmla.model.layer import SourceLayer
 from transmla.processes import Processes
 
 

@@ -11,7 +11,8 @@ from tests.families import LINEAR, LLAMA3, YARN, lively_config
 from tests.maths.weights import relative
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
-from transmla.model.source import SourceLayer, Stored, layer_tensors, skeleton, source_config, source_frequencies
+from transmla.model.layer import SourceLayer
+from transmla.model.skeleton import Stored, layer_tensors, skeleton, source_config, source_frequencies
 
 ROPES = {"default": None, "linear": LINEAR, "llama3": LLAMA3, "yarn": YARN}
 

@@ -19,7 +19,8 @@ from transmla.conversion.descent import Descender, detached, tokens_per_pass, tr
 from transmla.conversion.levels import Descent
 from transmla.conversion.streams import Streams
 from transmla.maths.attention import MlaWeights
-from transmla.model.source import Ends, SourceLayer
+from transmla.model.layer import SourceLayer
+from transmla.model.source import Ends
 from transmla.train.losses import distillation_loss, predictions_of, stream_error
 
 

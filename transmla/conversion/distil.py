@@ -18,7 +18,7 @@ from transmla.conversion.descent import tokens_per_pass
 from transmla.conversion.fit import num_closed
 from transmla.conversion.kept import DISTILLED, FITTED
 from transmla.conversion.levels import Descent
-from transmla.conversion.plan import layer_values
+from transmla.conversion.needs import layer_values
 from transmla.conversion.run import Run
 from transmla.conversion.streams import Streams, advance_source
 from transmla.devices import free_bytes

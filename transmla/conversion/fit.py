@@ -24,7 +24,7 @@ from transmla.conversion.streams import (
 )
 from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import fit_layer
-from transmla.model.source import SourceLayer
+from transmla.model.layer import SourceLayer
 
 # windows whose attention matrices enter the moments
 NUM_ATTENDED = 16

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from transmla.conversion.plan import chosen_sizes
+from transmla.conversion.sizes import chosen_sizes
 from transmla.families import FAMILIES, Family, family_of, rope_parameters
 from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
-from transmla.model.source import AttentionFacts, attention_facts, skeleton
+from transmla.model.skeleton import AttentionFacts, attention_facts, skeleton
 from transmla.recipe import find_recipe, load_recipe
 from transmla.recipe import list_recipes as recipe_names
 from transmla.targets.engines import RUNS, engine_verdicts
@@ -84,12 +84,12 @@ def list_recipes() -> tuple[RecipeRow, ...]:
         gqa = gqa_geometry(values, str(path))
         short = _short(config)
         facts = _facts(family, short, gqa)
+        found = obstacles(short.to_dict(), family, encoded=facts.encoded)
         mla = replace(
             mla_geometry(gqa, *chosen_sizes(gqa, recipe), recipe.q_latent),
-            attention_bias=facts.biased or facts.output_bias,
-            query_bias=facts.biased,
+            attention_bias=not found and (facts.biased or facts.output_bias),
+            query_bias=not found and facts.biased,
         )
-        found = obstacles(short.to_dict(), family, encoded=facts.encoded)
         target: dict[str, Any] = {"model_type": MODEL_TYPE}
         if not found:
             theta = float(rope_parameters(values)["rope_theta"])

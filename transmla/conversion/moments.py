@@ -15,7 +15,7 @@ from torch import Tensor
 from transmla.conversion.streams import Streams
 from transmla.maths.attention import GqaWeights, rotate, visible
 from transmla.maths.closed_form import Moments
-from transmla.model.source import SourceLayer
+from transmla.model.layer import SourceLayer
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,21 +10,26 @@ from typing import Any
 from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
-from transmla.checkpoint.write import SHARD_BYTES, check_destination
+from transmla.checkpoint.write import check_destination
+from transmla.conversion.needs import (
+    COMPANION_BYTES,
+    DTYPE_BYTES,
+    journal_bytes,
+    layer_values,
+    memory_bytes,
+    weight_bytes,
+)
+from transmla.conversion.sizes import as_number, chosen_sizes, divisions, redivided, tried_latents
 from transmla.errors import GeometryError, RecipeError, SourceError, UnsupportedError
 from transmla.families import Family, family_of, rope_parameters, rotary_dim
 from transmla.geometry import (
     CACHE_BITS,
     GqaGeometry,
     MlaGeometry,
-    default_sizes,
     gqa_geometry,
-    latent_candidates,
     mla_geometry,
-    rope_candidates,
-    usual_rope,
 )
-from transmla.model.source import (
+from transmla.model.skeleton import (
     AttentionFacts,
     attention_facts,
     checkpoint_tensors,
@@ -40,12 +44,6 @@ from transmla.targets.engines import EngineVerdict, engine_verdicts
 from transmla.targets.own import obstacles, own_config
 from transmla.targets.stock import deepseek_v3_config
 from transmla.text.mixes import needs_source
-
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Python, torch and transformers themselves
-_RUNTIME_BYTES = 400 * 2**20
-# tokenizer, configs, provenance and modeling file, generously
-_COMPANION_BYTES = 32 * 2**20
 
 # positions that calibration windows are spread over, if nothing is said
 MOST_CALIBRATION_CONTEXT = 8192
@@ -160,7 +158,7 @@ def plan(
     overrides:   any other field of `transmla.recipe.Recipe`
     Raises SourceError, UnsupportedError, GeometryError, DestinationError, RecipeError.
     """
-    settings = _redivided(_recipe(source, recipe), latent, rope, overrides.get("total"))
+    settings = redivided(_recipe(source, recipe), latent, rope, overrides.get("total"))
     settings = settings.with_overrides(latent=latent, rope=rope, **overrides)
     resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
     opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path)
@@ -173,9 +171,9 @@ def plan(
     facts = attention_facts(family, model, gqa)
     found = obstacles(config, family, encoded=facts.encoded)
     form = _form(settings, found, where)
-    candidates = _candidates(gqa, settings)
+    candidates = tried_latents(gqa, settings)
     latent, rope = chosen_sizes(gqa, settings, candidates)
-    divided = _divided(gqa, settings, rotary_dim(config, gqa.head_dim))
+    divided = divisions(gqa, settings, rotary_dim(config, gqa.head_dim))
     stock = form == "deepseek_v3"
     mla = replace(
         divided[0] if divided else mla_geometry(gqa, latent, rope, settings.q_latent),
@@ -228,8 +226,8 @@ def plan(
         )
     if gqa.num_key_value_heads > 1:
         notes.append(_tensor_parallel(gqa, mla))
-    weights = _weight_bytes(opened, family, gqa, mla, dtype)
-    disk = weights + _COMPANION_BYTES + _journal_bytes(mla, settings)
+    weights = weight_bytes(opened, family, gqa, mla, dtype)
+    disk = weights + COMPANION_BYTES + journal_bytes(mla, settings)
     if destination is not None:
         check_destination(Path(destination), disk)
     planned = Plan(
@@ -248,7 +246,7 @@ def plan(
         cache=cache_rows(gqa, mla),
         engines=(),
         disk_bytes=disk,
-        memory_bytes=_memory_bytes(config, gqa, settings, weights, 4 * layer_values(opened, family)),
+        memory_bytes=memory_bytes(config, gqa, settings, weights, 4 * layer_values(opened, family)),
         notes=tuple(notes),
     )
     splits = (with_sizes(planned, one) for one in divided)
@@ -259,20 +257,6 @@ def plan(
             Split(one.mla, tuple(verdict.engine for verdict in one.engines if verdict.accepts)) for one in splits
         ),
     )
-
-
-def _redivided(recipe: Recipe, latent: int | str | None, rope: int | str | None, total: int | None) -> Recipe:
-    """The recipe without the sizes that these divide anew; the sum of its own remains, unless another is given."""
-    if latent is not None and rope is not None:
-        return replace(recipe, total=None)
-    if rope != "auto" and total is None:
-        return recipe
-    if latent is not None:
-        return replace(recipe, rope=None)
-    own = recipe.total
-    if isinstance(recipe.latent, int) and isinstance(recipe.rope, int):
-        own = recipe.latent + recipe.rope
-    return replace(recipe, latent=None, total=own)
 
 
 def _filled(config: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,69 +280,10 @@ def _form(recipe: Recipe, found: tuple[str, ...], where: str) -> str:
     return "transmla" if found else "deepseek_v3"
 
 
-def _candidates(gqa: GqaGeometry, recipe: Recipe) -> tuple[int, ...]:
-    """Sizes for `--latent auto`, else none; raises `RecipeError` unless latent and budget go together."""
-    if (recipe.latent == "auto") != (recipe.budget is not None):
-        raise RecipeError(
-            "latent auto and a budget belong together",
-            where="--latent / --budget",
-            why=f"latent is {recipe.latent!r}, budget {recipe.budget!r}",
-            remedy="give both, for example --latent auto --budget 2%, or a number for --latent alone",
-        )
-    if recipe.latent != "auto":
-        return ()
-    if recipe.rope == "auto" or recipe.total is not None:
-        raise RecipeError(
-            "latent auto goes with a rotary width",
-            where="--latent / --rope / --total",
-            why="it searches for the smallest latent, so there is no total to divide",
-            remedy="give --rope a number or leave it out, and leave out --total",
-        )
-    return latent_candidates(gqa, _number(recipe.rope))
-
-
-def chosen_sizes(gqa: GqaGeometry, recipe: Recipe, candidates: Sequence[int] = ()) -> tuple[int | None, int | None]:
-    """kv_lora_rank and qk_rope_head_dim of a recipe; None takes the default. What is "auto" is the largest, the usual.
-
-    candidates: for `latent="auto"`
-    Raises `RecipeError` if more is given than fits together.
-    """
-    latent, rope, total = recipe.latent, recipe.rope, recipe.total
-    if None not in (latent, rope, total) or (rope == "auto" and latent not in (None, "auto")):
-        raise RecipeError(
-            "the sizes say more than fits together",
-            where="--latent / --rope / --total",
-            why="the total is the sum of latent and rotary width, and --rope auto divides it",
-            remedy="leave out --latent" if rope == "auto" else "leave out one of the three",
-        )
-    if candidates:
-        return candidates[-1], _number(rope)
-    latent, rope = _number(latent), _number(rope)
-    if total is None:
-        return latent, rope
-    if latent is not None:
-        return latent, total - latent
-    rope = usual_rope(gqa, total) if rope is None else rope
-    return total - rope, rope
-
-
-def _number(size: int | str | None) -> int | None:
-    return None if isinstance(size, str) else size
-
-
-def _divided(gqa: GqaGeometry, recipe: Recipe, turning: int) -> tuple[MlaGeometry, ...]:
-    """The divisions for `rope="auto"`, else none."""
-    if recipe.rope != "auto":
-        return ()
-    total = recipe.total or sum(default_sizes(gqa))
-    widths = rope_candidates(gqa, total, turning)
-    return tuple(mla_geometry(gqa, total - rope, rope, recipe.q_latent) for rope in widths)
-
-
 def with_latent(planned: Plan, latent: int) -> Plan:
     """The same conversion at another kv_lora_rank."""
     recipe = planned.recipe
-    return with_sizes(planned, mla_geometry(planned.gqa, latent, _number(recipe.rope), recipe.q_latent))
+    return with_sizes(planned, mla_geometry(planned.gqa, latent, as_number(recipe.rope), recipe.q_latent))
 
 
 def with_sizes(planned: Plan, mla: MlaGeometry) -> Plan:
@@ -440,7 +365,7 @@ def _output_dtype(source: Source, family: Family, wanted: str) -> str:
     if wanted != "auto":
         return wanted
     stored = source.tensors[f"{family.embed_tokens}.weight"].dtype
-    return stored if stored in _DTYPE_BYTES else "float32"
+    return stored if stored in DTYPE_BYTES else "float32"
 
 
 def _context(source: Source, config: Mapping[str, Any], form: str) -> tuple[int, list[str]]:
@@ -475,56 +400,3 @@ def _tensor_parallel(gqa: GqaGeometry, mla: MlaGeometry) -> str:
         f"tensor parallel: key/value heads are split over ranks, a latent is on every rank; "
         f"at {ranks} ranks {gqa.cache_values() // ranks} values per token and layer become {mla.cache_values()}"
     )
-
-
-def _weight_bytes(source: Source, family: Family, gqa: GqaGeometry, mla: MlaGeometry, dtype: str) -> int:
-    """What is written: all tensors of the source with other attention weights, and a head of its own."""
-    values = 0
-    for name, info in source.tensors.items():
-        if f".{family.attention}." not in name:
-            values += math.prod(info.shape)
-    if f"{family.lm_head}.weight" not in source.tensors:
-        values += math.prod(source.tensors[f"{family.embed_tokens}.weight"].shape)
-    # the own form may keep the source's projections beside the latent's
-    kept = gqa.cache_values() * gqa.hidden_size
-    return (values + mla.num_hidden_layers * (mla.stock_attention_weights + kept)) * _DTYPE_BYTES[dtype]
-
-
-def layer_values(source: Source, family: Family) -> int:
-    """Number of values in the largest layer, experts included."""
-    sizes: dict[str, int] = {}
-    prefix = f"{family.layers}."
-    for name, info in source.tensors.items():
-        if name.startswith(prefix):
-            index = name.removeprefix(prefix).partition(".")[0]
-            sizes[index] = sizes.get(index, 0) + math.prod(info.shape)
-    return max(sizes.values())
-
-
-def _journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
-    """Disk that the journal of an unfinished conversion takes, float32.
-
-    The fitted weights, and behind them either two states of the optimiser of three weights each (one is written before
-    the other is deleted) or the refined weights; with `latent="auto"` also those of the best size so far.
-    """
-    copies, kept = (1, 1) if recipe.refine == "off" else (7, 2)
-    if recipe.latent == "auto":
-        copies += kept
-    return copies * 4 * mla.num_hidden_layers * mla.attention_weights
-
-
-def _memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, weight_bytes: int, layer: int) -> int:
-    """Estimated peak of the conversion, in bytes.
-
-    While layers are fitted: streams, head outputs, one layer, moments, and the attention of one group. While the result
-    is written: a shard of it and two copies of the embedding.
-    """
-    hidden, window = gqa.hidden_size, recipe.window
-    width = gqa.num_attention_heads * gqa.head_dim
-    streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
-    moments = 10 * hidden * hidden * 8
-    attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
-    embedding = int(config["vocab_size"]) * hidden * 4
-    fitting = streams + max(2 * layer + moments + attention, embedding)
-    writing = min(SHARD_BYTES, weight_bytes) + 2 * embedding
-    return _RUNTIME_BYTES + max(fitting, writing)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transmla.checkpoint.destination import disk_errors
 from transmla.maths.attention import MlaWeights, with_one
 from transmla.maths.refit import refit
-from transmla.model.source import SourceLayer
+from transmla.model.layer import SourceLayer
 from transmla.processes import ALONE, Processes
 from transmla.train.losses import energy, stream_error
 

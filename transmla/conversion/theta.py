@@ -15,7 +15,7 @@ from transmla.conversion.run import Run
 from transmla.conversion.streams import Streams, advance_source
 from transmla.families import rope_parameters, rotary_dim
 from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
-from transmla.model.source import SourceLayer
+from transmla.model.layer import SourceLayer
 from transmla.processes import ALONE
 from transmla.text.windows import spread_positions
 

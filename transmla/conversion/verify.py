@@ -19,7 +19,9 @@ from transmla.checkpoint.read import open_source
 from transmla.families import FAMILIES, Family
 from transmla.maths.attention import MlaWeights, visible
 from transmla.model.head import logit_scale
-from transmla.model.source import Ends, SourceLayer, embedding_scale, skeleton
+from transmla.model.layer import SourceLayer
+from transmla.model.skeleton import skeleton
+from transmla.model.source import Ends, embedding_scale
 from transmla.progress import Progress
 from transmla.targets.comparison import TOLERANCES, WITNESS_TOKENS, compare_logits
 from transmla.targets.own import MODEL_TYPE, own_tensors

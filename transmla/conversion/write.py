@@ -19,7 +19,7 @@ from transmla.conversion.measure import Measured, final_stage
 from transmla.conversion.run import Run
 from transmla.conversion.verify import Witness
 from transmla.maths.fold import INPUT_NORM_GAIN, fold_attention, latent_scale, residual_scale
-from transmla.model.source import SourceLayer
+from transmla.model.layer import SourceLayer
 from transmla.targets.own import own_attention
 from transmla.targets.stock import MODELING_FILE, modeling_source
 

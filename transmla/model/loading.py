@@ -25,7 +25,7 @@ from transmla.model.modeling_transmla import (
     UnfoldedConfig,
     UnfoldedForCausalLM,
 )
-from transmla.model.source import corrections
+from transmla.model.skeleton import corrections
 from transmla.recipe import Recipe, find_recipe, load_recipe
 
 # model_type -> class of a converted folder

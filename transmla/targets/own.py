@@ -30,7 +30,7 @@ from transmla.model.modeling_transmla import (
     TransmlaForSequenceClassification,
     TransmlaModel,
 )
-from transmla.model.source import skeleton
+from transmla.model.skeleton import skeleton
 from transmla.progress import Progress
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
 from transmla.targets.stock import MODELING_FILE, modeling_source

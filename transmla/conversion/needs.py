@@ -1,0 +1,72 @@
+"""What a conversion needs, in bytes of disk and memory, from file headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transmla.checkpoint.read import Source
+from transmla.checkpoint.write import SHARD_BYTES
+from transmla.families import Family
+from transmla.geometry import GqaGeometry, MlaGeometry
+from transmla.recipe import Recipe
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Python, torch and transformers themselves
+_RUNTIME_BYTES = 400 * 2**20
+# tokenizer, configs, provenance and modeling file, generously
+COMPANION_BYTES = 32 * 2**20
+
+
+def weight_bytes(source: Source, family: Family, gqa: GqaGeometry, mla: MlaGeometry, dtype: str) -> int:
+    """What is written: all tensors of the source with other attention weights, and a head of its own."""
+    values = 0
+    for name, info in source.tensors.items():
+        if f".{family.attention}." not in name:
+            values += math.prod(info.shape)
+    if f"{family.lm_head}.weight" not in source.tensors:
+        values += math.prod(source.tensors[f"{family.embed_tokens}.weight"].shape)
+    # the own form may keep the source's projections beside the latent's
+    kept = gqa.cache_values() * gqa.hidden_size
+    return (values + mla.num_hidden_layers * (mla.stock_attention_weights + kept)) * DTYPE_BYTES[dtype]
+
+
+def layer_values(source: Source, family: Family) -> int:
+    """Number of values in the largest layer, experts included."""
+    sizes: dict[str, int] = {}
+    prefix = f"{family.layers}."
+    for name, info in source.tensors.items():
+        if name.startswith(prefix):
+            index = name.removeprefix(prefix).partition(".")[0]
+            sizes[index] = sizes.get(index, 0) + math.prod(info.shape)
+    return max(sizes.values())
+
+
+def journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
+    """Disk that the journal of an unfinished conversion takes, float32.
+
+    The fitted weights, and behind them either two states of the optimiser of three weights each (one is written before
+    the other is deleted) or the refined weights; with `latent="auto"` also those of the best size so far.
+    """
+    copies, kept = (1, 1) if recipe.refine == "off" else (7, 2)
+    if recipe.latent == "auto":
+        copies += kept
+    return copies * 4 * mla.num_hidden_layers * mla.attention_weights
+
+
+def memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, weight_bytes: int, layer: int) -> int:
+    """Estimated peak of the conversion, in bytes.
+
+    While layers are fitted: streams, head outputs, one layer, moments, and the attention of one group. While the result
+    is written: a shard of it and two copies of the embedding.
+    """
+    hidden, window = gqa.hidden_size, recipe.window
+    width = gqa.num_attention_heads * gqa.head_dim
+    streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
+    moments = 10 * hidden * hidden * 8
+    attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
+    embedding = int(config["vocab_size"]) * hidden * 4
+    fitting = streams + max(2 * layer + moments + attention, embedding)
+    writing = min(SHARD_BYTES, weight_bytes) + 2 * embedding
+    return _RUNTIME_BYTES + max(fitting, writing)
