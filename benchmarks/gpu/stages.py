@@ -109,17 +109,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rates(run: Run) -> Rates:
-    return Rates(1e11, 1e10) if run.tiny else machine_rates(run.device, run.dtype)
-
-
 def environment(run: Run) -> dict[str, Any]:
     """Rates of the machine, and what is missing there."""
     import importlib.util
 
     wanted = ("accelerate", "gguf", "jsonschema", "matplotlib", "psutil", "rich", "click", "pytest", "datasets", "peft")
     found: dict[str, Any] = {"missing": [name for name in wanted if importlib.util.find_spec(name) is None]}
-    found["rates"] = vars(_rates(run))
+    found["rates"] = vars(machine_rates(run.device, run.dtype))
     found["threads"] = torch.get_num_threads()
     if run.cuda:
         found |= {"memory": torch.cuda.get_device_properties(0).total_memory, "cuda": torch.version.cuda}
@@ -257,7 +253,7 @@ def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) ->
 def kernels(run: Run) -> dict[str, Any]:
     """Attention alone: one query per head against a latent cache, and prefill at the widths of the expanded heads."""
     attend = torch.nn.functional.scaled_dot_product_attention
-    rates, heads, repeats = _rates(run), 4 if run.tiny else 32, 2 if run.tiny else 10
+    rates, heads, repeats = machine_rates(run.device, run.dtype), 4 if run.tiny else 32, 2 if run.tiny else 10
     decoding: list[dict[str, Any]] = []
     prefill: list[dict[str, Any]] = []
     found = {"rates": vars(rates), "heads": heads, "decoding": decoding, "prefill": prefill}
@@ -452,7 +448,7 @@ def prefill(run: Run, model: Any, batch: int, tokens: int, rates: Rates) -> dict
 
 def _speed(run: Run, makers: dict[str, Callable[[], Any]], contexts: list[int], prompts: list[int]) -> dict[str, Any]:
     """Model after model, alone in memory: prefill and decoding. What is worth most comes first, while there is time."""
-    rates, rows = _rates(run), []  # type: ignore[var-annotated]
+    rates, rows = machine_rates(run.device, run.dtype), []  # type: ignore[var-annotated]
     found = {"rates": vars(rates), "rows": rows}
     for count, (name, make) in enumerate(makers.items()):
         end = run.left * (1 - 1 / (len(makers) - count))  # what is left for the others

@@ -50,6 +50,6 @@ def test_verification_sees_a_wrong_config(
 ) -> None:
     make = conversion.target_config
     wrong = {"rope_interleave": False, "rope_theta": 50.0, "rms_norm_eps": 10.0}[setting]
-    monkeypatch.setattr(conversion, "target_config", lambda *args: make(*args) | {setting: wrong})
+    monkeypatch.setattr(conversion, "target_config", lambda *args, **kept: make(*args, **kept) | {setting: wrong})
     with pytest.raises(VerificationError):
         run(lively())

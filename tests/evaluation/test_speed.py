@@ -28,8 +28,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "PRODUCT", 64)
-    monkeypatch.setattr(roofline, "BLOCK", 4096)
+    for size in ("PRODUCT", "GPU_PRODUCT"):
+        monkeypatch.setattr(roofline, size, 64)
+    for size in ("BLOCK", "GPU_BLOCK"):
+        monkeypatch.setattr(roofline, size, 4096)
 
 
 def test_rows_of_the_grid(converted: Path) -> None:

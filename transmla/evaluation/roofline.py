@@ -14,6 +14,8 @@ import torch
 
 # sides of a square product, elements of a copied block
 PRODUCT, BLOCK = 2048, 2**26
+# a GPU is done with those before it has well begun
+GPU_PRODUCT, GPU_BLOCK = 8192, 2**29
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Rates:
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Best of a few square products, and of a few copies of a block that no cache holds."""
-    a, b = (torch.randn(PRODUCT, PRODUCT, device=device).to(dtype) for _ in range(2))
+    side, values = (PRODUCT, BLOCK) if device.type == "cpu" else (GPU_PRODUCT, GPU_BLOCK)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     # both written before: the first touch of new memory costs more than the copy
-    block, copied = (torch.zeros(BLOCK, dtype=dtype, device=device) for _ in range(2))
+    block, copied = (torch.zeros(values, dtype=dtype, device=device) for _ in range(2))
     product = min(seconds(lambda: a @ b, device) for _ in range(5))
     copy = min(seconds(lambda: copied.copy_(block), device) for _ in range(5))
-    return Rates(PRODUCT**3 / product, 2 * BLOCK * block.element_size() / copy)
+    return Rates(side**3 / product, 2 * values * block.element_size() / copy)
 
 
 def step_cost(model: Any, batch: int, context: int, cached_bytes: float) -> tuple[float, float]:
