@@ -73,6 +73,11 @@ class MlaGeometry:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def widest(self) -> int:
+        """Features of the widest regression of the closed form: the input of the attention, or what o_proj reads."""
+        return max(self.hidden_size, self.num_attention_heads * self.v_head_dim)
+
+    @property
     def expanded_values(self) -> int:
         """Unrotated keys and values of all heads for one token."""
         return self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)

@@ -12,6 +12,8 @@ REFINE_LEVELS = ("off", "fast", "full")
 MIX = "wikitext:2+synthetic+code"
 CALIBRATION = {"off": MIX, "fast": MIX, "full": "wikitext:4+code:2+synthetic:5+continued:3"}
 TOKENS = {"off": 131072, "fast": 180224, "full": 573440}
+# at least so many for each feature of the widest regression, the larger of hidden size and heads times v_head_dim
+TOKENS_PER_FEATURE = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # calibration or training windows that start with the begin token, where the tokenizer puts one first
 BEGIN = ("half", "all", "none")
@@ -116,7 +118,7 @@ class Recipe:
     theta: float | str = "auto"  # rope_theta of the target
     calibration: str | None = None  # names of embedded texts, or files, shares of each; None: CALIBRATION
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on
-    tokens: int | None = None  # calibration tokens in all; None: TOKENS
+    tokens: int | None = None  # calibration tokens in all; None: TOKENS, more for wide models
     sampled: int = 0  # tokens more, written by the source itself as continuations of that text
     window: int = 1024  # tokens per calibration window
     begin: str = "half"  # windows that start with the begin token, where the tokenizer puts one first: half, all, none
@@ -141,6 +143,10 @@ class Recipe:
     def num_tokens(self) -> int:
         """Calibration tokens in all."""
         return self.tokens or TOKENS[self.refine]
+
+    def for_width(self, width: int) -> "Recipe":
+        """With enough calibration tokens for regressions over so many features, unless it says how many."""
+        return replace(self, tokens=self.tokens or max(self.num_tokens, TOKENS_PER_FEATURE * width))
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import torch
 
 from transmla.conversion import distil as distilling
 from transmla.conversion.distil import layers_that_fit, num_trained_on, stretches
-from transmla.conversion.levels import Descent, Refinement
+from transmla.conversion.fit import num_attended
+from transmla.conversion.levels import LEVELS, Descent, Refinement
 from transmla.conversion.plan import plan
 
 
@@ -54,12 +55,13 @@ def test_windows_that_the_closed_form_has_not_seen(
     streams: Any = SimpleNamespace(
         num_windows=20, num_heldout=2, num_fitted_of_all=18, source_NTD=torch.empty(20, 10, 1)
     )
-    run: Any = SimpleNamespace(refinement=refinement)
+    run: Any = SimpleNamespace(refinement=refinement, plan=SimpleNamespace(mla=SimpleNamespace(widest=1)))
     assert num_trained_on(run, streams) == found
 
 
 def test_more_text_is_never_less_training() -> None:
-    run: Any = SimpleNamespace(refinement=Refinement(Descent(1.0, 1, 1e-3), 80, True))
+    refinement = Refinement(Descent(1.0, 1, 1e-3), 80, True)
+    run: Any = SimpleNamespace(refinement=refinement, plan=SimpleNamespace(mla=SimpleNamespace(widest=1)))
     counts = []
     for windows in range(3, 60):
         streams = SimpleNamespace(
@@ -83,3 +85,10 @@ def test_layers_that_fit_count_the_windows_of_a_step(monkeypatch: pytest.MonkeyP
 
     assert found(1) > 2 * found(8) > 2 * found(32) > 0
     assert found(32) == found(64), "2,048 tokens are the most at once"
+
+
+def test_a_wide_model_needs_more_windows() -> None:
+    """32 tokens for each feature of a regression, of those that there are."""
+    fast = LEVELS["fast"]
+    assert [fast.num_closed(400, 4, 1024, width) for width in (576, 2048, 4096, 16384)] == [52, 68, 132, 400]
+    assert [num_attended(width, 1024) for width in (576, 4096)] == [16, 32]

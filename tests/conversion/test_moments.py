@@ -11,9 +11,16 @@ from tests.conversion.pieces import model_and_layer, random_streams
 from tests.maths.weights import relative
 from transmla.conversion.moments import attended, observe
 from transmla.maths.attention import GqaWeights, rotate
+from transmla.maths.closed_form import Moments
 from transmla.model.layer import SourceLayer
 
 TOKENS = 7
+
+
+@pytest.fixture(autouse=True, params=[3, 128])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in several pieces, and in one."""
+    monkeypatch.setattr("transmla.conversion.moments.ROWS", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +123,14 @@ def test_observe_is_the_mean_over_fitted_windows(layer: SourceLayer, device: tor
     mean: dict[str, Any] = {name: sum(part[name] for part in parts) / (3 * TOKENS) for name in parts[0]}
     mean["received_DD"] -= torch.outer(mean["received_D"], mean["received_D"])
     mean["distance_HS"] /= mean["distance_HS"].sum(1, keepdim=True)
+    # the last of the three chooses ridges
+    assert moments.aside_share == pytest.approx(1 / 3)
+    energy = layer.into_attention(streams.source_NTD[2]).double().square().sum() / TOKENS
+    assert moments.aside_energy == pytest.approx(float(energy), rel=1e-5)
+    mean |= {f"aside{name}_DD": parts[2][of] / TOKENS for name, of in (("", "converted_DD"), ("_cross", "cross_DD"))}
     for field in fields(moments):
+        if field.name in ("aside_share", "aside_energy"):
+            continue
         value = getattr(moments, field.name)
         assert value.dtype == torch.float64 and relative(value, mean[field.name]) < 1e-5, field.name
 
@@ -128,12 +142,17 @@ def test_the_first_token_has_no_distance(layer: SourceLayer) -> None:
     assert torch.equal(distance_HS[:, 1], torch.zeros(4, dtype=torch.float64))
 
 
+def same(one: Moments, other: Moments) -> bool:
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
 def test_held_out_windows_never_enter(layer: SourceLayer) -> None:
     streams = random_streams(heldout=2)
     before = observe(layer, streams, 16)
     streams.source_NTD[2:], streams.converted_NTD[2:] = 7.0, -7.0
     after = observe(layer, streams, 16)
-    assert all(torch.equal(getattr(before, field.name), getattr(after, field.name)) for field in fields(before))
+    assert same(before, after)
     streams.source_NTD[1], streams.converted_NTD[1] = 7.0, -7.0
     assert not torch.equal(before.converted_DD, observe(layer, streams, 16).converted_DD)
 

@@ -68,7 +68,7 @@ def repaired(layer: SourceLayer, mla: MlaWeights, heads_NTF: torch.Tensor, strea
     """The weights with each ridge; the source's stream ends behind the layer."""
     repair = Repair(layer, mla, heads_NTF, streams)
     advance_source(layer, streams, repair.see)
-    return [repair.fitted(ridge) for ridge in ridges]
+    return [repair.fitted((ridge,))[0] for ridge in ridges]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "granite", "gemma3_text"])
@@ -89,6 +89,50 @@ def test_repair_lowers_the_fitted_loss(model_type: str, rank: int) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[-1] < 0.98 * losses[0] and losses[-2] < losses[0]
     assert (trials[0].o_bias_D is not None) == (model_type == "qwen2")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_repair_of_few_tokens_is_held_back(model_type: str) -> None:
+    """With fewer tokens than features, the smallest ridge fits them alone; the chosen one does no harm to others."""
+    _, layer = model_and_layer(heads=4, head_dim=16, model_type=model_type)
+    streams = random_streams(windows=60, tokens=16, heldout=56)
+    mla = layer.complete(fitted(layer, streams, 12))
+    heads_NTF = converted_heads(layer, mla, streams).out_NTF
+    repair = Repair(layer, mla, heads_NTF, streams)
+    advance_source(layer, streams, repair.see)
+    assert 48 < mla.o_DHv.shape[1] == 64
+    losses = {}
+    for name, ridges in {"none": (1e9,), "smallest": (1e-6,), "chosen": (1e-6, 1e-4, 1e-2, 1.0, 100.0)}.items():
+        trial, ridge = repair.fitted(ridges)
+        behind = replace(streams, converted_NTD=streams.converted_NTD.clone())
+        advance_converted(layer, trial, heads_NTF, behind)
+        losses[name] = stream_loss(behind)
+    assert ridge > 1e-6
+    assert losses["smallest"].fitted < 0.9 * losses["none"].fitted
+    assert losses["smallest"].heldout > 1.1 * losses["none"].heldout
+    assert losses["chosen"].heldout < 1.02 * losses["none"].heldout
+
+
+def test_several_windows_at_once(layer: SourceLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are tokens for, and never some that are held out, set aside or behind an edge with others."""
+    found = []
+    for tokens in (1, 112):
+        monkeypatch.setattr("transmla.conversion.streams.TOKENS_ON_CPU", tokens)
+        streams = random_streams(windows=30, tokens=16, heldout=10, gap=40)
+        places = [places for places, _, _ in streams.batches(edge=5)]
+        assert (streams.num_aside, streams.first_aside) == (5, 15)
+        if tokens > 1:
+            starts = [(one.start, one.stop) for one in places]
+            assert starts == [(0, 5), (5, 12), (12, 15), (15, 20), (20, 27), (27, 30)]
+        mla = fitted(layer, streams, 12)
+        heads_NTF = converted_heads(layer, mla, streams).out_NTF
+        repair = Repair(layer, mla, heads_NTF, streams)
+        advance_source(layer, streams, repair.see)
+        repaired_DHv = repair.fitted((1e-2,))[0].o_DHv
+        advance_converted(layer, mla, heads_NTF, streams)
+        found.append((repaired_DHv, streams.source_NTD, streams.converted_NTD))
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < 1e-4
 
 
 def test_repair_never_sees_held_out_windows(layer: SourceLayer, streams: Streams) -> None:

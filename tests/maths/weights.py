@@ -65,7 +65,8 @@ def mla_weights(
 
 def on(device: torch.device, seen: Moments) -> Moments:
     """The same moments there."""
-    return Moments(**{name: value.to(device) for name, value in vars(seen).items()})
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(seen).items()}
+    return Moments(**moved)
 
 
 def inputs(tokens: int = 12, hidden: int = 24, seed: int = 9) -> Tensor:

@@ -124,10 +124,10 @@ def _distil_block(run: Run, indices: range, at_once: int, streams: Streams, desc
             run.kept.save_layer(index, DISTILLED, mla, {"block": vars(report), "at_once": at_once})
         run.kept.drop(_state_name(indices, at_once))
     if not final:
-        for place, _, converted_TD in streams.windows():
+        for places, _, converted_BTD in streams.batches(source=False):
             with streams.computing():
-                passed_BTD = through(block, weights, converted_TD[None], streams.positions([place]))
-            streams.converted_NTD[place] = passed_BTD[0]
+                passed_BTD = through(block, weights, converted_BTD, streams.positions(places))
+            streams.converted_NTD[places] = passed_BTD.to(streams.converted_NTD.device)
     return report
 
 

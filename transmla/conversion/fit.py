@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transmla.conversion.kept import FITTED
 from transmla.conversion.moments import observe
@@ -26,19 +27,22 @@ from transmla.maths.attention import MlaWeights
 from transmla.maths.closed_form import fit_layer
 from transmla.model.layer import SourceLayer
 
-# windows whose attention matrices enter the moments
-NUM_ATTENDED = 16
+# windows whose attention matrices enter the moments, and the least number of their tokens per feature
+NUM_ATTENDED, ATTENDED_PER_FEATURE = 16, 8
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one layer lost: see `FittedLayer`, and `StreamLoss` behind it."""
+    """What one layer lost, and the ridges that were chosen for it: see `FittedLayer`, `Repair`, and `StreamLoss` behind
+    it."""
 
     layer: int
     latent_loss: float
     stream_loss_fitted: float
     stream_loss_heldout: float
     query_loss: float | None = None
+    stream_ridge: float | None = None
+    output_ridge: float | None = None
 
 
 def fit_layers(run: Run, streams: Streams, theta: float | None) -> tuple[LayerReport, ...]:
@@ -67,7 +71,8 @@ def fit_layers(run: Run, streams: Streams, theta: float | None) -> tuple[LayerRe
 
 def num_closed(run: Run, streams: Streams) -> int:
     """Windows of all processes that the closed form sees, held-out ones included."""
-    return run.refinement.num_closed(streams.num_windows, streams.num_heldout, streams.source_NTD.shape[1])
+    window = streams.source_NTD.shape[1]
+    return run.refinement.num_closed(streams.num_windows, streams.num_heldout, window, run.plan.mla.widest)
 
 
 def _fit(
@@ -75,18 +80,30 @@ def _fit(
 ) -> tuple[MlaWeights, LayerReport]:
     """One layer; the source's stream behind it, and the converted one of the windows that are fitted to."""
     sizes = run.plan.mla
-    moments = observe(layer, closed, NUM_ATTENDED)
+    moments = observe(layer, closed, num_attended(sizes.widest, closed.source_NTD.shape[1]))
     gqa = layer.gqa.to(dtype=torch.float64)
     fitted = fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank)
     mla = layer.complete(fitted.mla)
     heads_NTF = converted_heads(layer, mla, closed).out_NTF
     repair, before = Repair(layer, mla, heads_NTF, closed), len(streams.indices) - len(closed.indices)
-    advance_source(layer, streams, lambda place, stream_TD, out_TD: repair.see(place - before, stream_TD, out_TD))
+
+    def see(places: slice, stream_BTD: Tensor, out_BTD: Tensor) -> None:
+        repair.see(slice(places.start - before, places.stop - before), stream_BTD, out_BTD)
+
+    advance_source(layer, streams, see, edge=before)
     # float32, as the journal keeps it: a resumed run computes the same
-    mla = _agreed(repair.fitted(run.method.output_ridge).to(dtype=torch.float32), run)
+    repaired, output_ridge = repair.fitted(run.method.ridges(run.method.output_ridge))
+    mla = _agreed(repaired.to(dtype=torch.float32), run)
     advance_converted(layer, mla, heads_NTF, closed)
     loss = stream_loss(closed)
-    return mla, LayerReport(layer.index, fitted.latent_loss, loss.fitted, loss.heldout, fitted.query_loss)
+    return mla, LayerReport(
+        layer.index, fitted.latent_loss, loss.fitted, loss.heldout, fitted.query_loss, fitted.stream_ridge, output_ridge
+    )
+
+
+def num_attended(width: int, window: int) -> int:
+    """Windows of `window` tokens whose attention matrices enter the moments of `width` features."""
+    return max(NUM_ATTENDED, -(-ATTENDED_PER_FEATURE * width // window))
 
 
 def _agreed(mla: MlaWeights, run: Run) -> MlaWeights:

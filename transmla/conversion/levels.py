@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+# tokens that a regression should see per feature
+LEAST_PER_FEATURE = 32
+
 
 @dataclass(frozen=True)
 class Descent:
@@ -30,7 +33,7 @@ class Refinement:
     """distil: blocks of layers against the source's predictions (the last block) or its stream (earlier ones); None:
             the closed form alone
     closed_form_tokens: calibration tokens that the closed form sees if distillation follows, which makes up for the
-            rest; None: all
+            rest, but at least `LEAST_PER_FEATURE` for each feature of its regressions; None: all
     distil_unseen: distil on windows that the closed form has not seen, as long as there are twice as many of them as of
             those that it has. It fits its own windows closely, so there is less to learn from them; some are added
             only where unseen ones are short
@@ -40,11 +43,12 @@ class Refinement:
     closed_form_tokens: int | None = 65536
     distil_unseen: bool = False
 
-    def num_closed(self, num_windows: int, num_heldout: int, window: int) -> int:
-        """Windows that the closed form sees, held-out ones included."""
+    def num_closed(self, num_windows: int, num_heldout: int, window: int, width: int = 0) -> int:
+        """Windows that the closed form sees, held-out ones included; width: features of its widest regression."""
         if self.closed_form_tokens is None or self.distil is None:
             return num_windows
-        return min(num_windows, max(1, self.closed_form_tokens // window) + num_heldout)
+        tokens = max(self.closed_form_tokens, LEAST_PER_FEATURE * width)
+        return min(num_windows, max(1, tokens // window) + num_heldout)
 
     def num_distilled(self, num_windows: int, num_heldout: int, num_closed: int) -> int:
         """Windows that are distilled on: the first ones, which the closed form has not seen."""

@@ -1,7 +1,8 @@
 """Second moments of one layer: everything the closed form needs to know of the calibration text.
 
 Activations are seen once and summed up; nothing of the size of the text is kept.
-Legend: T tokens of a window, D hidden_size, H heads, G key/value heads, R = H / G, d head_dim, S distances.
+Legend: B windows, N tokens of all of them, T of one, D hidden_size, H heads, G key/value heads, R = H / G, d head_dim,
+S distances or keys, A rows of queries.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from torch import Tensor
 from transmla.conversion.streams import Streams
 from transmla.maths.attention import GqaWeights, rotate, visible
 from transmla.maths.closed_form import Moments
+from transmla.maths.moment import second_moment
 from transmla.model.layer import SourceLayer
+
+# rows of attention at once: what is computed of them stays in a cache
+ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -40,46 +45,59 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=streams.device)
 
-    converted_DD, cross_DD, received_DD, attended_DD = (zeros(size, size) for _ in range(4))
+    converted_DD, cross_DD, aside_DD, aside_cross_DD, received_DD, attended_DD = (zeros(size, size) for _ in range(6))
     received_D, query_Hdd, importance_H = zeros(size), zeros(heads, head_dim, head_dim), zeros(heads)
-    tokens, num_seen = streams.source_NTD.shape[1], zeros(1)
+    aside_energy = zeros(1)
+    tokens, num_seen = streams.source_NTD.shape[1], 0
     distance_HS = zeros(heads, streams.last_position() + 1)
     looked_at = _spread(num_attended, streams.num_fitted_of_all)
-    for place, source_TD, converted_TD in streams.windows():
-        if place >= streams.num_fitted:
+    for places, source_BTD, converted_BTD in streams.batches():
+        if places.start >= streams.num_fitted:
             break
-        source_x_TD = layer.into_attention(source_TD)
-        source_heads = layer.heads(source_x_TD)
-        x_TD = layer.inputs(source_x_TD, source_heads)
-        x_hat_TD = layer.inputs(layer.into_attention(converted_TD))
-        converted_DD += (x_hat_TD.T @ x_hat_TD).double()
-        cross_DD += (x_TD.T @ x_hat_TD).double()
-        if streams.indices[place] not in looked_at:
-            continue
-        num_seen += 1
-        seen = attended(source_heads, x_hat_TD, layer.gqa, streams.positions(place), streams.autocast)
-        attended_DD += seen.attended_DD
-        query_Hdd += seen.query_Hdd
-        importance_H += seen.importance_H
-        distance_HS[:, : seen.distance_HS.shape[1]] += seen.distance_HS
-        # nothing is received where the output projection is zero
-        received_T = (seen.received_T / seen.received_T.mean().clamp_min(1e-300)).float()
-        received_D += (received_T @ x_hat_TD).double()
-        received_DD += ((x_hat_TD * received_T[:, None]).T @ x_hat_TD).double()
+        source_x_BTD = layer.into_attention(source_BTD)
+        source_heads = layer.heads(source_x_BTD) if layer.gqa.encoded else None
+        x_BTD = layer.inputs(source_x_BTD, source_heads)
+        x_hat_BTD = layer.inputs(layer.into_attention(converted_BTD))
+        x_hat_ND = x_hat_BTD.flatten(0, 1)
+        of_x_hat_DD, of_both_DD = second_moment(x_hat_ND), (x_BTD.flatten(0, 1).T @ x_hat_ND).double()
+        converted_DD += of_x_hat_DD
+        cross_DD += of_both_DD
+        if places.start >= streams.first_aside:
+            aside_DD += of_x_hat_DD
+            aside_cross_DD += of_both_DD
+            aside_energy += x_BTD.square().sum(dtype=torch.float64)
+        for number, place in enumerate(range(places.start, places.stop)):
+            if streams.indices[place] not in looked_at:
+                continue
+            num_seen += 1
+            x_hat_TD, source_x_TD = x_hat_BTD[number], source_x_BTD[number]
+            seen = attended(layer.heads(source_x_TD), x_hat_TD, layer.gqa, streams.positions(place), streams.autocast)
+            attended_DD += seen.attended_DD
+            query_Hdd += seen.query_Hdd
+            importance_H += seen.importance_H
+            distance_HS[:, : seen.distance_HS.shape[1]] += seen.distance_HS
+            # nothing is received where the output projection is zero
+            received_T = (seen.received_T / seen.received_T.mean().clamp_min(1e-300)).float()
+            received_D += (received_T @ x_hat_TD).double()
+            received_DD += second_moment(x_hat_TD * received_T.sqrt()[:, None])
+    counted = zeros(1) + num_seen
     sums = (
         converted_DD,
         cross_DD,
+        aside_DD,
+        aside_cross_DD,
+        aside_energy,
         received_DD,
         attended_DD,
         received_D,
         query_Hdd,
         importance_H,
         distance_HS,
-        num_seen,
+        counted,
     )
     streams.processes.sum_(sums)
-    num_fitted_tokens, num_seen_tokens = streams.num_fitted_of_all * tokens, float(num_seen) * tokens
-    mean_D = received_D / num_seen_tokens
+    num_fitted_tokens, num_seen_tokens = streams.num_fitted_of_all * tokens, float(counted) * tokens
+    mean_D, num_aside_tokens = received_D / num_seen_tokens, streams.num_aside * tokens
     return Moments(
         converted_DD=converted_DD / num_fitted_tokens,
         cross_DD=cross_DD / num_fitted_tokens,
@@ -89,6 +107,10 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
         query_Hdd=query_Hdd / num_seen_tokens,
         importance_H=importance_H / num_seen_tokens,
         distance_HS=distance_HS / distance_HS.sum(1, keepdim=True).clamp_min(1e-300),
+        aside_DD=aside_DD / num_aside_tokens if num_aside_tokens else None,
+        aside_cross_DD=aside_cross_DD / num_aside_tokens if num_aside_tokens else None,
+        aside_share=streams.num_aside / streams.num_fitted_of_all,
+        aside_energy=float(aside_energy) / max(1, num_aside_tokens),
     )
 
 
@@ -116,57 +138,80 @@ def attended(
     num_heads, tokens, groups = len(q_HTd), q_HTd.shape[1], len(k_GTd)
     device = q_HTd.device
     positions = torch.arange(tokens, device=device) if positions_T is None else positions_T
-    q_GRTd = rotate(q_HTd, gqa.inv_freq_P, positions).unflatten(0, (groups, -1))
+    at = positions.tolist()
+    q_GRTd = rotate(q_HTd, gqa.inv_freq_P, positions).unflatten(0, (groups, -1)) * gqa.scaling
     k_GTd = rotate(k_GTd, gqa.inv_freq_P, positions)
     o_GRDd = gqa.o_DHd.unflatten(1, (groups, -1, v_GTd.shape[2])).permute(1, 2, 0, 3)
     seen_TT = visible(positions, gqa.window)
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1) if seen_TT is None else ~seen_TT
     narrow = narrow or x_hat_TD.dtype
     x_narrow_TD = x_hat_TD.to(narrow)
-    importance, distance = [], []
+    importance_GR, distance_GRS = (
+        torch.zeros(groups, num_heads // groups, *size, dtype=torch.float64, device=device)
+        for size in ((), (at[-1] + 1,))
+    )
     received_T = torch.zeros(tokens, dtype=torch.float64, device=device)
     attended_DD = torch.zeros(x_hat_TD.shape[1], x_hat_TD.shape[1], dtype=torch.float64, device=device)
     for group in range(groups):
-        scores_RTT = (q_GRTd[group] @ k_GTd[group].T) * gqa.scaling
-        if gqa.softcap is not None:
-            scores_RTT = gqa.softcap * torch.tanh(scores_RTT / gqa.softcap)
-        p_RTT = scores_RTT.masked_fill_(future, float("-inf")).softmax(-1)
-        for p_TT in p_RTT:
-            y_TD = (p_TT.to(narrow) @ x_narrow_TD).to(x_hat_TD.dtype)
-            attended_DD += (y_TD.T @ y_TD).double() / num_heads
-        weight_RTT = _output_sensitivity(p_RTT, v_GTd[group], o_GRDd[group])
-        importance.append(weight_RTT.sum(2).double().sum(1))
-        received_T += weight_RTT.sum((0, 1)).double()
-        weight_RTT[:, :, 0] = 0
-        distance.append(_by_distance(weight_RTT, positions))
+        v_Td, metric_Rdd = v_GTd[group], o_GRDd[group].transpose(1, 2) @ o_GRDd[group]
+        metric_v_RTd = v_Td @ metric_Rdd
+        v_norm_RT = (metric_v_RTd * v_Td).sum(-1)
+        for start in range(0, tokens, ROWS):
+            # rows of queries [A] and the keys that they may see [S]
+            end = min(start + ROWS, tokens)
+            scores_RAS = q_GRTd[group, :, start:end] @ k_GTd[group, :end].T
+            if gqa.softcap is not None:
+                scores_RAS = gqa.softcap * torch.tanh(scores_RAS / gqa.softcap)
+            if seen_TT is None:
+                hidden = torch.ones(end - start, end - start, dtype=torch.bool, device=device).triu(1)
+                scores_RAS[:, :, start:].masked_fill_(hidden, float("-inf"))
+            else:
+                scores_RAS.masked_fill_(~seen_TT[start:end, :end], float("-inf"))
+            p_RAS = scores_RAS.softmax(-1)
+            y_RAD = (p_RAS.to(narrow) @ x_narrow_TD[:end]).to(x_hat_TD.dtype)
+            attended_DD += second_moment(y_RAD.flatten(0, 1))
+            weight_RAS = _output_sensitivity(p_RAS, v_Td[:end], metric_Rdd, metric_v_RTd[:, :end], v_norm_RT[:, :end])
+            importance_GR[group] += weight_RAS.sum((1, 2), dtype=torch.float64)
+            received_T[:end] += weight_RAS.sum((0, 1), dtype=torch.float64)
+            weight_RAS[:, :, 0] = 0
+            _add_by_distance(distance_GRS[group], weight_RAS, at[start:end], at[:end])
     query_Hdd = (q_HTd.transpose(1, 2) @ q_HTd).double()
-    return _Attended(query_Hdd, torch.cat(importance), torch.cat(distance), received_T, attended_DD)
+    return _Attended(
+        query_Hdd, importance_GR.flatten(), distance_GRS.flatten(0, 1), received_T, attended_DD / num_heads
+    )
 
 
-def _output_sensitivity(p_RTT: Tensor, v_Td: Tensor, o_RDd: Tensor) -> Tensor:
-    """p_ts^2 |o_proj (v_s - o_t)|^2 per head, in place of p: squared output change per squared score change."""
-    out_RTd = p_RTT @ v_Td
-    metric_Rdd = o_RDd.transpose(1, 2) @ o_RDd
-    metric_v_RTd = v_Td @ metric_Rdd
-    v_norm_RT = (metric_v_RTd * v_Td).sum(-1)
-    out_norm_RT = (out_RTd @ metric_Rdd * out_RTd).sum(-1)
-    spread_RTT = v_norm_RT[:, None] + out_norm_RT[..., None] - 2 * out_RTd @ metric_v_RTd.transpose(1, 2)
-    return p_RTT.square_().mul_(spread_RTT.clamp_min_(0))
+def _output_sensitivity(
+    p_RAS: Tensor, v_Sd: Tensor, metric_Rdd: Tensor, metric_v_RSd: Tensor, v_norm_RS: Tensor
+) -> Tensor:
+    """p_ts^2 |o_proj (v_s - o_t)|^2 per head, in place of p: squared output change per squared score change.
+
+    metric_Rdd: o_proj^T o_proj of each head;  metric_v_RSd: metric v;  v_norm_RS: v^T metric v
+    """
+    out_RAd = p_RAS @ v_Sd
+    out_norm_RA = (out_RAd @ metric_Rdd * out_RAd).sum(-1)
+    spread_RAS = torch.baddbmm(v_norm_RS[:, None], out_RAd, metric_v_RSd.transpose(1, 2), alpha=-2)
+    return p_RAS.square_().mul_(spread_RAS.add_(out_norm_RA[..., None]).clamp_min_(0))
 
 
-def _by_distance(weight_RTT: Tensor, positions_T: Tensor) -> Tensor:
-    """Sums of lower-triangular matrices by distance 0, 1, .. of the positions, float64 [R, last position + 1]."""
-    at = positions_T.tolist()
+def _add_by_distance(sums_RS: Tensor, weight_RAB: Tensor, rows: list[int], keys: list[int]) -> None:
+    """Add weights to the sums, float64 [R, S], of their distances: positions of the rows minus those of the keys.
+
+    Positions are ascending; weights of keys behind their row are zero and go nowhere.
+    """
+    for row_start, row_end in _without_gap(rows):
+        for key_start, key_end in _without_gap(keys):
+            offset_RD = _by_offset(weight_RAB[:, row_start:row_end, key_start:key_end])
+            nearest = rows[row_start] - keys[key_end - 1]  # of the first diagonal
+            before = max(0, -nearest)
+            if before < offset_RD.shape[1]:
+                first = nearest + before
+                sums_RS[:, first : first + offset_RD.shape[1] - before] += offset_RD[:, before:]
+
+
+def _without_gap(at: list[int]) -> list[tuple[int, int]]:
+    """Starts and ends of the pieces in which positions follow each other."""
     starts = [0, *(place for place in range(1, len(at)) if at[place] - at[place - 1] > 1), len(at)]
-    pieces = list(pairwise(starts))  # without a gap in them
-    found = torch.zeros(len(weight_RTT), at[-1] + 1, dtype=torch.float64, device=weight_RTT.device)
-    for number, (start, end) in enumerate(pieces):
-        found[:, : end - start] += _by_offset(weight_RTT[:, start:end, start:end])[:, end - start - 1 :]
-        for later, latest in pieces[number + 1 :]:
-            sums = _by_offset(weight_RTT[:, later:latest, start:end])
-            nearest = at[later] - at[end - 1]
-            found[:, nearest : nearest + sums.shape[1]] += sums
-    return found
+    return list(pairwise(starts))
 
 
 def _by_offset(weight_RAB: Tensor) -> Tensor:
@@ -174,4 +219,4 @@ def _by_offset(weight_RAB: Tensor) -> Tensor:
     _, rows, columns = weight_RAB.shape
     # written with rows of A + B and read with rows of A + B - 1, row a moves right by a: column B - 1 + (a - b)
     skewed = torch.nn.functional.pad(weight_RAB.flip(2), (0, rows)).flatten(1)[:, : rows * (rows + columns - 1)]
-    return skewed.unflatten(1, (rows, -1)).sum(1).double()
+    return skewed.unflatten(1, (rows, -1)).sum(1, dtype=torch.float64)

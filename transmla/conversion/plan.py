@@ -11,6 +11,7 @@ from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.write import check_destination
+from transmla.conversion.levels import LEAST_PER_FEATURE
 from transmla.conversion.needs import (
     COMPANION_BYTES,
     DTYPE_BYTES,
@@ -180,6 +181,7 @@ def plan(
         attention_bias=stock and (facts.biased or facts.output_bias),
         query_bias=stock and facts.biased,
     )
+    settings, wanted = settings.for_width(mla.widest), LEAST_PER_FEATURE * mla.widest
     if settings.q_latent is not None and form != "deepseek_v3":
         raise GeometryError(
             "this model keeps its queries as they are",
@@ -214,6 +216,11 @@ def plan(
     if settings.begin != "half":
         which = "every" if settings.begin == "all" else "no"
         notes.append(f"{which} calibration window starts with the begin token, where the tokenizer puts one first")
+    if settings.num_tokens < wanted:
+        notes.append(
+            f"{settings.num_tokens:,} calibration tokens are few for regressions over {mla.widest:,} features: "
+            f"{wanted:,} and more let each layer repair what was lost before it"
+        )
     if settings.refine != "off":
         notes.append("refinement takes as many layers at once as fit into half of the free memory")
     if needs_source(settings.mix, settings.sampled):

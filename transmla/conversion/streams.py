@@ -1,7 +1,7 @@
 """The two residual streams: the source's, and the one of the model as converted so far.
 
-Legend: N windows that this process holds, T tokens per window, D hidden_size, F = H v features of all heads side by
-side.
+Legend: N windows that this process holds, B of them at once, T tokens per window, D hidden_size, F = H v features of
+all heads side by side.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,13 +19,16 @@ from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
 from transmla.maths.attention import MlaWeights, with_one
-from transmla.maths.refit import refit
+from transmla.maths.moment import second_moment
+from transmla.maths.refit import chosen_ridge, refit
 from transmla.model.layer import SourceLayer
 from transmla.processes import ALONE, Processes
 from transmla.train.losses import energy, stream_error
 
 # where activations are kept if nothing else is said
 CPU = torch.device("cpu")
+# tokens that pass a layer at once: enough for products at full rate, and little beside the weights
+TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 32768
 
 
 @dataclass
@@ -72,6 +76,18 @@ class Streams:
         """Of them, how many are here: the first ones."""
         return sum(index < self.num_fitted_of_all for index in self.indices)
 
+    @property
+    def num_aside(self) -> int:
+        """Fitted windows of all processes, the last ones, that ridges are chosen on before they are fitted to as well:
+        a quarter, none if there is but one."""
+        return max(min(1, self.num_fitted_of_all - 1), self.num_fitted_of_all // 4)
+
+    @property
+    def first_aside(self) -> int:
+        """Place here of the first of them."""
+        start = self.num_fitted_of_all - self.num_aside
+        return sum(index < start for index in self.indices)
+
     def last(self, count: int) -> Streams:
         """The last `count` windows of all processes, sharing memory with these; held-out ones are the last of them."""
         start = self.num_windows - count
@@ -94,14 +110,24 @@ class Streams:
             here = {self.indices[place]: value for place, value in zip(places, values, strict=True)}
         return _mean(list(self.processes.gather(here).values()))
 
-    def windows(self, source: bool = True, converted: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(place here, source [T, D], converted [T, D]) on the device, float32; empty for a stream not wanted."""
-        nothing = torch.empty(0, device=self.device)
-        for place in range(len(self.source_NTD)):
-            source_TD = self.source_NTD[place].to(self.device) if source else nothing
-            yield place, source_TD, self.converted_NTD[place].to(self.device) if converted else nothing
+    def batches(
+        self, source: bool = True, converted: bool = True, edge: int = 0
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(places here, source [B, T, D], converted [B, T, D]) on the device, float32; empty for a stream not wanted.
 
-    def positions(self, place: int | list[int]) -> Tensor:
+        All of them are held out, or set aside, or neither; edge: none holds windows before and behind this place
+        """
+        nothing = torch.empty(0, device=self.device)
+        tokens = TOKENS_ON_CPU if self.device.type == "cpu" else TOKENS_ON_GPU
+        size = max(1, tokens // self.source_NTD.shape[1])
+        edges = sorted({0, edge, self.first_aside, self.num_fitted, len(self.source_NTD)})
+        for first, end in pairwise(edges):
+            for start in range(first, end, size):
+                places = slice(start, min(start + size, end))
+                source_BTD = self.source_NTD[places].to(self.device) if source else nothing
+                yield places, source_BTD, self.converted_NTD[places].to(self.device) if converted else nothing
+
+    def positions(self, place: int | slice | list[int]) -> Tensor:
         """Of one window [T] or of several [B, T], on the device."""
         return self.positions_NT[place].to(self.device)
 
@@ -171,96 +197,116 @@ class Repair:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=streams.device)
 
-        self._gram, self._residual = zeros(size, size), zeros(size, mla.o_DHv.shape[0])
+        # of the windows that are set aside, and of the others
+        self._grams = [zeros(size, size) for _ in range(2)]
+        self._wanted = [zeros(size, mla.o_DHv.shape[0]) for _ in range(2)]
+        self._energy = zeros(1)
 
-    def see(self, place: int, stream_TD: Tensor, out_TD: Tensor) -> None:
-        """One window; stream_TD, out_TD: the source's stream before the layer, and the output of its attention."""
-        if not 0 <= place < self._streams.num_fitted:
+    def see(self, places: slice, stream_BTD: Tensor, out_BTD: Tensor) -> None:
+        """Some windows; stream_BTD, out_BTD: the source's stream before the layer, and the output of its attention."""
+        if places.start < 0 or places.stop > self._streams.num_fitted:
             return
-        heads_TF = self._heads_NTF[place].to(self._streams.device)
-        given_TD = heads_TF @ self._mla.o_DHv.T.to(heads_TF)
+        heads_BTF = self._heads_NTF[places].to(self._streams.device)
         if self._mla.o_bias_D is not None:
-            heads_TF, given_TD = with_one(heads_TF), given_TD + self._mla.o_bias_D.to(heads_TF)
-        missing_TD = stream_TD - self._streams.converted_NTD[place].to(stream_TD)
+            heads_BTF = with_one(heads_BTF)
+        missing_BTD = stream_BTD - self._streams.converted_NTD[places].to(stream_BTD)
         if self._norm is None:
             multiplier = self._layer.residual_multiplier
-            wanted_TD, read_TD = out_TD + missing_TD / multiplier, stream_TD + multiplier * out_TD
-            weight_T = 1 / energy(read_TD)
+            wanted_BTD, read_BTD = out_BTD + missing_BTD / multiplier, stream_BTD + multiplier * out_BTD
+            weight_BT = 1 / energy(read_BTD)
         else:
             # behind the norm, an output counts by its direction: what is missing is asked for at the output's own size
-            read_TD, size_T = stream_TD + self._norm(out_TD), energy(out_TD)
-            wanted_TD = out_TD + missing_TD * self._against_gain_D * size_T.sqrt()[:, None]
-            weight_T = 1 / (energy(read_TD) * size_T)
-        weighted_TF = heads_TF * weight_T[:, None]
-        self._gram += (weighted_TF.T @ heads_TF).double()
-        self._residual += (weighted_TF.T @ (wanted_TD - given_TD)).double()
+            read_BTD, size_BT = stream_BTD + self._norm(out_BTD), energy(out_BTD)
+            wanted_BTD = out_BTD + missing_BTD * self._against_gain_D * size_BT.sqrt()[..., None]
+            weight_BT = 1 / (energy(read_BTD) * size_BT)
+        root_BT1 = weight_BT.sqrt()[..., None]
+        weighted_NF, weighted_ND = (heads_BTF * root_BT1).flatten(0, 1), (wanted_BTD * root_BT1).flatten(0, 1)
+        part = int(places.start < self._streams.first_aside)
+        self._grams[part] += second_moment(weighted_NF)
+        self._wanted[part] += (weighted_NF.T @ weighted_ND).double()
+        if not part:
+            self._energy += weighted_ND.square().sum(dtype=torch.float64)
 
-    def fitted(self, ridge: float) -> MlaWeights:
-        """The weights with another output projection, float64. Every process calls this."""
-        self._streams.processes.sum_((self._gram, self._residual))
+    def fitted(self, ridges: Sequence[float]) -> tuple[MlaWeights, float]:
+        """The weights with another output projection, float64, and the chosen ridge. Every process calls this."""
+        self._streams.processes.sum_((*self._grams, *self._wanted, self._energy))
         o_DF, bias_D = self._mla.o_DHv.double(), self._mla.o_bias_D
+        both_DF = o_DF if bias_D is None else torch.cat([o_DF, bias_D.double()[:, None]], 1)
+        ridge, (aside_FF, gram_FF), (aside_FD, wanted_FD) = ridges[0], self._grams, self._wanted
+        if len(ridges) > 1 and self._streams.num_aside:
+            energy_aside = float(self._energy)
+            ridge = chosen_ridge(
+                ridges, lambda one: refit(both_DF, gram_FF, wanted_FD, one), aside_FF, aside_FD, energy_aside
+            )
+        both_DF = refit(both_DF, gram_FF + aside_FF, wanted_FD + aside_FD, ridge)
         if bias_D is None:
-            return replace(self._mla, o_DHv=refit(o_DF, self._gram, self._residual, ridge))
-        both_DF = refit(torch.cat([o_DF, bias_D.double()[:, None]], 1), self._gram, self._residual, ridge)
-        return replace(self._mla, o_DHv=both_DF[:, :-1], o_bias_D=both_DF[:, -1])
+            return replace(self._mla, o_DHv=both_DF), ridge
+        return replace(self._mla, o_DHv=both_DF[:, :-1], o_bias_D=both_DF[:, -1]), ridge
 
 
 def advance_source(
-    layer: SourceLayer, streams: Streams, see: Callable[[int, Tensor, Tensor], None] | None = None
+    layer: SourceLayer, streams: Streams, see: Callable[[slice, Tensor, Tensor], None] | None = None, edge: int = 0
 ) -> None:
     """Source stream behind the layer.
 
-    see: called with the place of each window, its stream before the layer and the output of its attention
+    see:  called with the places of some windows, their streams before the layer and the outputs of its attention
+    edge: see `Streams.batches`
     """
-    for place, source_TD, _ in streams.windows(converted=False):
+    for places, source_BTD, _ in streams.batches(converted=False, edge=edge):
         with streams.computing():
-            out_TD = layer.attention(layer.into_attention(source_TD), streams.positions(place)).float()
+            out_BTD = layer.attention(layer.into_attention(source_BTD), streams.positions(places)).float()
         if see is not None:
-            see(place, source_TD, out_TD)
+            see(places, source_BTD, out_BTD)
         with streams.computing():
-            streams.source_NTD[place] = layer.past_attention(source_TD, out_TD).to(streams.source_NTD.device)
+            passed_BTD = layer.past_attention(source_BTD, out_BTD)
+        streams.source_NTD[places] = passed_BTD.to(streams.source_NTD.device)
 
 
 def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> ConvertedHeads:
     """Run the converted attention on the converted stream, without o_proj."""
     mla = mla.to(dtype=torch.float32, device=streams.device)
     heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.kept_in)
-    peaks_NK = torch.zeros(len(streams.converted_NTD), 2, device=streams.device)
-    for place, _, converted_TD in streams.windows(source=False):
-        x_hat_TD = layer.into_attention(converted_TD)
+    peaks_2 = torch.zeros(2, device=streams.device)
+    for places, _, converted_BTD in streams.batches(source=False):
+        x_hat_BTD = layer.into_attention(converted_BTD)
         with streams.computing():
-            heads_NTF[place] = layer.latent_heads(x_hat_TD, mla, streams.positions(place)).float()
+            heads_BTF = layer.latent_heads(x_hat_BTD, mla, streams.positions(places))
+            heads_NTF[places] = heads_BTF.to(heads_NTF)
             if mla.encoder is None:
-                latents = [x_hat_TD @ mla.kv_down_rD.T, *_queries_latent(x_hat_TD, mla)]
-                for number, latent_Tk in enumerate(latents):
-                    peaks_NK[place, number] = latent_Tk.float().square().mean(-1).max()
-    peaks = peaks_NK.amax(0).tolist() if len(peaks_NK) else [0.0, 0.0]
-    of_all = streams.processes.gather({streams.processes.rank: tuple(peaks)}).values()
+                latents = [x_hat_BTD @ mla.kv_down_rD.T, *_queries_latent(x_hat_BTD, mla)]
+                for number, latent_BTk in enumerate(latents):
+                    largest = latent_BTk.float().square().mean(-1).max()
+                    peaks_2[number] = torch.maximum(peaks_2[number], largest)
+    of_all = streams.processes.gather({streams.processes.rank: tuple(peaks_2.tolist())}).values()
     return ConvertedHeads(heads_NTF, *(max(column) for column in zip(*of_all, strict=True)))
 
 
-def _queries_latent(x_hat_TD: Tensor, mla: MlaWeights) -> list[Tensor]:
+def _queries_latent(x_hat_BTD: Tensor, mla: MlaWeights) -> list[Tensor]:
     """What the folded queries read through a norm, see maths/fold.py; nothing if they have no latent."""
     if mla.q_down_qD is None and mla.q_nope_bias_Hn is None:
         return []
-    read_Tq = x_hat_TD if mla.q_down_qD is None else x_hat_TD @ mla.q_down_qD.T
-    return [read_Tq if mla.q_nope_bias_Hn is None else with_one(read_Tq)]
+    read_BTq = x_hat_BTD if mla.q_down_qD is None else x_hat_BTD @ mla.q_down_qD.T
+    return [read_BTq if mla.q_nope_bias_Hn is None else with_one(read_BTq)]
 
 
 def advance_converted(layer: SourceLayer, mla: MlaWeights, heads_NTF: Tensor, streams: Streams) -> None:
     """Converted stream behind the layer, from the head outputs of its attention."""
     o_DF = mla.o_DHv.float().to(streams.device)
     bias_D = None if mla.o_bias_D is None else mla.o_bias_D.float().to(streams.device)
-    for place, _, converted_TD in streams.windows(source=False):
+    for places, _, converted_BTD in streams.batches(source=False):
         with streams.computing():
-            out_TD = torch.nn.functional.linear(heads_NTF[place].to(streams.device), o_DF, bias_D).float()
-            passed_TD = layer.past_attention(converted_TD, out_TD)
-        streams.converted_NTD[place] = passed_TD.to(streams.converted_NTD.device)
+            out_BTD = torch.nn.functional.linear(heads_NTF[places].to(streams.device), o_DF, bias_D).float()
+            passed_BTD = layer.past_attention(converted_BTD, out_BTD)
+        streams.converted_NTD[places] = passed_BTD.to(streams.converted_NTD.device)
 
 
 def stream_loss(streams: Streams) -> StreamLoss:
     """How far the converted stream is from the source's, on the windows fitted to and on the held-out ones."""
-    errors = [stream_error(converted_TD, source_TD) for _, source_TD, converted_TD in streams.windows()]
+    errors = [
+        stream_error(converted_TD, source_TD)
+        for _, source_BTD, converted_BTD in streams.batches()
+        for converted_TD, source_TD in zip(converted_BTD, source_BTD, strict=True)
+    ]
     here = dict(zip(streams.indices, torch.stack(errors).tolist() if errors else [], strict=True))
     losses = list(streams.processes.gather(here).values())
     fitted, heldout = losses[: streams.num_fitted_of_all], losses[streams.num_fitted_of_all :]
@@ -269,17 +315,15 @@ def stream_loss(streams: Streams) -> StreamLoss:
 
 def next_token_losses(streams: Streams, tokens_NT: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy per held-out window in nats, source and converted; head: stream [T, D] -> logits [T, V]."""
-    here: dict[int, tuple[float, ...]] = {}
-    for place, source_TD, converted_TD in streams.windows():
-        if place < streams.num_fitted:
-            continue
+    losses: dict[int, tuple[float, ...]] = {}
+    for place in range(streams.num_fitted, len(streams.source_NTD)):
         labels = tokens_NT[place, 1:].to(streams.device)
-        here[streams.indices[place]] = tuple(
-            float(torch.nn.functional.cross_entropy(head(stream_TD)[:-1].float(), labels))
-            for stream_TD in (source_TD, converted_TD)
+        losses[streams.indices[place]] = tuple(
+            float(torch.nn.functional.cross_entropy(head(stream_TD.to(streams.device))[:-1].float(), labels))
+            for stream_TD in (streams.source_NTD[place], streams.converted_NTD[place])
         )
-    losses = torch.tensor(list(streams.processes.gather(here).values()))
-    return losses[:, 0], losses[:, 1]
+    of_all = torch.tensor(list(streams.processes.gather(losses).values()))
+    return of_all[:, 0], of_all[:, 1]
 
 
 def _mean(values: list[float]) -> float:

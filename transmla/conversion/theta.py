@@ -113,15 +113,15 @@ def output_error(
     fitted = fit_layer(layer.gqa.to(dtype=torch.float64), moments, *sizes, theta, method)
     mla = layer.complete(fitted.mla).to(dtype=torch.float32)
     lost = size = 0.0
-    for index, source_TD, _ in streams.windows():
-        if index < streams.num_fitted:
+    for places, source_BTD, _ in streams.batches(converted=False):
+        if places.start < streams.num_fitted:
             continue
-        x_TD, positions_T = layer.into_attention(source_TD), streams.positions(index)
+        x_BTD, positions_BT = layer.into_attention(source_BTD), streams.positions(places)
         with streams.computing():
-            exact_TD = layer.attention(x_TD, positions_T)
-            found_TD = layer.latent_attention(x_TD, mla, positions_T)
-        lost += float((exact_TD.float() - found_TD.float()).square().sum())
-        size += float(exact_TD.float().square().sum())
+            exact_BTD = layer.attention(x_BTD, positions_BT)
+            found_BTD = layer.latent_attention(x_BTD, mla, positions_BT)
+        lost += float((exact_BTD.float() - found_BTD.float()).square().sum())
+        size += float(exact_BTD.float().square().sum())
     return lost / size if size else 0.0  # of an output projection that is zero
 
 

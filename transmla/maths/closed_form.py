@@ -3,6 +3,7 @@
 Shape legend: see transmla/maths/__init__.py. K = G d.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from transmla.maths.attention import GqaWeights, MlaWeights
 from transmla.maths.low_rank import Block, joint_low_rank
-from transmla.maths.refit import stream_map
+from transmla.maths.refit import chosen_ridge, stream_map
 from transmla.maths.rotary_split import RANK_PRESSURE, RotarySplit, rotary_split
 
 
@@ -20,6 +21,9 @@ class Moments:
     the source, x_hat in the converted stream.
 
     converted_DD:   E[x_hat x_hat^T];  cross_DD: E[x x_hat^T]
+    aside_DD, aside_cross_DD: the same over tokens that ridges are chosen on, a share `aside_share` of all; None where
+                    there are too few windows for that
+    aside_energy:   E[|x|^2] over them
     received_DD:    covariance of x_hat, tokens weighted by how much attention error they cause as keys
     attended_DD:    E[y y^T] with y = sum_s p_ts x_hat_s, mean over heads: what value errors add up to in the output
     query_Hdd:      E[q q^T] of unrotated source queries
@@ -35,6 +39,26 @@ class Moments:
     query_Hdd: Tensor
     importance_H: Tensor
     distance_HS: Tensor
+    aside_DD: Tensor | None = None
+    aside_cross_DD: Tensor | None = None
+    aside_share: float = 0.0
+    aside_energy: float = 0.0
+
+    def estimate_DD(self, ridges: Sequence[float]) -> tuple[Tensor, float]:
+        """Linear estimate of x from x_hat, and the ridge, relative to the input's energy, that it is held back by."""
+        ridge = ridges[0]
+        if self.aside_DD is not None and self.aside_cross_DD is not None and len(ridges) > 1:
+            # what is left without the tokens set aside
+            gram_DD = (self.converted_DD - self.aside_share * self.aside_DD) / (1 - self.aside_share)
+            cross_DD = (self.cross_DD - self.aside_share * self.aside_cross_DD) / (1 - self.aside_share)
+            ridge = chosen_ridge(
+                ridges,
+                lambda one: stream_map(gram_DD, cross_DD, one),
+                self.aside_DD,
+                self.aside_cross_DD.T,
+                self.aside_energy,
+            )
+        return stream_map(self.converted_DD, self.cross_DD, ridge), ridge
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,7 @@ class ClosedForm:
     plain_share:   share of the plain moment in the attended one, against noise in few windows
     stream_ridge:  pull of the stream estimate towards the identity, relative to the mean input energy
     output_ridge:  pull of the refitted o_proj towards the source's, relative to the mean head energy
+    ridge_steps:   times these, ascending: the first behind which windows that are set aside err more, layer by layer
     """
 
     rank_pressure: float = RANK_PRESSURE
@@ -53,15 +78,21 @@ class ClosedForm:
     plain_share: float = 0.3
     stream_ridge: float = 1e-3
     output_ridge: float = 1e-2
+    ridge_steps: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
+
+    def ridges(self, least: float) -> tuple[float, ...]:
+        """All that are tried, ascending."""
+        return tuple(least * step for step in self.ridge_steps)
 
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """Converted weights (float64, o_proj still the source's) and the share of weighted energy that the ranks drop:
-    of the latent, and of the queries where they have a rank."""
+    """Converted weights (float64, o_proj still the source's), the share of weighted energy that the ranks drop (of the
+    latent, and of the queries where they have a rank), and the ridge of the stream estimate."""
 
     mla: MlaWeights
     latent_loss: float
+    stream_ridge: float
     query_loss: float | None = None
 
 
@@ -81,7 +112,7 @@ def fit_layer(
     """
     groups = len(gqa.k_GdD)
     # aim at the source's queries, keys and values from the converted stream, which repairs earlier layers
-    estimate_DD = stream_map(moments.converted_DD, moments.cross_DD, method.stream_ridge)
+    estimate_DD, stream_ridge = moments.estimate_DD(method.ridges(method.stream_ridge))
     k_GdD, v_GdD = gqa.k_GdD @ estimate_DD, gqa.v_GdD @ estimate_DD
     if not gqa.encoded:  # else queries read other features than keys and values
         gqa = replace(gqa, q_HdD=gqa.q_HdD @ estimate_DD)
@@ -128,7 +159,7 @@ def fit_layer(
     if gqa.biased:
         mean_value_Hv = (v_GdD @ mean_D).repeat_interleave(len(gqa.q_HdD) // groups, 0)
         mla = _with_biases(mla, mean_D, mean_value_Hv)
-    return FittedLayer(mla, low.loss, query_loss)
+    return FittedLayer(mla, low.loss, stream_ridge, query_loss)
 
 
 def _with_biases(mla: MlaWeights, mean_D: Tensor, mean_value_Hv: Tensor) -> MlaWeights:
