@@ -63,8 +63,11 @@ def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, positions_T: Tensor |
     return found
 
 
-def test_attended_is_the_double_loop(layer: SourceLayer, device: torch.device) -> None:
-    streams = random_streams(tokens=TOKENS)
+@pytest.mark.parametrize("tokens", [TOKENS, 50])
+def test_attended_is_the_double_loop(layer: SourceLayer, tokens: int, device: torch.device) -> None:
+    """Of fewer tokens than features, and of more."""
+    assert TOKENS < layer.geometry.hidden_size < 50
+    streams = random_streams(tokens=tokens)
     x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
     heads = tuple(part.to(device) for part in layer.heads(x_TD))
     seen = attended(heads, x_hat_TD.to(device), layer.gqa.to(device=device))
@@ -97,7 +100,7 @@ def test_distances_of_windows_that_reach_differently(layer: SourceLayer) -> None
 
 
 def test_narrow_products_round_only_the_attended_moment(layer: SourceLayer) -> None:
-    streams = random_streams(tokens=TOKENS)
+    streams = random_streams(tokens=50)
     x_TD, x_hat_TD = streams.source_NTD[0], streams.converted_NTD[0]
     exact, narrow = (attended(layer.heads(x_TD), x_hat_TD, layer.gqa, narrow=dtype) for dtype in (None, torch.bfloat16))
     for field in fields(exact):

@@ -150,7 +150,9 @@ def attended(
         for size in ((), (at[-1] + 1,))
     )
     received_T = torch.zeros(tokens, dtype=torch.float64, device=device)
-    attended_DD = torch.zeros(x_hat_TD.shape[1], x_hat_TD.shape[1], dtype=torch.float64, device=device)
+    # sum of (P x)^T P x over heads, in the order that costs less: of the attended inputs, or x^T (sum of P^T P) x
+    of_tokens, size = tokens < x_hat_TD.shape[1], min(tokens, x_hat_TD.shape[1])
+    attended_kk = torch.zeros(size, size, dtype=torch.float64, device=device)
     for group in range(groups):
         v_Td, metric_Rdd = v_GTd[group], o_GRDd[group].transpose(1, 2) @ o_GRDd[group]
         metric_v_RTd = v_Td @ metric_Rdd
@@ -167,14 +169,20 @@ def attended(
             else:
                 scores_RAS.masked_fill_(~seen_TT[start:end, :end], float("-inf"))
             p_RAS = scores_RAS.softmax(-1)
-            y_RAD = (p_RAS.to(narrow) @ x_narrow_TD[:end]).to(x_hat_TD.dtype)
-            attended_DD += second_moment(y_RAD.flatten(0, 1))
+            if of_tokens:
+                attended_kk[:end, :end] += second_moment(p_RAS.flatten(0, 1))
+            else:
+                y_RAD = (p_RAS.to(narrow) @ x_narrow_TD[:end]).to(x_hat_TD.dtype)
+                attended_kk += second_moment(y_RAD.flatten(0, 1))
             weight_RAS = _output_sensitivity(p_RAS, v_Td[:end], metric_Rdd, metric_v_RTd[:, :end], v_norm_RT[:, :end])
             importance_GR[group] += weight_RAS.sum((1, 2), dtype=torch.float64)
             received_T[:end] += weight_RAS.sum((0, 1), dtype=torch.float64)
             weight_RAS[:, :, 0] = 0
             _add_by_distance(distance_GRS[group], weight_RAS, at[start:end], at[:end])
     query_Hdd = (q_HTd.transpose(1, 2) @ q_HTd).double()
+    attended_DD = attended_kk
+    if of_tokens:
+        attended_DD = (x_hat_TD.T @ (attended_kk.to(x_hat_TD) @ x_hat_TD)).double()
     return _Attended(
         query_Hdd, importance_GR.flatten(), distance_GRS.flatten(0, 1), received_T, attended_DD / num_heads
     )
