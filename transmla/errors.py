@@ -11,6 +11,7 @@
     ├── VerificationError     9   the written model does not compute what it should
     └── RecipeError          10   unknown recipe or suite, unknown key, a value of the wrong type
     (interrupted, ctrl-C)   130   the same command resumes from DST.partial, the only thing that is left
+    (SIGTERM)               143   likewise
 
 Every message has four parts: what happened, where, why, and what to do about it.
 """

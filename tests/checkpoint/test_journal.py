@@ -56,7 +56,7 @@ def test_missing_replaced_and_dropped(destination: Path) -> None:
 
 def test_other_settings_are_refused_by_name(destination: Path) -> None:
     Journal(destination, SETTINGS).save("step", {"a": torch.zeros(1)})
-    with pytest.raises(DestinationError, match="differs in files, more") as caught:
+    with pytest.raises(DestinationError, match=r"differs in files\.a \(\[1, 2\] then, \[1, 3\] now\), more") as caught:
         Journal(destination, SETTINGS | {"files": {"a": [1, 3]}, "more": 1})
     assert caught.value.exit_code == 8 and "--restart" in caught.value.remedy
     assert "step" not in Journal(destination, SETTINGS | {"more": 1}, restart=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from transmla.checkpoint import provenance
+from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.errors import SourceError
 
@@ -32,7 +33,7 @@ def test_a_source_checkout_has_no_version(monkeypatch):
 def test_hashes(tmp_path):
     for name, content in (("a", b"x" * 3_000_000), ("b", b"")):
         (tmp_path / name).write_bytes(content)
-    hashes = provenance.file_hashes([tmp_path / "a", tmp_path / "b"])
+    hashes = file_hashes([tmp_path / "a", tmp_path / "b"])
     assert hashes == {
         "a": hashlib.sha256(b"x" * 3_000_000).hexdigest(),
         "b": hashlib.sha256(b"").hexdigest(),

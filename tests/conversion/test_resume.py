@@ -185,7 +185,9 @@ def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run:
         run(lively(), theta=500.0)
     with pytest.raises(DestinationError, match="differs in context"):
         run(lively(), theta=THETA, context=1)
-    with pytest.raises(DestinationError, match="differs in seed, tokens"):
+    with pytest.raises(
+        DestinationError, match=r"differs in seed \(0 then, 1 now\), tokens \(\[512, 0\] then, \[256, 0\] now\)"
+    ):
         run(lively(), theta=THETA, seed=1, tokens=256)
     assert "--restart" in str(caught.value) and (tmp_path / "out.partial" / "journal" / "settings.json").is_file()
     assert run(lively(), theta=500.0, restart=True).theta == 500.0

@@ -1,11 +1,12 @@
 """What goes along with the weights: tokenizer, chat template, generation settings, licence. Never code."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from transmla.checkpoint.destination import disk_errors
 from transmla.checkpoint.read import Source
+from transmla.checkpoint.store import readable
 from transmla.errors import SourceError
 
 TOKENIZER_FILES = (
@@ -25,7 +26,9 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def copy_companions(source: Source, destination: Path) -> list[str]:
     """Copy them into an existing folder and return their names; a GGUF file's tokenizer is unpacked."""
     if source.format == "gguf":
-        saved = tokenizer(source).save_pretrained(destination)
+        cutter = tokenizer(source)
+        with disk_errors(destination):
+            saved = cutter.save_pretrained(destination)
         return sorted({Path(name).name for name in saved if Path(name).is_file()})
     names = [name for name in (*TOKENIZER_FILES, *_OTHER_FILES) if (source.path / name).is_file()]
     for pattern in ("LICENSE*", "NOTICE*"):
@@ -35,29 +38,36 @@ def copy_companions(source: Source, destination: Path) -> list[str]:
             if file.is_file() and file.suffix.lower() in ("", ".txt", ".md", ".rst")
         ]
     for name in names:
-        shutil.copyfile(source.path / name, destination / name)
-    if _GENERATION in names:
-        _let_sample(destination)
+        content = readable(source.path / name)
+        with disk_errors(destination / name):
+            (destination / name).write_bytes(_let_sample(content) if name == _GENERATION else content)
     return sorted(names)
 
 
-def _let_sample(folder: Path) -> None:
-    """Set do_sample in a generation config that gives a temperature and the like without it.
+def tokenizer_files(source: Source) -> list[Path]:
+    """The files beside the weights that say how text becomes tokens."""
+    if source.format == "gguf":
+        return []
+    return [source.path / name for name in TOKENIZER_FILES if (source.path / name).is_file()]
+
+
+def _let_sample(content: bytes) -> bytes:
+    """A generation config with do_sample set where it gives a temperature and the like without it.
 
     Engines sample with that temperature all the same; transformers decodes greedily, and refuses to save the model once
     any other setting of it has changed. A file that is wrong in another way stays as it is.
     """
     from transformers import GenerationConfig
 
-    path = folder / _GENERATION
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(content)
         if not values.get("do_sample") and not _is_valid(GenerationConfig(**values)):
             sampling = values | {"do_sample": True}
             if _is_valid(GenerationConfig(**sampling)):
-                path.write_text(json.dumps(sampling, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, TypeError, AttributeError):
-        return
+                return (json.dumps(sampling, indent=2) + "\n").encode("utf-8")
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    return content
 
 
 def _is_valid(settings: Any) -> bool:

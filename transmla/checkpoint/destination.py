@@ -1,4 +1,14 @@
-"""Where a checkpoint may be written: the checks before, the lock on DST.partial, disk errors in words."""
+"""Where a checkpoint may be written: the checks before, the lock on DST.partial, its end, disk errors in words.
+
+The life of a destination; a kill leaves what stands between two lines, and the next command goes on from there:
+
+    DST.partial/                       made, empty: whoever comes next takes it
+    DST.partial/.transmla-partial      the marker, locked by the process that writes
+    DST.partial/journal/, files        finished steps, and what is being written
+    DST.partial/.transmla-complete     the marker, renamed when everything else is on the disk
+    DST/.transmla-complete             the folder has its name and is finished; what is left in it is cleared
+    DST/                               without journal and marker
+"""
 
 import contextlib
 import errno
@@ -14,9 +24,13 @@ from safetensors import SafetensorError
 from transmla.errors import DestinationError
 
 MARKER = ".transmla-partial"
+# the marker of a folder that is complete; in a folder with its final name there is nothing left to do but to clear up
+COMPLETE = ".transmla-complete"
 JOURNAL = "journal"
 
 _GIB = 2**30
+# by these words safetensors and torch name what the operating system has told them
+_WRAPPED = ("I/O error", "os error", "PytorchStreamWriter failed")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -33,6 +47,9 @@ def journal_of(destination: Path) -> Path:
 
 def check_destination(path: Path, needed_bytes: int = 0) -> None:
     """Raise `DestinationError` unless a folder of that size can be made at `path`, empty or new."""
+    clear_finished(path)
+    if path.is_file():
+        _clear_beside(path)
     is_empty_folder = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if (path.is_symlink() or path.exists()) and not is_empty_folder:
         raise _refused(path, "the destination exists already", "nothing is ever overwritten", _OTHER)
@@ -45,10 +62,20 @@ def check_destination(path: Path, needed_bytes: int = 0) -> None:
         raise _refused(path, "the destination cannot be created", why, _OTHER)
     free_bytes = shutil.disk_usage(partial.parent).free
     if (partial / MARKER).is_file():  # an abandoned run's files will be replaced
-        free_bytes += sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        free_bytes += _bytes_in(partial)
     if needed_bytes > free_bytes:
         why = f"{needed_bytes / _GIB:.2f} GiB are needed, {free_bytes / _GIB:.2f} GiB are free"
         raise _refused(path, "the disk is too small", why, "free some space, or choose another disk or a smaller dtype")
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files, some of which another process may be deleting at this moment."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 def lock_partial(destination: Path) -> IO[str]:
@@ -57,55 +84,158 @@ def lock_partial(destination: Path) -> IO[str]:
     The lock belongs to the open file, so it vanishes with a killed process and leaves nothing to guess at.
     """
     partial = partial_of(destination)
-    marker = partial / MARKER
     with disk_errors(partial):
+        lock = _open_marker(partial)
         try:
-            partial.mkdir()
-            lock = marker.open("x+")
-        except FileExistsError:
-            if partial.is_symlink() or not marker.is_file():
-                why = f"it has no {MARKER} file, so it may be something else that is wanted"
-                raise _refused(partial, "a folder is in the way", why, "move or remove it") from None
-            lock = marker.open("r+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(marker)):
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            why = f"process {lock.read().strip() or 'unknown'} is writing there"
+            _lock(lock, partial)
+            if (partial / COMPLETE).is_file():  # killed before it got its name
+                os.rename(partial / COMPLETE, partial / MARKER)
+            clear_partial(destination)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except BaseException:
             lock.close()
-            raise _refused(partial, "the destination is in use", why, "wait for it, or stop it") from None
-        clear_partial(destination)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+            raise
     return lock
+
+
+def _open_marker(partial: Path) -> IO[str]:
+    with contextlib.suppress(FileExistsError):
+        partial.mkdir()
+    if not partial.is_symlink():
+        for name in (MARKER, COMPLETE):
+            if (partial / name).is_file():
+                return (partial / name).open("r+")
+        # killed between making the folder and the marker, or unmaking them
+        if partial.is_dir() and not any(partial.iterdir()):
+            with contextlib.suppress(FileExistsError):
+                return (partial / MARKER).open("x+")
+            return (partial / MARKER).open("r+")
+    why = f"it has no {MARKER} file, so it may be something else that is wanted"
+    raise _refused(partial, "a folder is in the way", why, "move or remove it")
+
+
+def _lock(lock: IO[str], partial: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        marker = partial / (COMPLETE if (partial / COMPLETE).is_file() else MARKER)
+        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(marker)):
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
+        why = f"process {lock.read().strip() or 'unknown'} is writing there"
+        raise _refused(partial, "the destination is in use", why, "wait for it, or stop it") from None
+
+
+@contextlib.contextmanager
+def exclusive(destination: Path) -> Iterator[Path]:
+    """DST.partial, locked and empty, for what is one file in the end; it is removed, whatever happens."""
+    lock = lock_partial(destination)
+    try:
+        yield partial_of(destination)
+    finally:
+        with contextlib.suppress(OSError):
+            remove_partial(destination)
+        lock.close()
 
 
 def clear_partial(destination: Path) -> None:
     """Empty DST.partial, except for marker and journal."""
     for entry in partial_of(destination).iterdir():
-        if entry.name in (MARKER, JOURNAL):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        if entry.name not in (MARKER, COMPLETE, JOURNAL):
+            _remove(entry)
+
+
+def remove_partial(destination: Path) -> None:
+    """Remove DST.partial with everything in it, the marker last: a kill leaves nothing that would be in the way."""
+    partial = partial_of(destination)
+    remove_journal(destination)
+    clear_partial(destination)
+    (partial / MARKER).unlink()
+    partial.rmdir()
+
+
+def remove_journal(destination: Path) -> None:
+    """Remove the journal of `destination` at once: after a kill it is there whole or not at all."""
+    journal = journal_of(destination)
+    if journal.is_dir():
+        gone = journal.with_name(JOURNAL + ".removed")
+        if gone.is_dir():
+            _remove(gone)
+        os.rename(journal, gone)
+        _remove(gone)
+
+
+def mark_complete(partial: Path) -> None:
+    """Say that everything in the folder is written and verified, so that only its name is missing."""
+    os.rename(partial / MARKER, partial / COMPLETE)
+    sync(partial)
+
+
+def mark_unfinished(partial: Path) -> None:
+    """Take `mark_complete` back."""
+    os.rename(partial / COMPLETE, partial / MARKER)
+
+
+def clear_finished(folder: Path) -> None:
+    """Remove journal and marker from a finished folder, whose writer was killed after the last step but this one.
+
+    Where this is not permitted nothing is done: such a folder is as good as one without them.
+    """
+    if not (folder / COMPLETE).is_file():
+        return
+    with contextlib.suppress(OSError):
+        if (folder / JOURNAL).is_dir():
+            _remove(folder / JOURNAL)
+        (folder / COMPLETE).unlink()
+        sync(folder)
+
+
+def _clear_beside(file: Path) -> None:
+    """Remove FILE.partial where a run was killed between giving the file its name and removing the folder."""
+    partial = partial_of(file)
+    if (partial / MARKER).is_file() and not (partial / JOURNAL).exists():
+        with contextlib.suppress(DestinationError, OSError), exclusive(file):
+            pass
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn errors of the operating system, also those that safetensors wraps, into `DestinationError`."""
+    """Turn errors of the operating system, also those that safetensors and torch wrap, into `DestinationError`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         number = getattr(error, "errno", None)
         if number in _FULL or os.strerror(errno.ENOSPC) in str(error):
             raise _refused(where, "the disk is full", str(error), "free some space and start again") from error
-        if isinstance(error, SafetensorError) and "I/O error" not in str(error) and "os error" not in str(error):
+        if not isinstance(error, OSError) and not any(words in str(error) for words in _WRAPPED):
             raise
         why = getattr(error, "strerror", None) or str(error)
         raise _refused(where, "the destination cannot be written", why, _OTHER) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or as it was before, also after a kill; `DestinationError`."""
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(path.name + ".new")
+    with disk_errors(path):
+        if path.exists() and not path.is_file():  # a terminal or a pipe
+            path.write_text(text, encoding="utf-8")
+            return
+        try:
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def sync(path: Path) -> None:

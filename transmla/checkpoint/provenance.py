@@ -1,10 +1,9 @@
 """transmla.json: what a converted checkpoint was made from, how, and with what loss."""
 
-import hashlib
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,6 @@ FILE_NAME = "transmla.json"
 FORMAT = 1
 
 
-def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """File name -> SHA-256, read in pieces."""
-    hashes = {}
-    for path in paths:
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
 def versions() -> dict[str, str]:
     """Versions of this program and of what computes with it; nothing that identifies a machine."""
     return {
@@ -34,6 +24,37 @@ def versions() -> dict[str, str]:
         **{name: _version(name, missing="missing") for name in ("torch", "transformers", "safetensors")},
         "python": platform.python_version(),
     }
+
+
+def computing_versions() -> dict[str, str]:
+    """Those on which the last bit of a result depends: an unfinished run goes on with the same ones."""
+    return {name: version for name, version in versions().items() if name in ("transmla", "torch", "transformers")}
+
+
+def portable(value: Any) -> Any:
+    """Plain values without absolute paths, in keys too: what is written says nothing of the machine or its user.
+
+    A path in the home folder becomes ~/..., any other its last part; a mix of texts is one of paths.
+    """
+    if isinstance(value, dict):
+        return {portable(key): portable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(inner) for inner in value]
+    return portable_name(value) if isinstance(value, str) else value
+
+
+def portable_name(name: str) -> str:
+    """One name of a model or text, or a mix of them, likewise."""
+    if "\n" in name or not any(part.startswith("/") for part in name.split("+")):
+        return name
+    return "+".join(_portable(part) if part.startswith("/") else part for part in name.split("+"))
+
+
+def _portable(name: str) -> str:
+    home = os.path.expanduser("~")
+    if name.startswith(home + "/") and home != "/":
+        return "~" + name.removeprefix(home)
+    return Path(name).name
 
 
 def commit() -> str | None:
@@ -50,8 +71,12 @@ def commit() -> str | None:
 
 
 def write_provenance(writer: "CheckpointWriter", **sections: Any) -> None:
-    """Write transmla.json, one section for each keyword."""
-    writer.write_json(FILE_NAME, {"format": FORMAT, **sections})
+    """Write transmla.json, one section for each keyword, without absolute paths.
+
+    Its section `files` has the SHA-256 of every file that is there by now, for `transmla verify`.
+    """
+    content = {"format": FORMAT, **sections, "files": writer.file_hashes()}
+    writer.write_json(FILE_NAME, portable(content))
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

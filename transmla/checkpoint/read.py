@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from transmla.checkpoint.bin_file import BinStore
+from transmla.checkpoint.destination import clear_finished
 from transmla.checkpoint.fp8 import Fp8Store, block_size
 from transmla.checkpoint.gguf.read import GgufStore
 from transmla.checkpoint.safetensors_file import SafetensorsStore
@@ -119,6 +120,7 @@ def open_source(path: Path) -> Source:
         return Source(path, "gguf", store.config, f"{path} (metadata)", store)
     if not path.is_dir():
         raise _not_a_model(path, "no such folder", "check the path")
+    clear_finished(path)
     weights, format = _weights_in(path)
     config = read_config(path / "config.json")
     opened: WeightStore = SafetensorsStore(weights) if format == "safetensors" else BinStore(weights)

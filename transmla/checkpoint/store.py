@@ -47,6 +47,17 @@ class WeightStore(Protocol):
         """The weight files."""
 
 
+def readable(path: Path) -> bytes:
+    """The content of a small file of a source; `SourceError` where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        remedy = "check that it exists and is readable"
+        raise SourceError(
+            "a file of the source cannot be read", where=str(path), why=error.strerror or str(error), remedy=remedy
+        ) from error
+
+
 def broken_file(path: Path, why: str, remedy: str = REDOWNLOAD) -> SourceError:
     return SourceError("a weight file cannot be read", where=str(path), why=why, remedy=remedy)
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -15,13 +14,19 @@ from transmla.checkpoint.destination import (
     JOURNAL,
     MARKER,
     check_destination,
+    clear_finished,
     clear_partial,
     disk_errors,
     journal_of,
     lock_partial,
+    mark_complete,
+    mark_unfinished,
     partial_of,
+    remove_partial,
     sync,
 )
+from transmla.checkpoint.hashes import sha256
+from transmla.checkpoint.store import readable
 from transmla.errors import VerificationError
 
 __all__ = ["SHARD_BYTES", "CheckpointWriter", "check_destination"]
@@ -43,6 +48,7 @@ class CheckpointWriter:
         self._total_bytes = 0
         self._shards: list[list[str]] = []  # names of the tensors in each written shard
         self._names: set[str] = set()
+        self._hashes: dict[str, str] = {}  # of the weight files, by their names
         self._closed = False
         self._committed = False
         self._lock: IO[str] | None = None
@@ -57,11 +63,11 @@ class CheckpointWriter:
     ) -> None:
         self._pending.clear()
         if not self._committed:
-            if journal_of(self.destination).is_dir():
-                with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+            with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+                if journal_of(self.destination).is_dir():
                     clear_partial(self.destination)
-            else:
-                shutil.rmtree(self.partial, ignore_errors=True)
+                else:
+                    remove_partial(self.destination)
         if self._lock is not None:
             self._lock.close()
 
@@ -99,8 +105,11 @@ class CheckpointWriter:
 
     def copy_file(self, path: Path, name: str | None = None) -> None:
         """Copy a file, keeping its name unless another is given."""
-        with disk_errors(self.partial / (name or path.name)):
-            shutil.copyfile(path, self.partial / (name or path.name))
+        self.write_bytes(name or path.name, readable(path))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        with disk_errors(self.partial / name):
+            (self.partial / name).write_bytes(content)
 
     def close_shards(self) -> None:
         """Write the last shard and, if there are several, their index."""
@@ -108,14 +117,12 @@ class CheckpointWriter:
             self._write_shard()
         self._closed = True
         if len(self._shards) == 1:
-            with disk_errors(self.partial):
-                os.rename(self._shard_path(1), self.partial / "model.safetensors")
+            self._name_shard(1, "model.safetensors")
             return
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, start=1):
             final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            with disk_errors(self.partial):
-                os.rename(self._shard_path(number), self.partial / final)
+            self._name_shard(number, final)
             weight_map |= dict.fromkeys(names, final)
         index = {
             "metadata": {"total_size": self._total_bytes},
@@ -128,19 +135,38 @@ class CheckpointWriter:
         if not self._closed:
             raise ValueError("close_shards() comes before commit()")
         with disk_errors(self.destination):
-            for path in self.partial.rglob("*"):
-                sync(path)
-            # replaces an empty folder, fails on any other: then the journal is still there
-            os.rename(self.partial, self.destination)
+            for path in self.partial.iterdir():
+                if path.name != JOURNAL:
+                    sync(path)
+            mark_complete(self.partial)
+            try:
+                # replaces an empty folder, fails on any other: then the journal is still there
+                os.rename(self.partial, self.destination)
+            except OSError:
+                mark_unfinished(self.partial)
+                raise
             self._committed = True
-            shutil.rmtree(self.destination / JOURNAL, ignore_errors=True)
-            (self.destination / MARKER).unlink()
-            sync(self.destination)
+            clear_finished(self.destination)
             sync(self.partial.parent)
+
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of every file that is there by now, by name; weights were read once, right after writing."""
+        found = dict(self._hashes)
+        with disk_errors(self.partial):
+            for path in sorted(self.partial.iterdir()):
+                if path.is_file() and path.name not in (MARKER, *found):
+                    found[path.name] = sha256(path)
+        return dict(sorted(found.items()))
 
     def _shard_path(self, number: int) -> Path:
         # how many there will be is known only at the end
         return self.partial / f"model-{number:05d}.safetensors"
+
+    def _name_shard(self, number: int, name: str) -> None:
+        path = self._shard_path(number)
+        with disk_errors(self.partial):
+            os.rename(path, self.partial / name)
+        self._hashes[name] = self._hashes.pop(path.name)
 
     def _write_shard(self) -> None:
         path = self._shard_path(len(self._shards) + 1)
@@ -149,6 +175,7 @@ class CheckpointWriter:
             # safetensors makes files that only their owner can read
             path.chmod((self.partial / MARKER).stat().st_mode)
             sync(path)
+            self._hashes[path.name] = sha256(path)
         self._shards.append(list(self._pending))
         self._pending = {}
         self._pending_bytes = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -93,6 +94,7 @@ def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -
             show_evaluation(report, Console())
         if json_file is not None and to_file:
             write_file(json_file, content + "\n")
+            Path(f"{json_file}.partial").unlink(missing_ok=True)  # not before the result is on the disk
         missed = [gate for gate in report.gates if not gate.passed]
         if missed:
             raise GateError(

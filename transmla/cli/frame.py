@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from transmla.errors import TransmlaError
 EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 5 over budget or gate missed, "
     "6 impossible geometry, 7 text missing or too short, 8 destination, 9 verification failed, 10 recipe or suite, "
-    "130 interrupted, 1 anything else."
+    "130 interrupted, 143 terminated, 1 anything else."
 )
 
 
@@ -28,9 +29,11 @@ device = option("--device", default="cpu", metavar="DEVICE", help="Where to comp
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Expected errors as one message and their exit code; everything else keeps its traceback."""
+    """Expected errors as one message and their exit code; everything else keeps its traceback. SIGTERM, with which
+    schedulers stop a job, ends a command like Ctrl-C."""
     try:
-        yield
+        with _termination():
+            yield
     except TransmlaError as error:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(error.exit_code)
@@ -41,12 +44,32 @@ def errors() -> Iterator[None]:
             raise
         click.echo(f"{click.style('error:', fg='red', bold=True)} {_out_of_memory(error)}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         click.echo(
             "interrupted; nothing is half-written, and the same command resumes",
             err=True,
         )
-        sys.exit(130)
+        sys.exit(143 if isinstance(error, Terminated) else 130)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    def raised(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, raised)
+    except ValueError:  # not in the main thread, which alone may do this
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _out_of_memory(error: Exception) -> TransmlaError:
@@ -101,7 +124,6 @@ def number(text: str | None, option: str, auto: bool = True) -> float | str | No
 def write_file(name: str, text: str) -> None:
     from pathlib import Path
 
-    from transmla.checkpoint.destination import disk_errors
+    from transmla.checkpoint.destination import write_whole
 
-    with disk_errors(Path(name)):
-        Path(name).write_text(text, encoding="utf-8")
+    write_whole(Path(name), text)

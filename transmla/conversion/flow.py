@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 
+from transmla.checkpoint.companions import tokenizer_files
 from transmla.checkpoint.destination import partial_of
+from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.journal import Journal
+from transmla.checkpoint.provenance import computing_versions, portable
 from transmla.checkpoint.write import SHARD_BYTES, CheckpointWriter
 from transmla.conversion.calibration import calibration_text
 from transmla.conversion.distil import BlockReport, distil_layers
@@ -112,7 +115,10 @@ def convert(
     tell = (progress or silent) if processes.first else silent
     model = SourceModel(planned.source, planned.family, planned.gqa, where)
     with torch.no_grad(), _writer(processes, target, shard_bytes) as writer:
-        journal = _journal(target, _fingerprint(planned, method, level), processes, restart)
+        tell("hash source", 0, 1, "")
+        hashes = processes.from_first(_hashes(planned) if processes.first else None)
+        tell("hash source", 1, 1, "")
+        journal = _journal(target, _fingerprint(planned, method, level, hashes), processes, restart)
         if processes.first:
             model.check_ends()
         text = calibration_text(planned, journal, processes, where, tell)
@@ -128,7 +134,7 @@ def convert(
         else:
             tried, fitted = (), _fit(run)
         scales, verified = processes.from_first(
-            _write(run, fitted, tried, splits, writer) if writer is not None else None
+            _write(run, fitted, tried, splits, hashes["source"], writer) if writer is not None else None
         )
     written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return ConversionReport(
@@ -182,7 +188,12 @@ def _searched(run: Run) -> tuple[Run, tuple[Trial, ...], _Fitted]:
 
 
 def _write(
-    run: Run, fitted: _Fitted, tried: tuple[Trial, ...], splits: tuple[SplitTrial, ...], writer: CheckpointWriter
+    run: Run,
+    fitted: _Fitted,
+    tried: tuple[Trial, ...],
+    splits: tuple[SplitTrial, ...],
+    source_hashes: dict[str, str],
+    writer: CheckpointWriter,
 ) -> tuple[tuple[float, ...], Verification]:
     """The folder, verified and given its name; returns the latent scales and what verification found."""
     planned, text, num_processes = run.plan, run.text, run.processes.size
@@ -210,7 +221,7 @@ def _write(
         "layers": _with_scales(fitted.layers, scales),
         "distilled_blocks": [vars(block) for block in fitted.blocks],
     }
-    write_companions(run, config, sections, writer)
+    write_companions(run, config, sections, source_hashes, writer)
     verified = verify(writer.partial, planned.family, witness, run.device, run.progress)
     writer.commit()
     return scales, verified
@@ -255,17 +266,27 @@ def _journal(target: Path, settings: dict[str, Any], processes: Processes, resta
     return opened
 
 
-def _fingerprint(planned: Plan, method: ClosedForm, refinement: Refinement) -> dict[str, Any]:
-    """All that the steps in the journal depend on, but for the sizes, which are in their names; the windows of the
-    calibration text are a step themselves."""
-    recipe = planned.recipe
-    texts = [Path(part.name).expanduser() for part in parse_mix(recipe.mix, "--calibration")]
+def _hashes(planned: Plan) -> dict[str, Any]:
+    """SHA-256 of the source's files and of the texts, read once; a resumed conversion recognises them by it."""
+    texts = [Path(part.name).expanduser() for part in parse_mix(planned.recipe.mix, "--calibration")]
     return {
+        "source": file_hashes(planned.source.files()),
+        "tokenizer": file_hashes(tokenizer_files(planned.source)),
+        "texts": [file_hashes([path]) for path in texts if path.is_file()],
+    }
+
+
+def _fingerprint(planned: Plan, method: ClosedForm, refinement: Refinement, hashes: dict[str, Any]) -> dict[str, Any]:
+    """All that the steps in the journal depend on, but for the sizes, which are in their names; the windows of the
+    calibration text are a step themselves. hashes: from `_hashes`"""
+    recipe = planned.recipe
+    settings = {
         "source": planned.resolved.name,
         "config": dict(planned.source.config),
-        "files": {file.name: _stamp(file) for file in planned.source.files()},
+        "files": hashes["source"],
+        "tokenizer": hashes["tokenizer"],
         "calibration": recipe.mix,
-        "texts": {str(path): _stamp(path) for path in texts if path.is_file()},
+        "texts": hashes["texts"],
         "tokens": [recipe.num_tokens, recipe.sampled],
         "window": recipe.window,
         "begin": recipe.begin,
@@ -274,12 +295,10 @@ def _fingerprint(planned: Plan, method: ClosedForm, refinement: Refinement) -> d
         "theta": recipe.theta,
         "method": asdict(method),
         "refinement": asdict(refinement),
+        "versions": computing_versions(),
     }
-
-
-def _stamp(file: Path) -> list[int]:
-    """Size, and time of the last change."""
-    return [file.stat().st_size, file.stat().st_mtime_ns]
+    portable_settings: dict[str, Any] = portable(settings)
+    return portable_settings
 
 
 def _activations(

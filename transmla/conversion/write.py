@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.companions import copy_companions
-from transmla.checkpoint.provenance import file_hashes, versions, write_provenance
+from transmla.checkpoint.hashes import file_hashes
+from transmla.checkpoint.provenance import versions, write_provenance
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.conversion.card import model_card
 from transmla.conversion.measure import Measured, final_stage
 from transmla.conversion.run import Run
 from transmla.conversion.verify import Witness
+from transmla.errors import SourceError
 from transmla.maths.fold import INPUT_NORM_GAIN, fold_attention, latent_scale, residual_scale
 from transmla.model.layer import SourceLayer
 from transmla.targets.own import own_attention
@@ -81,15 +83,24 @@ def _write_ends(run: Run, residual: float, dtype: torch.dtype, writer: Checkpoin
         writer.add_as(f"{family.norm}.{name}", tensor, dtype)
 
 
-def write_companions(run: Run, config: dict[str, Any], sections: dict[str, Any], writer: CheckpointWriter) -> None:
-    """Everything beside the weights: config, modeling file, tokenizer, provenance, model card."""
+def write_companions(
+    run: Run, config: dict[str, Any], sections: dict[str, Any], source_hashes: dict[str, str], writer: CheckpointWriter
+) -> None:
+    """Everything beside the weights: config, modeling file, tokenizer, provenance, model card.
+
+    source_hashes: of the source's files when the conversion began; `SourceError` if they have changed since
+    """
     planned = run.plan
     writer.write_json("config.json", config)
     writer.write_text(MODELING_FILE, modeling_source())
     copied = copy_companions(planned.source, writer.partial)
-    run.progress("hash source", 0, 1, "")
-    source_hashes = file_hashes(planned.source.files())
-    run.progress("hash source", 1, 1, "")
+    if file_hashes(planned.source.files()) != source_hashes:
+        raise SourceError(
+            "the source has changed while it was converted",
+            where=str(planned.source.path),
+            why="its files have another SHA-256 than when the conversion began",
+            remedy="convert again with --restart, from a folder that nothing writes to",
+        )
     provenance = {
         "source": {
             "name": planned.resolved.name,
@@ -104,5 +115,5 @@ def write_companions(run: Run, config: dict[str, Any], sections: dict[str, Any],
         "versions": versions(),
         **sections,
     }
-    write_provenance(writer, **provenance)
     writer.write_text("README.md", model_card(planned, sections))
+    write_provenance(writer, **provenance)

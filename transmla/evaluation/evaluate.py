@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transmla.checkpoint.provenance import FILE_NAME, commit, read_provenance, versions
+from transmla.checkpoint.provenance import FILE_NAME, commit, portable, portable_name, read_provenance, versions
 from transmla.devices import usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.compare import Gate, comparison, judged
-from transmla.evaluation.measure import Kept, Skipped, Subject, begin_of, measure, window_length, windows_of
+from transmla.evaluation.measure import Kept, Skipped, Subject, begin_of, identity, measure, window_length, windows_of
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
@@ -58,7 +58,7 @@ class EvaluationReport:
         return next(iter(self.model["texts"]))
 
     def plain(self) -> dict[str, Any]:
-        """For JSON; NaN becomes null."""
+        """For JSON; NaN becomes null, and an absolute path what says nothing of the machine."""
         gates = [asdict(gate) | {"passed": gate.passed} for gate in self.gates]
         content = {
             "format": FORMAT,
@@ -70,7 +70,7 @@ class EvaluationReport:
             "gates": gates,
             "skipped": [asdict(one) for one in self.skipped],
         }
-        found: dict[str, Any] = _without_nan(content)
+        found: dict[str, Any] = portable(_without_nan(content))
         return found
 
 
@@ -108,7 +108,7 @@ def evaluate(
              windows are pieces of the text without special tokens, as in most published numbers
     tasks, include_path, limit, quantised, positions, needles, gates: see `Suite`; each overrides the suite's value
     dtype:   to compute and cache in, "auto" for the stored one;  device: where
-    kept:    file for finished parts; the same call resumes from there and removes it at the end
+    kept:    file for finished parts, from which the same call resumes; to be removed when the report is safe
     reuse:   an earlier result file of the same source, suite, dtype and device: its source is not measured again
     Raises SourceError, DataError (the first text, unknown tasks), VerificationError (NaN), RecipeError (suite). What
     else cannot be measured is named in `skipped`. Gates are not enforced here: see `EvaluationReport.gates`.
@@ -124,7 +124,7 @@ def evaluate(
     usable(device)
     tell = progress or silent
     settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
-    settings |= {str(name): _files(name) for name in (model, against) if name is not None}
+    settings |= {identity(name): _files(name) for name in (model, against) if name is not None}
     if gates and against is None:
         raise RecipeError(
             "gates need a source",
@@ -165,7 +165,7 @@ def evaluate(
         "versions": versions(),
         "commit": commit(),
     }
-    report = EvaluationReport(
+    return EvaluationReport(
         made,
         wanted.plain(),
         found,
@@ -174,8 +174,6 @@ def evaluate(
         judged(wanted, found, source_found, skipped),
         tuple(skipped),
     )
-    store.drop()
-    return report
 
 
 def quantised_sizes(source: dict[str, Any], dtype: str) -> dict[str, float]:
@@ -204,10 +202,10 @@ def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str) -> d
     """The source of an earlier result; `RecipeError` if it was measured in another way, or not at all."""
     (earlier,) = (result.content for result in read_results([path]))
     found: dict[str, Any] | None = earlier["source"]
-    kept = [_without_gates(earlier["suite"]), earlier["made"]["dtype"], earlier["made"]["device"]]
-    wanted = [_without_gates(suite.plain()), dtype, device]
+    kept = [portable(_without_gates(earlier["suite"])), earlier["made"]["dtype"], earlier["made"]["device"]]
+    wanted = [portable(_without_gates(suite.plain())), dtype, device]
     differing = [f"{old} there, {new} here" for old, new in zip(kept, wanted, strict=True) if old != new]
-    if found is None or found["name"] != source:
+    if found is None or portable_name(found["name"]) != portable_name(source):
         differing.append(f"its source is {found['name'] if found else None}, not {source}")
     if found is None or differing:
         raise RecipeError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.checkpoint.provenance import read_provenance
+from transmla.checkpoint.destination import write_whole
+from transmla.checkpoint.provenance import portable, read_provenance
 from transmla.errors import TransmlaError
 from transmla.evaluation.cache import measured_bytes_per_token
 from transmla.evaluation.perplexity import perplexity, text_windows
@@ -52,32 +54,34 @@ class Kept:
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         """settings: all that the parts depend on; a file of other settings is not read"""
-        self._path, self._settings = path, settings
+        self._path, self._settings = path, portable(settings)
         self._parts: dict[str, Any] = {}
         if path is not None and path.is_file():
-            found = json.loads(path.read_text("utf-8"))
-            if found.get("settings") == settings:
-                self._parts = found["parts"]
+            with contextlib.suppress(
+                OSError, ValueError, KeyError, TypeError, AttributeError
+            ):  # damaged: as if not there
+                found = json.loads(path.read_text("utf-8"))
+                if found["settings"] == self._settings:
+                    self._parts = dict(found["parts"])
 
     def get(self, model: str, part: str, make: Callable[[], Any]) -> Any:
         """The part as plain values, measured now or earlier."""
-        key = f"{model} {part}"
+        key = f"{identity(model)} {part}"
         if key not in self._parts:
             self._parts[key] = make()
             if self._path is not None:
-                partial = self._path.with_name(self._path.name + ".new")
-                partial.write_text(json.dumps({"settings": self._settings, "parts": self._parts}), encoding="utf-8")
-                os.replace(partial, self._path)
+                content = {"settings": self._settings, "parts": self._parts}
+                write_whole(self._path, json.dumps(portable(content)))
         return self._parts[key]
 
     def has(self, model: str, part: str) -> bool:
         """Whether it was measured earlier."""
-        return f"{model} {part}" in self._parts
+        return f"{identity(model)} {part}" in self._parts
 
-    def drop(self) -> None:
-        """Remove the file: the evaluation is complete."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+
+def identity(model: str | Path) -> str:
+    """The name of a model without its folder, and what tells it from another one of that name."""
+    return f"{Path(model).name} {hashlib.sha256(str(model).encode()).hexdigest()[:12]}"
 
 
 @dataclass

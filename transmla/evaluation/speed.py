@@ -21,7 +21,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import DynamicCache
 
-from transmla.checkpoint.provenance import commit, versions
+from transmla.checkpoint.provenance import commit, portable, versions
 from transmla.devices import usable
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import cache_bytes
@@ -68,13 +68,15 @@ class BenchReport:
     setting: dict[str, Any]
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
+        """For JSON, without absolute paths."""
+        content = {
             "rows": [asdict(row) for row in self.rows],
             "rates": asdict(self.rates),
             "notes": list(self.notes),
             "setting": self.setting,
         }
+        found: dict[str, Any] = portable(content)
+        return found
 
 
 def bench(

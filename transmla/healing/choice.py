@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transmla.checkpoint.provenance import read_provenance
 from transmla.conversion.flow import default_destination
 from transmla.conversion.plan import plan
-from transmla.errors import RecipeError, UnsupportedError
+from transmla.errors import RecipeError, SourceError, UnsupportedError
+from transmla.model.loading import open_model
 from transmla.recipe import Healing, find_recipe, list_recipes, load_recipe
 
 
@@ -26,6 +28,23 @@ def conversion_of(recipe: str | Path | None) -> Path:
         )
     path = find_recipe(str(recipe)) or Path(recipe)
     return default_destination(plan(str(load_recipe(path).source), recipe=path))
+
+
+def source_of(parent: Path) -> str:
+    """The source that the provenance file of a converted folder names; a folder of that name may lie beside it.
+
+    Raises `SourceError` if it is not on this machine.
+    """
+    name = str(read_provenance(parent)["source"]["name"])
+    beside = parent.absolute().parent / name
+    if "/" not in name and not Path(name).exists() and beside.exists():
+        return str(beside)
+    try:
+        open_model(name)
+    except SourceError as error:
+        remedy = f"name the source with --source, as a folder, a .gguf file or a hub id; {error.remedy}"
+        raise SourceError(error.what, where=error.where, why=error.why, remedy=remedy) from error
+    return name
 
 
 def settings_for(recipe: str | Path | None, source: str) -> Healing:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +15,15 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from transmla.checkpoint.destination import check_destination, journal_of
+from transmla.checkpoint.destination import check_destination, journal_of, remove_journal
+from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.journal import Journal
-from transmla.checkpoint.provenance import read_provenance
+from transmla.checkpoint.provenance import computing_versions, portable
+from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.errors import GateError
-from transmla.healing.choice import check, conversion_of, settings_for
+from transmla.healing.choice import check, conversion_of, settings_for, source_of
+from transmla.healing.needs import disk_bytes
 from transmla.healing.prepare import TEXTS, Preparation, is_sharded
 from transmla.healing.result import write_healed
 from transmla.healing.student import halve_frozen, select_trained, teach, with_adapters
@@ -31,6 +33,7 @@ from transmla.model.loading import load, open_model
 from transmla.processes import Processes
 from transmla.progress import silent
 from transmla.recipe import Healing
+from transmla.text.mixes import parse_mix
 from transmla.train.losses import Objective
 
 
@@ -102,32 +105,33 @@ def heal(
     tell = progress or silent
     parent = Path(model) if model is not None else conversion_of(recipe)
     converted = open_trainable(parent)
-    source_name = source or str(read_provenance(parent)["source"]["name"])
+    source_name = source or source_of(parent)
     options = settings_for(recipe, source_name).with_overrides(**settings)
     check(options, device)
     # everything that is counted in windows depends on the length that they really have
     options = options.with_overrides(window=min(options.window, context_of(converted.config)))
     target = Path(destination) if destination is not None else parent.with_name(f"{parent.name}-healed")
-    check_destination(target, 4 * sum(info.num_bytes for info in converted.tensors.values()))
     source_checkpoint = open_model(source_name)
+    check_destination(target, disk_bytes(converted, options))
     processes = Processes.current(device)
     set_seed(options.seed)
     plan = schedule(options, processes.size)
     own_device = processes.device(device)
     preparation = Preparation(converted, source_checkpoint, options, plan.num_windows, processes, own_device, tell)
     if processes.first:
-        journal = Journal(target, _fingerprint(parent, source_name, options, processes), restart=restart)
         with CheckpointWriter(target) as writer:
-            work = journal.begin()
+            # behind the lock: the journal may be that of a run at work
+            fingerprint = _fingerprint(converted, source_checkpoint, source_name, options, processes)
+            work = Journal(target, fingerprint, restart=restart).begin()
             processes.wait()
-            trained, passes = _train(preparation, plan, work, device)
+            trained, passes = _train(preparation, plan, work, target, device)
             write_healed(
                 writer, work, converted, options, trained, source=source_name, num_processes=processes.size,
                 device=str(own_device), progress=tell,
             )  # fmt: skip
     else:
         processes.wait()  # until process 0 has created the folder
-        trained, passes = _train(preparation, plan, journal_of(target), device)
+        trained, passes = _train(preparation, plan, journal_of(target), target, device)
     processes.wait()
     return HealReport(
         parent, target, source_name, tuple(trained.before), trained.before, trained.after, trained.tokens, plan.steps,
@@ -136,7 +140,9 @@ def heal(
     )  # fmt: skip
 
 
-def _train(preparation: Preparation, plan: Schedule, work: Path, device: str) -> tuple[Trained, dict[str, int]]:
+def _train(
+    preparation: Preparation, plan: Schedule, work: Path, target: Path, device: str
+) -> tuple[Trained, dict[str, int]]:
     """The trained tensors, and the passes over each text. Every process calls this."""
     settings, processes = preparation.settings, preparation.processes
     if processes.first:
@@ -161,12 +167,12 @@ def _train(preparation: Preparation, plan: Schedule, work: Path, device: str) ->
         model, settings, plan, rate, work / "checkpoints", device, train, heldout,
         [part.name for part in preparation.texts], processes, preparation.tell,
     )  # fmt: skip
-    _require_gain(trained, work, processes)
+    _require_gain(trained, target, processes)
     packed = json.loads((work / TEXTS).read_text("utf-8"))
     return trained, {name: one["passes"] for name, one in packed.items()}
 
 
-def _require_gain(trained: Trained, work: Path, processes: Processes) -> None:
+def _require_gain(trained: Trained, target: Path, processes: Processes) -> None:
     """`GateError` unless the best state is nearer to the source and no worse on the text. All processes have the same
     numbers; what is of no use is not kept to resume from."""
     losses = {entry["step"]: entry["eval_loss"] for entry in trained.log if "eval_loss" in entry}
@@ -181,7 +187,7 @@ def _require_gain(trained: Trained, work: Path, processes: Processes) -> None:
     else:
         return
     if processes.first:
-        shutil.rmtree(work)
+        remove_journal(target)
     raise GateError(
         "healing did not help",
         where="the held-out windows",
@@ -190,8 +196,22 @@ def _require_gain(trained: Trained, work: Path, processes: Processes) -> None:
     )
 
 
-def _fingerprint(parent: Path, source: str, settings: Healing, processes: Processes) -> dict[str, Any]:
+def _fingerprint(
+    parent: Source, source_checkpoint: Source, source: str, settings: Healing, processes: Processes
+) -> dict[str, Any]:
     """Everything that an unfinished run depends on; if any of it differs, the run cannot be resumed."""
-    stamp = [[file.name, file.stat().st_size] for file in sorted(parent.glob("*.safetensors"))]
-    others = {"parent": parent.name, "files": stamp, "source": source, "processes": processes.size}
-    return asdict(settings) | {"kind": "heal"} | others
+    texts = [Path(part.name).expanduser() for part in parse_mix(settings.data, "--data")]
+    texts += [Path(name).expanduser() for name in (settings.watch or "").split("+") if name]
+    others = {
+        "kind": "heal",
+        "parent": parent.path.name,
+        "files": file_hashes(parent.files()),
+        "config": dict(parent.config),
+        "source": source,
+        "source_files": file_hashes(source_checkpoint.files()),
+        "texts": [file_hashes([path]) for path in texts if path.is_file()],
+        "processes": processes.size,
+        "versions": computing_versions(),
+    }
+    found: dict[str, Any] = portable(asdict(settings) | others)
+    return found

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from transmla.checkpoint.companions import tokenizer
+from transmla.checkpoint.destination import disk_errors, write_whole
+from transmla.checkpoint.provenance import portable
 from transmla.checkpoint.read import Source
 from transmla.healing.student import Teacher, halve_frozen
 from transmla.healing.teacher import CachedTeacher, OnlineTeacher, Precision, record
@@ -110,9 +112,8 @@ class Preparation:
             write_windows(path, windows, len(windows), settings.window, self.tell, "hold out")
         rows = pack(mixed(texts, settings.seed), settings.window)
         write_windows(paths[0], rows, self.num_windows, settings.window, self.tell, "pack")
-        (work / TEXTS).write_text(
-            json.dumps({text.part.name: {"tokens": text.drawn, "passes": text.begun} for text in texts})
-        )
+        packed = {text.part.name: {"tokens": text.drawn, "passes": text.begun} for text in texts}
+        write_whole(work / TEXTS, json.dumps(portable(packed)))
 
     def _sample(self, num_tokens: int, path: Path) -> None:
         """Sample texts from the source into the file `path`: the token ids of all texts, and where each text ends."""
@@ -123,8 +124,9 @@ class Preparation:
             progress=lambda done, total: self.tell("sample", done, total, "tokens"),
         )  # fmt: skip
         partial = path.with_suffix(".partial.npz")
-        np.savez(partial, ids=np.concatenate(texts), ends=np.cumsum([len(text) for text in texts]))
-        partial.rename(path)
+        with disk_errors(path):
+            np.savez(partial, ids=np.concatenate(texts), ends=np.cumsum([len(text) for text in texts]))
+            partial.rename(path)
 
     def teacher(self, work: Path, train: Windows, heldout: list[Windows], precision: Precision) -> Teacher:
         """A teacher for all windows: the source model itself or, with `cached`, its predictions stored in `work`.
@@ -146,7 +148,7 @@ class Preparation:
             record(online, windows, folder, self.processes.mine(len(windows)), self.device, self.tell)
         self.processes.wait()
         if self.processes.first:
-            (folder / "done").touch()
+            write_whole(folder / "done", "")
         return CachedTeacher(folder, self.device)
 
     def _source_model(self) -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.checkpoint.provenance import FILE_NAME, file_hashes, read_provenance, versions
+from transmla.checkpoint.destination import disk_errors
+from transmla.checkpoint.hashes import file_hashes
+from transmla.checkpoint.provenance import FILE_NAME, portable, read_provenance, versions
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.healing.curves import LOG_FILE, PLOT_FILE, healing_curve, write_curve
@@ -51,7 +53,7 @@ def write_healed(
     Raises `VerificationError` if the folded model does not compute what the trained one computes, and
     `DestinationError` if the folder cannot be written.
     """
-    entry = {
+    entry: dict[str, Any] = {
         "parent": {"name": parent.path.name, "files": file_hashes(sorted(parent.path.glob("*.safetensors")))},
         "source": source,
         "settings": asdict(settings),
@@ -65,6 +67,7 @@ def write_healed(
         "after": trained.after,
         "versions": versions(),
     }
+    entry = portable(entry)
     provenance = read_provenance(parent.path)
     sections = provenance | {"healed": [*provenance.get("healed", []), entry]}
     model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
@@ -76,9 +79,10 @@ def write_healed(
     del model
     card = (parent.path / "README.md").read_text("utf-8") if (parent.path / "README.md").is_file() else ""
     writer.write_text("README.md", card.rstrip() + "\n\n" + _card(entry))
-    curve = healing_curve(trained.log, trained.tokens_per_step, list(trained.after))
+    curve = portable(healing_curve(trained.log, trained.tokens_per_step, list(trained.after)))
     writer.write_json(LOG_FILE, curve)
-    write_curve(curve, writer.partial / PLOT_FILE)
+    with disk_errors(writer.partial / PLOT_FILE):
+        write_curve(curve, writer.partial / PLOT_FILE)
     writer.commit()
 
 
@@ -87,12 +91,13 @@ def _write_folded(
 ) -> None:
     """The trained unfolded model as a folder of its own, then folded."""
     folder = work / "trained"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(work / "unfolded", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    model.save_pretrained(str(folder))
-    # save_pretrained rewrites some keys of the config, so the original is put back
-    shutil.copyfile(work / "unfolded" / "config.json", folder / "config.json")
-    (folder / FILE_NAME).write_text(json.dumps(sections, indent=2) + "\n", encoding="utf-8")
+    with disk_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(work / "unfolded", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+        model.save_pretrained(str(folder))
+        # save_pretrained rewrites some keys of the config, so the original is put back
+        shutil.copyfile(work / "unfolded" / "config.json", folder / "config.json")
+        (folder / FILE_NAME).write_text(json.dumps(sections, indent=2) + "\n", encoding="utf-8")
     dtype = str(parent.config.get("dtype") or parent.config.get("torch_dtype") or "float32")
     fold_into(writer, open_unfolded(folder), text="wikitext", dtype=dtype, device=device, progress=progress)
 

@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from transmla.checkpoint.destination import disk_errors
 from transmla.healing.curves import METRICS
 from transmla.healing.windows import Windows
 from transmla.processes import Processes
@@ -195,7 +196,8 @@ def distil(
     trainer.remove_callback(PrinterCallback)
     sizes = {name: parameter.numel() for name, parameter in student.named_parameters() if parameter.requires_grad}
     checkpoint = last_checkpoint(folder) if processes.first else None
-    trainer.train(resume_from_checkpoint=processes.from_first(checkpoint))
+    with disk_errors(folder):
+        trainer.train(resume_from_checkpoint=processes.from_first(checkpoint))
     log = _once(trainer.state.log_history)
     best_step = _step_of(trainer.state.best_model_checkpoint)
     entries = {entry["step"]: entry for entry in log if "eval_loss" in entry}

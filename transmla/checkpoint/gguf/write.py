@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GgmlType
 
-from transmla.checkpoint.destination import check_destination, disk_errors, sync
+from transmla.checkpoint.destination import check_destination, disk_errors, exclusive, sync
 from transmla.checkpoint.gguf.types import OWN_TYPES
 from transmla.checkpoint.gguf.vocab import GgufVocab, add_vocab
 from transmla.checkpoint.read import Source
@@ -72,9 +72,9 @@ def write_gguf(
     own_type, file_type = _FORMATS["f32" if quantiser is not None else type]
     size = sum(_num_bytes(entry.shape, own_type) for entry in tensors)
     check_gguf_destination(out, size if quantiser is None else 2 * size)
-    partial, quantised = (out.with_name(out.name + ending) for ending in (".partial", ".quantised.partial"))
-    writer = gguf.GGUFWriter(partial, architecture)
-    with disk_errors(partial):
+    with exclusive(out) as folder, disk_errors(folder):
+        made, quantised = folder / "made.gguf", folder / "quantised.gguf"
+        writer = gguf.GGUFWriter(made, architecture)
         try:
             _add_settings(writer, {"general.file_type": int(file_type)} | dict(settings))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -82,15 +82,14 @@ def write_gguf(
             _write_tensors(writer, source, tensors, own_type, progress)
             if quantiser is not None:
                 progress(len(tensors), len(tensors), quantiser.name)
-                quantiser.run(partial, quantised)
-                quantised.replace(partial)
-            sync(partial)
-            os.replace(partial, out)
-            sync(out.absolute().parent)
+                quantiser.run(made, quantised)
+                quantised.replace(made)
         finally:
             writer.close()
-            partial.unlink(missing_ok=True)
-            quantised.unlink(missing_ok=True)
+        sync(made)
+        check_gguf_destination(out)
+        os.replace(made, out)
+        sync(out.absolute().parent)
 
 
 def check_gguf_destination(out: Path, needed_bytes: int = 0) -> None:
