@@ -6,6 +6,7 @@
     transmla.convert("llama-3-8b", "OUT", latent=512)    # convert a model; returns a ConversionReport
     transmla.evaluate("OUT", against="SRC")              # measure it against its source; returns an EvaluationReport
     transmla.doctor("OUT")                               # which engines run it; returns a Diagnosis
+    transmla.verify("OUT")                               # is it what was written; returns a Verified
     transmla.export("OUT", "OUT.gguf", type="q8_0")      # for llama.cpp, or with to="vllm" padded for GPU kernels
     transmla.bench("OUT", against="SRC")                 # speed of prefill and decoding; returns a BenchReport
     transmla.report(["a.json"], "report.html")           # a page with the results of `eval --json`
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from transmla.targets.export import export as export
     from transmla.targets.fold import fold as fold
     from transmla.targets.fold import unfold as unfold
+    from transmla.targets.verify import verify as verify
 
 # imported on first use, so that `transmla --help` does not have to wait for torch
 _PUBLIC = {
@@ -58,6 +60,7 @@ _PUBLIC = {
     "register": "transmla.model.loading",
     "report": "transmla.evaluation.report.page",
     "unfold": "transmla.targets.fold",
+    "verify": "transmla.targets.verify",
 }
 
 __all__ = sorted(_PUBLIC)

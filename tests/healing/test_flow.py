@@ -62,8 +62,8 @@ def converted(lively: MakeSource, text_file: Path, tmp_path_factory: pytest.Temp
     # where heal finds it, since the provenance file has no path
     shutil.copytree(lively(), folder.with_name("model"))
     transmla.convert(
-        str(folder.with_name("model")), folder, latent=12, rope=4, refine="off", calibration=str(text_file), tokens=1024, window=64,
-        theta=100.0,
+        str(folder.with_name("model")), folder, latent=12, rope=4, refine="off", calibration=str(text_file),
+        tokens=1024, window=64, theta=100.0,
     )  # fmt: skip
     return folder
 

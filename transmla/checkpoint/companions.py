@@ -6,7 +6,7 @@ from typing import Any
 
 from transmla.checkpoint.destination import disk_errors
 from transmla.checkpoint.read import Source
-from transmla.checkpoint.store import readable
+from transmla.checkpoint.store import readable, source_errors
 from transmla.errors import SourceError
 
 TOKENIZER_FILES = (
@@ -31,17 +31,22 @@ def copy_companions(source: Source, destination: Path) -> list[str]:
             saved = cutter.save_pretrained(destination)
         return sorted({Path(name).name for name in saved if Path(name).is_file()})
     names = [name for name in (*TOKENIZER_FILES, *_OTHER_FILES) if (source.path / name).is_file()]
-    for pattern in ("LICENSE*", "NOTICE*"):
-        names += [
-            file.name
-            for file in source.path.glob(pattern)
-            if file.is_file() and file.suffix.lower() in ("", ".txt", ".md", ".rst")
-        ]
+    names += _licences(source.path)
     for name in names:
         content = readable(source.path / name)
         with disk_errors(destination / name):
             (destination / name).write_bytes(_let_sample(content) if name == _GENERATION else content)
     return sorted(names)
+
+
+def _licences(folder: Path) -> list[str]:
+    with source_errors(folder):
+        return [
+            file.name
+            for pattern in ("LICENSE*", "NOTICE*")
+            for file in folder.glob(pattern)
+            if file.is_file() and file.suffix.lower() in ("", ".txt", ".md", ".rst")
+        ]
 
 
 def tokenizer_files(source: Source) -> list[Path]:

@@ -194,7 +194,7 @@ def clear_finished(folder: Path) -> None:
 def _clear_beside(file: Path) -> None:
     """Remove FILE.partial where a run was killed between giving the file its name and removing the folder."""
     partial = partial_of(file)
-    if (partial / MARKER).is_file() and not (partial / JOURNAL).exists():
+    if partial.is_dir() and not (partial / JOURNAL).exists():
         with contextlib.suppress(DestinationError, OSError), exclusive(file):
             pass
 
@@ -213,7 +213,7 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         number = getattr(error, "errno", None)
-        if number in _FULL or os.strerror(errno.ENOSPC) in str(error):
+        if number in _FULL or any(os.strerror(code) in str(error) for code in _FULL):
             raise _refused(where, "the disk is full", str(error), "free some space and start again") from error
         if not isinstance(error, OSError) and not any(words in str(error) for words in _WRAPPED):
             raise

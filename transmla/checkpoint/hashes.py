@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from transmla.errors import SourceError
+from transmla.checkpoint.store import source_errors
 
 # (path, inode, size, time of the last change) -> digest; a file that changes meanwhile is read again
 _known: dict[tuple[str, int, int, int], str] = {}
@@ -21,17 +21,16 @@ def sha256(path: Path) -> str:
         return _known[key]
 
 
+def fresh_sha256(path: Path) -> str:
+    """The same, read now whatever was read before: a failing disk changes neither size nor time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     """File name -> SHA-256; `SourceError` for a file that cannot be read."""
     hashes = {}
     for path in paths:
-        try:
+        with source_errors(path):
             hashes[path.name] = sha256(path)
-        except OSError as error:
-            raise SourceError(
-                "a file of the model cannot be read",
-                where=str(path),
-                why=error.strerror or str(error),
-                remedy="check the disk that it is on, and that nothing removes it while it is used",
-            ) from error
     return hashes

@@ -1,6 +1,7 @@
 """What a weight format has to offer, and the errors that all formats share."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -49,12 +50,21 @@ class WeightStore(Protocol):
 
 def readable(path: Path) -> bytes:
     """The content of a small file of a source; `SourceError` where it cannot be read."""
-    try:
+    with source_errors(path):
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def source_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system into `SourceError`."""
+    try:
+        yield
     except OSError as error:
-        remedy = "check that it exists and is readable"
         raise SourceError(
-            "a file of the source cannot be read", where=str(path), why=error.strerror or str(error), remedy=remedy
+            "a file of the model cannot be read",
+            where=str(path),
+            why=error.strerror or str(error),
+            remedy="check the disk that it is on, and that nothing removes it while it is used",
         ) from error
 
 

@@ -17,6 +17,7 @@ from transmla.cli.heal import heal_command
 from transmla.cli.lists import families_command, recipes_command
 from transmla.cli.plan import plan_command
 from transmla.cli.report import report_command
+from transmla.cli.verify import verify_command
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -31,7 +32,7 @@ def main() -> None:
 
 for command in (
     plan_command, convert_command, heal_command, eval_command, bench_command, report_command, doctor_command,
-    export_command, unfold_command, fold_command, generate_command, recipes_command, families_command,
+    verify_command, export_command, unfold_command, fold_command, generate_command, recipes_command, families_command,
 ):  # fmt: skip
     main.add_command(command)
 

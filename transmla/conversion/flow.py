@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from transmla.checkpoint.companions import tokenizer_files
-from transmla.checkpoint.destination import partial_of
+from transmla.checkpoint.destination import disk_errors, partial_of
 from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
@@ -136,7 +136,8 @@ def convert(
         scales, verified = processes.from_first(
             _write(run, fitted, tried, splits, hashes["source"], writer) if writer is not None else None
         )
-    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    with disk_errors(target):
+        written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return ConversionReport(
         run.plan, target, fitted.theta, fitted.theta_losses, fitted.layers, fitted.blocks, scales,
         fitted.measured.heldout, tried, splits, text.ids_NT.numel(), verified, time.monotonic() - started, written,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from transmla.checkpoint.destination import disk_errors
 from transmla.checkpoint.read import open_source
 from transmla.families import FAMILIES, Family
 from transmla.maths.attention import MlaWeights, visible
@@ -82,7 +83,8 @@ def verify(folder: Path, family: Family, witness: Witness, device: torch.device,
     own = source.config["model_type"] == MODEL_TYPE
     expected = own_tensors(source.config) if own else expected_tensors(source.config)
     source.require(expected)
-    config = AutoConfig.from_pretrained(folder)
+    with disk_errors(folder):
+        config = AutoConfig.from_pretrained(folder)
     config._attn_implementation = "sdpa"
     # a deepseek_v3 folder has the layout of llama, and neither scales nor caps
     family = family if own else FAMILIES["llama"]
