@@ -261,7 +261,8 @@ def test_the_quantiser_program_is_used(converted: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
     report = transmla.export(converted, tmp_path / "model.gguf", type="q4_k_m")
     assert report.quantiser == write_gguf.QUANTISER
-    assert relative(deepseek2_logits(tmp_path / "model.gguf", IDS), stock_logits(converted)) < 1e-5
+    # latent rows stand in the file as float16
+    assert relative(deepseek2_logits(tmp_path / "model.gguf", IDS), stock_logits(converted)) < 1e-3
     program.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
     with pytest.raises(DestinationError, match="broken"):
         transmla.export(converted, tmp_path / "other.gguf", type="q4_k_m")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transmla.checkpoint.companions import tokenizer
@@ -12,6 +12,7 @@ from transmla.checkpoint.gguf.write import check_gguf_destination, find_quantise
 from transmla.checkpoint.read import Source, open_source
 from transmla.errors import UnsupportedError
 from transmla.progress import Progress, silent
+from transmla.targets.engines import LLAMA_CPP, engine_verdicts
 from transmla.targets.gguf import ARCHITECTURE, gguf_settings, gguf_tensors
 from transmla.targets.padding import write_padded
 from transmla.targets.stock import expected_tensors, flat_rotary
@@ -29,6 +30,7 @@ class ExportReport:
     num_bytes:        size of the weights
     values_per_token: values in the cache per token and layer, before and after; padding increases them
     quantiser:        the program that computed the GGUF types, or None if transmla did
+    kept:             tensors whose rows are too small for that type, and the type that they have instead
     """
 
     path: Path
@@ -37,6 +39,7 @@ class ExportReport:
     num_bytes: int
     values_per_token: tuple[int, int]
     quantiser: str | None
+    kept: dict[str, str] = field(default_factory=dict)
 
 
 def export(
@@ -119,18 +122,26 @@ def open_converted(folder: Path) -> Source:
 
 def _to_gguf(source: Source, out: Path, gguf_type: str, progress: Progress) -> ExportReport:
     check_gguf_destination(out)
-    quantiser = find_quantiser(gguf_type)
     config = source.config
+    verdict = next(verdict for verdict in engine_verdicts(config) if verdict.engine == LLAMA_CPP)
+    for finding in verdict.findings:
+        raise UnsupportedError(
+            "llama.cpp would not run this model",
+            where=source.config_where,
+            why=finding.why,
+            remedy=finding.remedy,
+        )
+    quantiser = find_quantiser(gguf_type)
     vocab = read_vocab(source.path, config["vocab_size"], tokenizer(source))
     tensors = list(gguf_tensors(config))
     settings = gguf_settings(config, source.path.resolve().name)
-    write_gguf(
+    kept = write_gguf(
         source, out, ARCHITECTURE, settings, vocab, tensors, gguf_type, quantiser,
         lambda done, total, remark: progress("write", done, total, remark),
     )  # fmt: skip
     values = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     quantiser_name = quantiser.name if quantiser is not None else None
-    return ExportReport(out, "gguf", gguf_type, out.stat().st_size, (values, values), quantiser_name)
+    return ExportReport(out, "gguf", gguf_type, out.stat().st_size, (values, values), quantiser_name, kept)
 
 
 def _to_vllm(source: Source, out: Path, size: str | None, progress: Progress) -> ExportReport:

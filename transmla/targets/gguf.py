@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor
 
 ARCHITECTURE = "deepseek2"
+# tensors with the latent rows of the folded form
+SMALL = ("attn_kv_a_mqa.weight", "attn_q_a.weight")
 # llama.cpp's number for a sigmoid over expert scores
 _SIGMOID = 2
 
@@ -34,12 +36,17 @@ class GgufTensor:
     source: name in the converted folder
     shape:  shape in the GGUF file
     make:   maps the tensor of the folder to that of the file
+    small:  it has the latent rows of the folded form, which are tiny
     """
 
     name: str
     source: str
     shape: tuple[int, ...]
     make: Callable[[Tensor], Tensor] = _unchanged
+
+    @property
+    def small(self) -> bool:
+        return self.name.endswith(SMALL)
 
 
 def gguf_settings(config: Mapping[str, Any], name: str) -> dict[str, int | float | bool | str]:

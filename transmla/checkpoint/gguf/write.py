@@ -25,16 +25,16 @@ from transmla.checkpoint.gguf.vocab import GgufVocab, add_vocab
 from transmla.checkpoint.read import Source
 from transmla.errors import DestinationError, UnsupportedError, VerificationError
 
-# what numpy writes here: the type of a tensor, and that of the file
-_FORMATS = {
-    name: (GgmlType[name.upper()], gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"])
-    for name in OWN_TYPES
-}
+# what numpy writes here
+_FORMATS = {name: GgmlType[name.upper()] for name in OWN_TYPES}
+# relative error of a row in q8_0, which is 0.5 % for rows of ordinary size
+MOST_ROUNDING = 0.02
 QUANTISER = "llama-quantize"
 
 
 class TensorEntry(Protocol):
-    """One tensor: name and shape in the file, which tensor of the source it is made of, and how."""
+    """One tensor: name and shape in the file, which tensor of the source it is made of, and how; small: its rows may
+    be too small for the scales of blocks."""
 
     @property
     def name(self) -> str: ...
@@ -42,6 +42,8 @@ class TensorEntry(Protocol):
     def source(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def small(self) -> bool: ...
     @property
     def make(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
 
@@ -64,32 +66,96 @@ def write_gguf(
     type: str,
     quantiser: Quantiser | None,
     progress: Callable[[int, int, str], None],
-) -> None:
+) -> dict[str, str]:
     """Write `out`; type: one of OWN_TYPES, or of QUANTISER_TYPES with the quantiser that `find_quantiser` gave.
 
+    Returns which tensors were written in another type than the wanted one because their rows are too small for it.
     Raises `DestinationError`, and `VerificationError` for a weight that the type cannot hold.
     """
-    own_type, file_type = _FORMATS["f32" if quantiser is not None else type]
-    size = sum(_num_bytes(entry.shape, own_type) for entry in tensors)
+    first = _FORMATS["f32" if quantiser is not None else type]
+    size = sum(_num_bytes(entry.shape, first) for entry in tensors)
     check_gguf_destination(out, size if quantiser is None else 2 * size)
-    with exclusive(out) as folder, disk_errors(folder):
-        made, quantised = folder / "made.gguf", folder / "quantised.gguf"
-        writer = gguf.GGUFWriter(made, architecture)
+    kept = _too_small(source, tensors, type)
+    types = {entry.name: _stored_type(entry.shape, first) for entry in tensors}
+
+    def written(
+        path: Path, file_type: gguf.LlamaFileType, stored: _Stored, tell: Callable[[int, int, str], None]
+    ) -> None:
+        writer = gguf.GGUFWriter(path, architecture)
         try:
             _add_settings(writer, {"general.file_type": int(file_type)} | dict(settings))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             add_vocab(writer, source.path, vocab)
-            _write_tensors(writer, source, tensors, own_type, progress)
-            if quantiser is not None:
-                progress(len(tensors), len(tensors), quantiser.name)
-                quantiser.run(made, quantised)
-                quantised.replace(made)
+            _write_tensors(writer, tensors, stored, tell)
         finally:
             writer.close()
+
+    with exclusive(out) as folder, disk_errors(folder):
+        made, quantised = folder / "made.gguf", folder / "quantised.gguf"
+        if quantiser is None:
+            written(made, _file_type(type), _Encoded(source, types | kept), progress)
+        else:
+            written(made, _file_type("f32"), _Encoded(source, types), progress)
+            progress(len(tensors), len(tensors), quantiser.name)
+            quantiser.run(made, quantised)
+            if kept:  # the quantiser has no say in this, so its other tensors are copied
+                made.unlink()
+                copied = _Copied(gguf.GGUFReader(quantised), _Encoded(source, kept))
+                written(made, _file_type(type), copied, lambda *_: None)
+            else:
+                quantised.replace(made)
         sync(made)
         check_gguf_destination(out)
         os.replace(made, out)
         sync(out.absolute().parent)
+    return {name: type.name.lower() for name, type in kept.items()}
+
+
+def _file_type(type: str) -> gguf.LlamaFileType:
+    return gguf.LlamaFileType[f"{'ALL' if type == 'f32' else 'MOSTLY'}_{type.upper()}"]
+
+
+class _Stored(Protocol):
+    """Tensors as they stand in the file."""
+
+    def form(self, entry: TensorEntry) -> tuple[tuple[int, ...], np.dtype[Any], int, GgmlType]:
+        """numpy's shape and dtype, bytes, and the type."""
+
+    def content(self, entry: TensorEntry) -> np.ndarray[Any, Any]: ...
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Made of the source's tensors; types: by the names of the file."""
+
+    source: Source
+    types: Mapping[str, GgmlType]
+
+    def form(self, entry: TensorEntry) -> tuple[tuple[int, ...], np.dtype[Any], int, GgmlType]:
+        type = self.types[entry.name]
+        shape, dtype = _numpy_form(entry.shape, type)
+        return shape, dtype, math.prod(shape) * dtype.itemsize, type
+
+    def content(self, entry: TensorEntry) -> np.ndarray[Any, Any]:
+        return _encode(_made(self.source, entry), self.types[entry.name], entry.name)
+
+
+class _Copied:
+    """As they stand in another file, but for those that `encoded` has a type for."""
+
+    def __init__(self, reader: gguf.GGUFReader, encoded: _Encoded) -> None:
+        self._tensors, self._encoded = {tensor.name: tensor for tensor in reader.tensors}, encoded
+
+    def form(self, entry: TensorEntry) -> tuple[tuple[int, ...], np.dtype[Any], int, GgmlType]:
+        if entry.name in self._encoded.types:
+            return self._encoded.form(entry)
+        tensor = self._tensors[entry.name]
+        return tensor.data.shape, tensor.data.dtype, int(tensor.n_bytes), tensor.tensor_type
+
+    def content(self, entry: TensorEntry) -> np.ndarray[Any, Any]:
+        if entry.name in self._encoded.types:
+            return self._encoded.content(entry)
+        return self._tensors[entry.name].data
 
 
 def check_gguf_destination(out: Path, needed_bytes: int = 0) -> None:
@@ -117,23 +183,50 @@ def _add_settings(writer: gguf.GGUFWriter, settings: Mapping[str, int | float | 
 
 def _write_tensors(
     writer: gguf.GGUFWriter,
-    source: Source,
     tensors: Sequence[TensorEntry],
-    wanted: GgmlType,
+    stored: _Stored,
     progress: Callable[[int, int, str], None],
 ) -> None:
     for entry in tensors:
-        type = _stored_type(entry.shape, wanted)
-        shape, dtype = _numpy_form(entry.shape, type)
-        writer.add_tensor_info(entry.name, shape, dtype, _num_bytes(entry.shape, wanted), raw_dtype=type)
+        shape, dtype, num_bytes, type = stored.form(entry)
+        writer.add_tensor_info(entry.name, shape, dtype, num_bytes, raw_dtype=type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for done, entry in enumerate(tensors):
-        weight = entry.make(source.read(entry.source, dtype=torch.float32)).contiguous()
-        writer.write_tensor_data(_encode(weight, _stored_type(entry.shape, wanted), entry.name))
+        writer.write_tensor_data(stored.content(entry))
         progress(done + 1, len(tensors), entry.name)
     writer.close()
+
+
+def _made(source: Source, entry: TensorEntry) -> torch.Tensor:
+    return entry.make(source.read(entry.source, dtype=torch.float32)).contiguous()
+
+
+def _too_small(source: Source, tensors: Sequence[TensorEntry], type: str) -> dict[str, GgmlType]:
+    """Types for those tensors that a type with scales of blocks would destroy.
+
+    The scales are float16, whose smallest number is 6e-8. Folded latent rows are about 2^-10 / sqrt(D): llama.cpp's own
+    q6_k makes zeros of them from a hidden size of 1,024 on, q5_k and q4_k lose up to a quarter, q8_0 up to 6 %.
+    """
+    kept = {}
+    for entry in tensors:
+        if not entry.small or type in ("f32", "f16", "bf16"):
+            continue
+        rows = _made(source, entry).numpy()
+        # narrower types fall back to blocks of 32 where rows have no blocks of 256
+        wide = type not in OWN_TYPES and rows.shape[-1] % 256 == 0
+        if wide or (rows.shape[-1] % 32 == 0 and _rounding(rows, GgmlType.Q8_0) > MOST_ROUNDING):
+            half = _rounding(rows, GgmlType.F16)
+            kept[entry.name] = GgmlType.F16 if half <= MOST_ROUNDING / 4 else GgmlType.F32
+    return kept
+
+
+def _rounding(rows: np.ndarray[Any, Any], type: GgmlType) -> float:
+    """Relative error of the worst row; infinite where the type does not hold a value."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.linalg.norm(gguf.quants.dequantize(gguf.quants.quantize(rows, type), type) - rows, axis=-1)
+    return float((error / np.maximum(np.linalg.norm(rows, axis=-1), 1e-30)).max())
 
 
 def _encode(weight: torch.Tensor, type: GgmlType, name: str) -> np.ndarray[Any, Any]:

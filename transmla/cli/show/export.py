@@ -16,5 +16,9 @@ def show_export(report: ExportReport, console: Console) -> None:
     before, after = report.values_per_token
     made = f", quantised by {report.quantiser}" if report.quantiser else ""
     console.print(f"written   {report.path}  ({size(report.num_bytes)}, {report.format}{made})", highlight=False)
+    if report.kept:
+        kinds = sorted({(name.split(".")[2], kind) for name, kind in report.kept.items()})
+        kept = ", ".join(f"{name} as {kind}" for name, kind in kinds)
+        console.print(f"kept      {kept}: rows too small for {report.format}", highlight=False)
     cost = "as before" if before == after else f"{before} before ({after / before - 1:+.1%}); the same function"
     console.print(f"cached    {after} values per token and layer, {cost}", highlight=False)
