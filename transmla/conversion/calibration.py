@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.journal import Journal
+from transmla.checkpoint.provenance import portable_name
 from transmla.conversion.plan import Plan
 from transmla.devices import narrow_dtype
 from transmla.model.loading import load_source
@@ -42,6 +43,7 @@ def calibration_text(
             text = CalibrationTokens(kept[0]["ids_NT"], **kept[1] | {"begin": tuple(kept[1]["begin"])})
         else:
             text = _made(planned, device, progress)
+            text = replace(text, name=portable_name(text.name))
             values = {key: getattr(text, key) for key in ("name", "digest", "num_heldout", "begin")}
             # what can be read again is not worth a folder of its own
             again = not needs_source(planned.recipe.mix, planned.recipe.sampled)

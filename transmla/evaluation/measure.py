@@ -7,6 +7,7 @@ import functools
 import gc
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from transmla.checkpoint.destination import write_whole
 from transmla.checkpoint.provenance import portable, read_provenance
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, VerificationError
 from transmla.evaluation.cache import measured_bytes_per_token
-from transmla.evaluation.perplexity import perplexity, text_windows
+from transmla.evaluation.perplexity import Perplexity, perplexity, text_windows
 from transmla.evaluation.positions import by_position
 from transmla.evaluation.quantised_cache import (
     bits_per_value,
@@ -66,7 +67,7 @@ class Kept:
 
     def get(self, model: str, part: str, make: Callable[[], Any]) -> Any:
         """The part as plain values, measured now or earlier."""
-        key = f"{identity(model)} {part}"
+        key = _key(model, part)
         if key not in self._parts:
             self._parts[key] = make()
             if self._path is not None:
@@ -76,12 +77,17 @@ class Kept:
 
     def has(self, model: str, part: str) -> bool:
         """Whether it was measured earlier."""
-        return f"{identity(model)} {part}" in self._parts
+        return _key(model, part) in self._parts
 
 
 def identity(model: str | Path) -> str:
     """The name of a model without its folder, and what tells it from another one of that name."""
     return f"{Path(model).name} {hashlib.sha256(str(model).encode()).hexdigest()[:12]}"
+
+
+def _key(model: str, part: str) -> str:
+    # of a text, the part is its path
+    return f"{identity(model)} {identity(part) if '/' in part else part}"
 
 
 @dataclass
@@ -146,6 +152,7 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         found = perplexity(
             subject.model, ids_NT, unscored=unscored, progress=lambda done, total: progress(stage, done, total, "")
         )
+        _require_predictions(found, subject)
         return {"nats": list(found.nats_N), "num_tokens": found.num_tokens, "length": length}
 
     def quantised(bits: int) -> dict[str, Any]:
@@ -200,6 +207,18 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         result["smoke"] = part("smoke", lambda: _smoke(subject.model, tokenizer))
     result["texts"] = {which: found for which, found in result["texts"].items() if found is not None}
     return result
+
+
+def _require_predictions(found: Perplexity, subject: Subject) -> None:
+    """`VerificationError` for a model whose logits are the same for every token of the vocabulary, as zeros are."""
+    flat = math.log(subject.model.get_input_embeddings().num_embeddings)
+    if all(abs(nats - flat) < 1e-5 for nats in found.nats_N):
+        raise VerificationError(
+            "the model predicts nothing",
+            where=Path(subject.name).name,
+            why=f"in every window the loss is that of {math.exp(flat):,.0f} equally likely tokens",
+            remedy="check the folder with transmla verify; a source with weights of zero has to be downloaded again",
+        )
 
 
 def _smoke(model: Any, tokenizer: Any) -> dict[str, Any]:

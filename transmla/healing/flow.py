@@ -163,10 +163,15 @@ def _train(
     if settings.precision == "bfloat16" and not is_sharded():
         halve_frozen(student)
     rate = learning_rate(settings, sum(weight.numel() for weight in model.parameters() if weight.requires_grad))
-    trained = distil(
-        model, settings, plan, rate, work / "checkpoints", device, train, heldout,
-        [part.name for part in preparation.texts], processes, preparation.tell,
-    )  # fmt: skip
+    try:
+        trained = distil(
+            model, settings, plan, rate, work / "checkpoints", device, train, heldout,
+            [part.name for part in preparation.texts], processes, preparation.tell,
+        )  # fmt: skip
+    except GateError:  # what is of no use is not kept to resume from
+        if processes.first:
+            remove_journal(target)
+        raise
     _require_gain(trained, target, processes)
     packed = json.loads((work / TEXTS).read_text("utf-8"))
     return trained, {name: one["passes"] for name, one in packed.items()}

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from transmla.checkpoint.destination import disk_errors
+from transmla.errors import GateError
 from transmla.healing.curves import METRICS
 from transmla.healing.windows import Windows
 from transmla.processes import Processes
@@ -119,6 +120,7 @@ def arguments(settings: Healing, plan: Schedule, rate: float, folder: Path, devi
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_strategy="steps",
+        logging_nan_inf_filter=False,  # it would show the mean of the finite ones instead
         logging_steps=max(1, plan.steps // 100),
         report_to=_trackers(),
         seed=settings.seed,
@@ -290,7 +292,14 @@ class Told(TrainerCallback):
         self._progress, self._remark = progress, ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Remember what was logged as the remark of the next steps."""
+        """Remember what was logged as the remark of the next steps; `GateError` for a loss that is not finite."""
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise GateError(
+                "healing did not help",
+                where=f"step {state.global_step}",
+                why=f"the loss is {logs['loss']}",
+                remedy="try a lower --rate or other text (--data); nothing was written",
+            )
         if logs and "loss" in logs:
             self._remark = f"loss {float(logs['loss']):.4f}"
         if logs and "eval_recovery" in logs:
