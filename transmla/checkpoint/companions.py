@@ -94,7 +94,9 @@ def tokenizer(source: Source) -> Any:
         raise _no_tokenizer(source, f"none of {', '.join(_VOCABULARIES)} is there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
-    except Exception as error:  # damaged files make tokenizers raise plain Exception
+    except BaseException as error:  # damaged files make tokenizers raise plain Exception, and panic
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise _no_tokenizer(source, f"{type(error).__name__}: {reason}") from error
 

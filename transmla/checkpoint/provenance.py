@@ -1,6 +1,5 @@
 """transmla.json: what a converted checkpoint was made from, how, and with what loss."""
 
-import json
 import os
 import platform
 import subprocess
@@ -8,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transmla.checkpoint.store import parsed_json
 from transmla.errors import SourceError
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "transmla.json"
 FORMAT = 1
+MOST_BYTES = 2**28
 
 
 def versions() -> dict[str, str]:
@@ -83,7 +84,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """The content of transmla.json; `SourceError` if the folder was not made by this program."""
     path = folder / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed_json(path.read_bytes(), MOST_BYTES)
     except OSError as error:
         remedy = "pass a folder that transmla has written"
         raise _unreadable(path, error.strerror or str(error), remedy) from error

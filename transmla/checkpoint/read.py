@@ -1,6 +1,5 @@
 """Open a model folder or a GGUF file: config and headers first, tensors one at a time when asked for."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transmla.checkpoint.destination import clear_finished
 from transmla.checkpoint.fp8 import Fp8Store, block_size
 from transmla.checkpoint.gguf.read import GgufStore
 from transmla.checkpoint.safetensors_file import SafetensorsStore
-from transmla.checkpoint.store import FLOAT_DTYPES, TensorInfo, WeightStore, broken_tensor, first_few
+from transmla.checkpoint.store import FLOAT_DTYPES, TensorInfo, WeightStore, broken_tensor, first_few, parsed_json
 from transmla.errors import SourceError, UnsupportedError
 
 # the first that exists is taken, in the order in which transformers looks
@@ -22,6 +21,16 @@ _WEIGHT_FILES = (
     ("pytorch_model.bin", "bin"),
     ("pytorch_model.bin.index.json", "bin"),
 )
+
+
+# of config.json; real ones have some kilobytes
+MOST_CONFIG_BYTES = 2**24
+# generous limits of what a config may say; other values are judged by geometry.py
+_MOST = {
+    "num_hidden_layers": 2**10, "hidden_size": 2**20, "intermediate_size": 2**22, "vocab_size": 2**26,
+    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16, "max_position_embeddings": 2**40,
+    "num_experts": 2**16, "num_local_experts": 2**16, "n_routed_experts": 2**16, "moe_intermediate_size": 2**22,
+}  # fmt: skip
 
 
 class Source:
@@ -148,14 +157,25 @@ def _weights_in(folder: Path) -> tuple[Path, str]:
 def read_config(path: Path) -> dict[str, Any]:
     """The parsed config.json; an error for a file that is none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            config = parsed_json(file.read(MOST_CONFIG_BYTES + 1), MOST_CONFIG_BYTES)
     except OSError as error:
         raise _not_a_model(path, error.strerror or str(error), "pass a folder that holds config.json") from error
     except ValueError as error:
         raise _not_a_model(path, f"not JSON: {error}", "download the file again") from error
     if not isinstance(config, dict):
         raise _not_a_model(path, f"it holds a {type(config).__name__}, not an object", "download the file again")
+    _check_sizes(config, path)
     return config
+
+
+def _check_sizes(config: dict[str, Any], path: Path) -> None:
+    """Refuse sizes that no model has, before a class tries to make that many modules; also of parts of the model."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value, path)
+        elif key in _MOST and isinstance(value, int | float) and not 0 <= value <= _MOST[key]:
+            raise _not_a_model(path, f"{key} is {value!r:.40}", f"download the file again; at most {_MOST[key]:,}")
 
 
 def refuse_quantised(source: Source) -> None:

@@ -1,6 +1,5 @@
 """Safetensors, one file or shards. The headers are checked here, the tensors read by safetensors itself."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from transmla.checkpoint.shards import indexed_tensors, shard_of_tensors
-from transmla.checkpoint.store import REDOWNLOAD, TensorInfo, broken_file, broken_tensor
+from transmla.checkpoint.store import REDOWNLOAD, TensorInfo, broken_file, broken_tensor, parsed_json
 from transmla.errors import SourceError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
+MOST_BRACKETS = 3 * 2**20  # three for each tensor; what is parsed takes up to a hundred bytes for each
 
 # by their names in the format: ours, and bytes per value
 STORED_DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4), "F64": ("float64", 8)}
@@ -55,12 +55,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             start = file.read(8)
             header_bytes = int.from_bytes(start, "little")
             _check_header_length(path, start, header_bytes, num_bytes)
-            header = json.loads(file.read(header_bytes))
+            written = file.read(header_bytes)
+        if written.count(b"[") + written.count(b"{") > MOST_BRACKETS:
+            raise ValueError("more tensors than any model has")
+        header = parsed_json(written, MAX_HEADER_BYTES)
         tensors = {name: _tensor_info(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
         data_bytes = max((int(entry["data_offsets"][1]) for n, entry in header.items() if n in tensors), default=0)
     except OSError as error:
         raise broken_file(path, error.strerror or str(error), "check that the file exists and is readable") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise broken_file(path, f"the header is damaged ({type(error).__name__}: {error})") from error
     if 8 + header_bytes + data_bytes > num_bytes:
         last = max(tensors, key=lambda name: header[name]["data_offsets"][1])
@@ -82,6 +85,12 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
     dtype, element_bytes = STORED_DTYPES.get(entry["dtype"], (entry["dtype"].lower(), None))
-    if begin < 0 or min(shape, default=0) < 0 or (element_bytes and end - begin != math.prod(shape) * element_bytes):
+    if not all(type(number) is int for number in (begin, end, *entry["shape"])):
+        raise broken_tensor(path, name, "its shape and place are not whole numbers")
+    if (
+        not 0 <= begin <= end
+        or min(shape, default=0) < 0
+        or (element_bytes and end - begin != math.prod(shape) * element_bytes)
+    ):
         raise broken_tensor(path, name, f"{end - begin} bytes cannot be a {dtype} tensor of shape {list(shape)}")
     return TensorInfo(shape=shape, dtype=dtype, num_bytes=end - begin, file=path.name)

@@ -1,17 +1,18 @@
 """The index file of a sharded checkpoint, the same for safetensors and .bin: tensor name -> shard."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from transmla.checkpoint.store import TensorInfo, first_few
+from transmla.checkpoint.store import TensorInfo, first_few, parsed_json
 from transmla.errors import SourceError
+
+MOST_INDEX_BYTES = 2**27
 
 
 def shard_of_tensors(index: Path) -> dict[str, Path]:
     """Tensor name -> file, from `weight_map`. Every file exists and lies in the folder of the index."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parsed_json(index.read_bytes(), MOST_INDEX_BYTES)["weight_map"]
         if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("weight_map must name one file for each tensor")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -20,10 +21,17 @@ def shard_of_tensors(index: Path) -> dict[str, Path]:
         # by name alone: the hub cache itself is made of links to files elsewhere
         if shard != Path(shard).name or "\\" in shard or shard in ("", ".", ".."):
             raise _index_error(index, "points outside its folder", f"tensor {name} is said to be in {shard!r}")
-    missing = [shard for shard in sorted(set(weight_map.values())) if not (index.parent / shard).is_file()]
+    missing = [shard for shard in sorted(set(weight_map.values())) if not _is_file(index.parent / shard)]
     if missing:
         raise _index_error(index, "names missing shards", f"not in the folder: {first_few(missing)}")
     return {name: index.parent / shard for name, shard in weight_map.items()}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, links in a circle
+        return False
 
 
 def indexed_tensors(

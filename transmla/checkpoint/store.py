@@ -1,14 +1,15 @@
 """What a weight format has to offer, and the errors that all formats share."""
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from transmla.errors import SourceError
+from transmla.errors import SourceError, TransmlaError
 
 # the element types that weights may have
 FLOAT_DTYPES = {
@@ -52,6 +53,33 @@ def readable(path: Path) -> bytes:
     """The content of a small file of a source; `SourceError` where it cannot be read."""
     with source_errors(path):
         return path.read_bytes()
+
+
+def parsed_json(content: bytes | str, most_bytes: int) -> Any:
+    """JSON of a stranger; `ValueError` for what is none, is too long, or nested deeper than anything real."""
+    if len(content) > most_bytes:
+        raise ValueError(f"it has {len(content):,} bytes, and {most_bytes:,} is the most that is read")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+@contextlib.contextmanager
+def understood(where: str) -> Iterator[None]:
+    """Turn whatever values of other types and sizes than expected provoke in libraries into `SourceError`."""
+    try:
+        yield
+    except (TransmlaError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise SourceError(
+            "the model's description cannot be used",
+            where=where,
+            why=f"{type(error).__name__}: {reason[:300]}",
+            remedy="check the file, or download it again; it may be of another version of the model",
+        ) from error
 
 
 @contextlib.contextmanager

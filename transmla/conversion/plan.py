@@ -10,6 +10,7 @@ from typing import Any
 from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
+from transmla.checkpoint.store import understood
 from transmla.checkpoint.write import check_destination
 from transmla.conversion.levels import LEAST_PER_FEATURE
 from transmla.conversion.needs import (
@@ -164,41 +165,42 @@ def plan(
     resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
     opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path)
     where = opened.config_where
-    family = family_of(opened.config, where)
-    refuse_quantised(opened)
-    gqa_geometry(opened.config, where)  # refuses what is missing or impossible before a class fills in its defaults
-    config, model = complete_config(opened.config), skeleton(source_config(opened.config))
-    gqa = gqa_geometry(_filled(opened.config, config), where)
-    facts = attention_facts(family, model, gqa)
-    found = obstacles(config, family, encoded=facts.encoded)
-    form = _form(settings, found, where)
-    candidates = tried_latents(gqa, settings)
-    latent, rope = chosen_sizes(gqa, settings, candidates)
-    divided = divisions(gqa, settings, rotary_dim(config, gqa.head_dim))
-    stock = form == "deepseek_v3"
-    mla = replace(
-        divided[0] if divided else mla_geometry(gqa, latent, rope, settings.q_latent),
-        attention_bias=stock and (facts.biased or facts.output_bias),
-        query_bias=stock and facts.biased,
-    )
-    settings, wanted = settings.for_width(mla.widest), LEAST_PER_FEATURE * mla.widest
-    if settings.q_latent is not None and form != "deepseek_v3":
-        raise GeometryError(
-            "this model keeps its queries as they are",
-            where="--q-latent",
-            why=f"it is written in the form of {family.model_type}: {'; '.join(found) or 'as asked for'}",
-            remedy="leave out --q-latent; it saves no cache",
+    with understood(where):
+        family = family_of(opened.config, where)
+        refuse_quantised(opened)
+        gqa_geometry(opened.config, where)  # refuses what is missing or impossible before a class fills in its defaults
+        config, model = complete_config(opened.config), skeleton(source_config(opened.config))
+        gqa = gqa_geometry(_filled(opened.config, config), where)
+        facts = attention_facts(family, model, gqa)
+        found = obstacles(config, family, encoded=facts.encoded)
+        form = _form(settings, found, where)
+        candidates = tried_latents(gqa, settings)
+        latent, rope = chosen_sizes(gqa, settings, candidates)
+        divided = divisions(gqa, settings, rotary_dim(config, gqa.head_dim))
+        stock = form == "deepseek_v3"
+        mla = replace(
+            divided[0] if divided else mla_geometry(gqa, latent, rope, settings.q_latent),
+            attention_bias=stock and (facts.biased or facts.output_bias),
+            query_bias=stock and facts.biased,
         )
-    _check_tensors(opened, family, model, tied=is_tied(config))
-    dtype = _output_dtype(opened, family, settings.dtype)
-    context, notes = _context(opened, config, form)
-    if settings.context and settings.context > context:
-        raise RecipeError(
-            "the calibration would leave the source's context",
-            where="--context",
-            why=f"{settings.context:,} positions, and the source knows {context:,}",
-            remedy=f"give at most --context {context}",
-        )
+        settings, wanted = settings.for_width(mla.widest), LEAST_PER_FEATURE * mla.widest
+        if settings.q_latent is not None and form != "deepseek_v3":
+            raise GeometryError(
+                "this model keeps its queries as they are",
+                where="--q-latent",
+                why=f"it is written in the form of {family.model_type}: {'; '.join(found) or 'as asked for'}",
+                remedy="leave out --q-latent; it saves no cache",
+            )
+        _check_tensors(opened, family, model, tied=is_tied(config))
+        dtype = _output_dtype(opened, family, settings.dtype)
+        context, notes = _context(opened, config, form)
+        if settings.context and settings.context > context:
+            raise RecipeError(
+                "the calibration would leave the source's context",
+                where="--context",
+                why=f"{settings.context:,} positions, and the source knows {context:,}",
+                remedy=f"give at most --context {context}",
+            )
     if candidates:
         notes.append(
             f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "

@@ -4,6 +4,8 @@ Code that lies in a folder is never run.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +82,32 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
     GGUF files are dequantised, and the rotary scaling that they store is applied.
     """
     device = usable(device)
+    # never the code of a folder, and no question whether to run it
+    options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if source.format != "gguf":
-        corrected = corrections(source.config)
-        model = AutoModelForCausalLM.from_pretrained(str(source.path), dtype=dtype, local_files_only=True, **corrected)
+        with loadable(source):
+            model = AutoModelForCausalLM.from_pretrained(str(source.path), **options, **corrections(source.config))
         return model.to(device).eval()
-    model = AutoModelForCausalLM.from_pretrained(
-        str(source.path.parent), gguf_file=source.path.name, dtype=dtype, local_files_only=True
-    )
+    with loadable(source):
+        model = AutoModelForCausalLM.from_pretrained(str(source.path.parent), gguf_file=source.path.name, **options)
     if source.rope_frequency_factors is not None:  # transformers ignores these
         inv_freq = model.model.rotary_emb.inv_freq
         inv_freq /= torch.tensor(source.rope_frequency_factors)
     return model.to(device).eval()
+
+
+@contextmanager
+def loadable(source: Source) -> Iterator[None]:
+    """`SourceError` for what libraries say of files that they cannot use."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
+        raise SourceError(
+            "the source cannot be loaded",
+            where=str(source.path),
+            why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            remedy="check it with `transmla plan`; code that lies in a folder is never run",
+        ) from error
 
 
 def load_any(name: str | Path, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
