@@ -31,7 +31,8 @@ TIMES = int(os.environ.get("TRANSMLA_FUZZ", "1"))
 TRIED: Counter[str] = Counter()
 STRANGE: st.SearchStrategy[Any] = st.sampled_from(
     [None, True, "", "12", "x" * 1000, "../../etc", [], [1, 2], {}, {"a": []}, -1, 0, 1, 3, 7, 2**31, 2**63, 10**30,
-     1e308, 0.5, -0.0, float("nan"), float("inf"), [[[]]] * 3, {"rope_type": "yarn"}, {"rope_type": 3}, {"rope_theta": "a"}]
+     1e308, 0.5, -0.0, float("nan"), float("inf"), [[[]]] * 3, {"rope_type": "yarn"}, {"rope_type": 3},
+     {"rope_theta": "a"}]
 )  # fmt: skip
 
 
@@ -145,12 +146,13 @@ def test_safetensors_header(source: Path, victim: Path, data: st.DataObject) -> 
     (length,) = struct.unpack("<Q", content[:8])
     header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
     names = [name for name in header if name != "__metadata__"]
+    first = header[names[0]]["data_offsets"]
     for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)):
         key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
         value = data.draw(
             st.one_of(
                 STRANGE, st.lists(st.integers(-(2**70), 2**70), max_size=5),
-                st.sampled_from(["F64", "I32", "F8_E4M3", "Q9", header[names[0]]["data_offsets"]]),
+                st.sampled_from(["F64", "I32", "F8_E4M3", "Q9", first]),
             )
         )  # fmt: skip
         if key is None:

@@ -16,7 +16,8 @@ from transmla.checkpoint.gguf.config import (
     family_of_gguf,
     unsupported_gguf,
 )
-from transmla.checkpoint.store import REDOWNLOAD, TensorInfo, broken_file, broken_tensor
+from transmla.checkpoint.gguf.header import check_header
+from transmla.checkpoint.store import REDOWNLOAD, TensorInfo, broken_file, broken_tensor, source_errors, understood
 from transmla.errors import SourceError
 from transmla.families import Family
 
@@ -55,6 +56,10 @@ class GgufStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         reader = _open(path)
+        with understood(f"{path} (metadata)"):
+            self._describe(reader, path)
+
+    def _describe(self, reader: "GGUFReader", path: Path) -> None:
         self.family = family_of_gguf(reader, path)
         self.config = config_of_gguf(reader, path, self.family)
         self._blocks: dict[str, _Blocks] = {}
@@ -91,7 +96,8 @@ class GgufStore:
         return self._dequantised(name, self._mapped(self._blocks[name])[index.numpy()])
 
     def _mapped(self, blocks: _Blocks) -> np.ndarray[Any, Any]:
-        return np.memmap(self._path, np.uint8, mode="r", offset=blocks.offset, shape=blocks.shape_in_bytes)
+        with source_errors(self._path), understood(str(self._path)):
+            return np.memmap(self._path, np.uint8, mode="r", offset=blocks.offset, shape=blocks.shape_in_bytes)
 
     def _dequantised(self, name: str, data: np.ndarray[Any, Any]) -> torch.Tensor:
         from gguf import GGMLQuantizationType, dequantize
@@ -127,10 +133,11 @@ class GgufStore:
 def _open(path: Path) -> "GGUFReader":
     from gguf import GGUFReader
 
-    with path.open("rb") as file:
+    with source_errors(path), path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise broken_file(path, "it does not start with the letters GGUF", "pass a .gguf file or a model folder")
     try:
+        check_header(path)
         reader = GGUFReader(path)
     except Exception as error:  # the reader checks no bounds: whatever a short or damaged file provokes
         why = f"truncated or damaged ({type(error).__name__}: {error})"
