@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import transmla
-from tests.families import MakeSource, lively_source
+from tests.families import lively_source
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.read import open_source
 from transmla.errors import SourceError, TransmlaError
@@ -277,6 +277,7 @@ def test_pickles_are_never_run(victim: Path, tmp_path: Path, form: str) -> None:
     assert target.exists(), "it would have been"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch wonders about protocols
 @fuzz(60)
 @given(st.data())
 def test_bin(victim: Path, data: st.DataObject) -> None:
@@ -318,15 +319,46 @@ def test_tokenizer(source: Path, victim: Path, data: st.DataObject) -> None:
     outcome("tokenizer", lambda: tokenizer(open_source(victim)))
 
 
+def test_code_in_a_folder_of_our_own_is_never_run(
+    source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converted folder and its form for training name code in auto_map, which somebody may have replaced."""
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "n")
+    settings: dict[str, Any] = {
+        "refine": "off",
+        "theta": 100.0,
+        "tokens": 64,
+        "window": 16,
+        "calibration": str(text_file),
+    }
+    transmla.convert(str(source), tmp_path / "mla", latent=8, rope=4, **settings)
+    transmla.unfold(tmp_path / "mla", tmp_path / "train")
+    for folder in (tmp_path / "mla", tmp_path / "train"):
+        (folder / "modeling_transmla.py").write_text(CODE.format(target=str(tmp_path / "was run")))
+    assert {check.name: check.passed for check in transmla.verify(tmp_path / "train").checks}["hashes"] is False
+    transmla.fold(tmp_path / "train", tmp_path / "folded", text=str(text_file))
+    transmla.evaluate(tmp_path / "mla", windows=2, length=16)
+    transmla.doctor(tmp_path / "mla")
+    next(iter(transmla.generate(tmp_path / "mla", "Once", max_new_tokens=2)))
+    assert not asked and not (tmp_path / "was run").exists()
+    assert "open(" not in (tmp_path / "folded" / "modeling_transmla.py").read_text()[:200]
+
+
 CODE = "open({target!r}, 'w').close()\n"
 
 
 @pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("model_type", ["llama", "stranger"])
 def test_code_in_a_folder_is_never_run(
-    lively: MakeSource, text_file: Path, victim: Path, tmp_path: Path, where: str, model_type: str
+    text_file: Path, victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, model_type: str
 ) -> None:
-    """Nor is anybody asked: standard input would be waited for."""
+    """Nor is anybody asked."""
+
+    def asked(*_: Any) -> str:
+        raise AssertionError("it asks")
+
+    monkeypatch.setattr("builtins.input", asked)
     target = tmp_path / "was run"
     (victim / "evil.py").write_text(CODE.format(target=str(target)))
     auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from transmla.conversion.plan import Plan
 def model_card(planned: Plan, sections: dict[str, Any]) -> str:
     """Markdown; sections are those of transmla.json."""
     gqa, mla, heldout = planned.gqa, planned.mla, sections["heldout"]
-    name = planned.resolved.name if planned.resolved.revision else planned.resolved.path.name
+    name = shown(planned.resolved.name if planned.resolved.revision else planned.resolved.path.name)
     return f"""# {name}, converted to multi-head latent attention
 
 Converted by transmla from {name}. {_refined(sections)} The licence is that of the source model.
@@ -27,6 +28,11 @@ Converted by transmla from {name}. {_refined(sections)} The licence is that of t
 {_STOCK if planned.form == "deepseek_v3" else _own(planned)}{_begin(sections)}- \
 `transmla.json` says what this was made from, with which text, and the loss of every layer.
 """
+
+
+def shown(name: str) -> str:
+    """A name of a file or dataset in Markdown: one line, nothing that HTML or a table would take for its own."""
+    return html.escape(" ".join(name.split()), quote=False).replace("|", r"\|").replace("`", "'")
 
 
 _STOCK = """## Use

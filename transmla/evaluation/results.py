@@ -65,7 +65,7 @@ def read_results_and_timings(paths: Iterable[Path]) -> tuple[list[Result], list[
 def _content(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _no_result(path, str(error)) from error
 
 

@@ -16,6 +16,7 @@ from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.provenance import FILE_NAME, portable, read_provenance, versions
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
+from transmla.conversion.card import shown
 from transmla.healing.curves import LOG_FILE, PLOT_FILE, healing_curve, write_curve
 from transmla.healing.prepare import TEXTS
 from transmla.healing.student import with_adapters
@@ -115,12 +116,12 @@ def _merged(unfolded: Path, trained: dict[str, Tensor], lora: int | None) -> Any
 
 def _card(entry: dict[str, Any]) -> str:
     rows = "\n".join(
-        f"| {text} | {entry['before'][text]['recovery']:.1%} | {entry['after'][text]['recovery']:.1%} |"
+        f"| {shown(text)} | {entry['before'][text]['recovery']:.1%} | {entry['after'][text]['recovery']:.1%} |"
         for text in entry["after"]
     )
     return f"""## Healed
 
-Distilled from the source on {entry["tokens"]:,} tokens ({entry["settings"]["data"]}), {entry["steps"]:,} steps;
+Distilled from the source on {entry["tokens"]:,} tokens ({shown(entry["settings"]["data"])}), {entry["steps"]:,} steps;
 trained weights: {entry["settings"]["train"]}. Recovery is the perplexity of the source over that of the model, on
 held-out windows. The training curves are in `{LOG_FILE}` and `{PLOT_FILE}`.
 

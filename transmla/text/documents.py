@@ -151,7 +151,15 @@ def _renderer(tokenizer: Any) -> Callable[[dict[str, Any], str], tuple[str, bool
                     why=f"rows have {MESSAGES}, which a template turns into text",
                     remedy=f"use data with a `{TEXT_COLUMN}` column, or a model with a chat template",
                 )
-            return str(tokenizer.apply_chat_template(row[MESSAGES], tokenize=False)), True
+            try:  # in the sandbox of transformers, where a template cannot reach anything but the messages
+                return str(tokenizer.apply_chat_template(row[MESSAGES], tokenize=False)), True
+            except Exception as error:  # whatever a template provokes
+                raise DataError(
+                    "the chat template of the tokenizer fails",
+                    where=name,
+                    why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                    remedy=f"check the {MESSAGES} of the data, or use data with a `{TEXT_COLUMN}` column",
+                ) from error
         raise DataError(
             "a row has no text",
             where=name,

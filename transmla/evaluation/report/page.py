@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transmla.checkpoint.destination import disk_errors
+from transmla.checkpoint.destination import disk_errors, write_whole
 from transmla.errors import DataError
 from transmla.evaluation.report import plots, sections
 from transmla.evaluation.report.sections import Picture
@@ -36,17 +37,31 @@ def report(
             why="no file of `transmla eval` was given",
             remedy="give at least one; files of `transmla bench` are shown beside it",
         )
-    drawn = _figures(found, timings, read_published(published))
-    page = _page(found, timings, drawn)
-    with disk_errors(Path(out)):
-        Path(out).write_text(page, encoding="utf-8")
-    if pictures is not None:
-        with disk_errors(Path(pictures)):
-            Path(pictures).mkdir(parents=True, exist_ok=True)
-            for name, (_, figure) in drawn.items():
-                figure.savefig(Path(pictures) / f"{name}.png", dpi=150, facecolor="white")
-                figure.savefig(Path(pictures) / f"{name}.svg")
+    with plain_labels():
+        _write(found, timings, published, Path(out), None if pictures is None else Path(pictures))
     return Path(out)
+
+
+@contextlib.contextmanager
+def plain_labels() -> Iterator[None]:
+    """Names of models and files are no formulas, whatever characters they have."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
+def _write(
+    found: list[Result], timings: list[Result], published: str | Path | None, out: Path, pictures: Path | None
+) -> None:
+    drawn = _figures(found, timings, read_published(published))
+    write_whole(out, _page(found, timings, drawn))
+    if pictures is not None:
+        with disk_errors(pictures):
+            pictures.mkdir(parents=True, exist_ok=True)
+            for name, (_, figure) in drawn.items():
+                figure.savefig(pictures / f"{name}.png", dpi=150, facecolor="white")
+                figure.savefig(pictures / f"{name}.svg")
 
 
 def _figures(
