@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from transmla.checkpoint.destination import MARKER
+from transmla.checkpoint.destination import COMPLETE, JOURNAL, MARKER, exclusive, lock_partial, write_whole
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.errors import DestinationError
@@ -202,3 +202,64 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, tensors):
     with pytest.raises(DestinationError, match=r"in the way[^$]*out\.partial"):
         write(tmp_path / "out", tensors)
     assert (tmp_path / "out.partial" / "thesis.txt").is_file()
+
+
+def test_an_empty_folder_that_a_kill_left_is_taken(tmp_path, tensors):
+    (tmp_path / "out.partial").mkdir()
+    write(tmp_path / "out", tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("left", ["complete, not named", "named, not cleared"])
+def test_a_kill_around_the_final_name(tmp_path, tensors, left):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    write(out, tensors)
+    (out / JOURNAL).mkdir()
+    (out / JOURNAL / "settings.json").write_text("{}")
+    (out / COMPLETE).touch()
+    if left == "complete, not named":
+        out.rename(partial)
+        write(out, tensors)  # its own marker is taken up again
+    else:
+        with pytest.raises(DestinationError, match="exists already"):
+            check_destination(out)
+    assert not partial.exists() and {path.name for path in out.iterdir()} == {"model.safetensors"}
+
+
+def test_a_journal_is_removed_at_once(tmp_path, monkeypatch):
+    """A kill while its files are deleted leaves no half of it to go on from."""
+    lock = lock_partial(tmp_path / "out")
+    Journal(tmp_path / "out", {}).save("step", {"a": torch.ones(1)})
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Journal(tmp_path / "out", {"other": 1}, restart=True)
+    monkeypatch.undo()
+    lock.close()
+    lock_partial(tmp_path / "out").close()
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [MARKER]
+
+
+def test_two_exports_to_one_name(tmp_path):
+    with exclusive(tmp_path / "out.gguf") as folder:
+        (folder / "made.gguf").touch()
+        with pytest.raises(DestinationError, match="in use"), exclusive(tmp_path / "out.gguf"):
+            raise AssertionError("not reached")
+        assert (folder / "made.gguf").is_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_beside_a_finished_file_is_cleared(tmp_path):
+    (tmp_path / "out.gguf").touch()
+    (tmp_path / "out.gguf.partial").mkdir()
+    (tmp_path / "out.gguf.partial" / MARKER).touch()
+    with pytest.raises(DestinationError, match="exists already"):
+        check_destination(tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_a_small_file_is_written_whole(tmp_path, monkeypatch):
+    write_whole(tmp_path / "a.json", "old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(DestinationError, match="Input/output"):
+        write_whole(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

@@ -114,3 +114,18 @@ def test_a_step_that_was_being_written_when_killed_is_not_there(destination: Pat
     assert subprocess.run(command, check=False).returncode == -9
     journal = Journal(destination, SETTINGS)
     assert "first" in journal and "second" not in journal
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "a bit", "settings"])
+def test_damage_is_found(destination: Path, damage: str) -> None:
+    journal = Journal(destination, SETTINGS)
+    journal.save("step", {"a": torch.randn(64)}, {"loss": 0.5})
+    path = journal.folder / ("settings.json" if damage == "settings" else "step.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 4
+    path.write_bytes({"cut": content[:-9], "empty": b"", "a bit": bytes(content), "settings": b'{"theta'}[damage])
+    message = "settings is in the way" if damage == "settings" else "is damaged"
+    with pytest.raises(DestinationError, match=message) as caught:
+        Journal(destination, SETTINGS).load("step")
+    assert "--restart" in caught.value.remedy
+    assert Journal(destination, SETTINGS, restart=True).load("step") is None

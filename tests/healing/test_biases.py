@@ -1,5 +1,6 @@
 """Healing a deepseek_v3 folder with biases: trained where they belong, folded as before."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ def converted(
     request: pytest.FixtureRequest, lively: MakeSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("biases") / "mla"
+    shutil.copytree(lively(model_type="qwen2"), folder.with_name("model"))  # where heal finds it
     transmla.convert(
-        str(lively(model_type="qwen2")), folder, latent=8, rope=4, refine="off", calibration=str(text_file),
+        str(folder.with_name("model")), folder, latent=8, rope=4, refine="off", calibration=str(text_file),
         tokens=1024, window=64, q_latent=request.param,
     )  # fmt: skip
     return folder

@@ -45,7 +45,9 @@ def test_a_head_gives_the_logits_of_its_model(pair: tuple[Path, Path]) -> None:
 def test_healing(pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     """On what the source writes: whoever comes nearer to it predicts that better as well."""
     _, folder = pair
-    report = transmla.heal(folder, tmp_path / "out", data="self", **SETTINGS | {"rate": 3e-4} | changes)
+    report = transmla.heal(
+        folder, tmp_path / "out", source=str(source), data="self", **SETTINGS | {"rate": 3e-4} | changes
+    )
     (text,) = report.texts
     assert report.after[text]["divergence"] < report.before[text]["divergence"]
     made = transmla.model.loading.load(tmp_path / "out")

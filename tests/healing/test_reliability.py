@@ -1,0 +1,145 @@
+"""What healing takes of the disk, whom it stands in the way of, and what it goes on from."""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import transmla
+from tests.families import MakeSource
+from transmla.checkpoint.destination import JOURNAL, lock_partial
+from transmla.errors import DestinationError, GateError
+from transmla.healing.needs import disk_bytes
+from transmla.healing.train import Told
+from transmla.healing.weights import open_trainable
+from transmla.recipe import Healing
+
+SETTINGS: dict[str, Any] = {
+    "tokens": 3072, "window": 64, "batch": 2, "heldout": 2, "evaluations": 3, "rate": 2e-2, "precision": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(lively: MakeSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source, its conversion and a text."""
+    folder = tmp_path_factory.mktemp("reliable")
+    # larger than its tokenizer, so that weights are what is counted
+    shutil.copytree(lively(hidden=192), folder / "source")
+    shutil.copy(text_file, folder / "text.txt")
+    transmla.convert(
+        str(folder / "source"), folder / "mla", latent=12, rope=4, refine="off", calibration=str(text_file),
+        tokens=256, window=64, theta=100.0,
+    )  # fmt: skip
+    return folder
+
+
+def heal(inputs: Path, out: Path, **others: Any) -> Any:
+    settings = SETTINGS | {"data": str(inputs / "text.txt"), "source": str(inputs / "source")} | others
+    return transmla.heal(inputs / "mla", out, **settings)
+
+
+def interrupted(inputs: Path, out: Path) -> None:
+    def interrupt(at: str, done: int, *_: Any) -> None:
+        if at == "heal" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        heal(inputs, out, progress=interrupt)
+
+
+def test_restart_does_not_touch_a_heal_that_is_running(inputs: Path, tmp_path: Path) -> None:
+    interrupted(inputs, tmp_path / "out")
+    kept = tmp_path / "out.partial" / JOURNAL / "unfolded" / "model.safetensors"
+    assert kept.is_file()
+    lock = lock_partial(tmp_path / "out")  # as the other process holds it
+    with pytest.raises(DestinationError, match="in use"):
+        heal(inputs, tmp_path / "out", restart=True)
+    assert kept.is_file()
+    lock.close()
+
+
+def test_it_does_not_go_on_from_another_parent(inputs: Path, tmp_path: Path) -> None:
+    """Converted anew to the same folder: of the same name and size, and with the same time."""
+    folder = tmp_path / "inputs"
+    shutil.copytree(inputs, folder)
+    interrupted(folder, tmp_path / "out")
+    weights = folder / "mla" / "model.safetensors"
+    stat = weights.stat()
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DestinationError, match=r"differs in files\.model\.safetensors"):
+        heal(folder, tmp_path / "out")
+    shutil.copy(inputs / "mla" / "model.safetensors", weights)  # of another time, and the same
+    (folder / "text.txt").write_text("another text " * 500)
+    with pytest.raises(DestinationError, match="differs in texts"):
+        heal(folder, tmp_path / "out")
+    shutil.copy(inputs / "text.txt", folder / "text.txt")
+    assert heal(folder, tmp_path / "out").destination.is_dir()
+
+
+@pytest.mark.parametrize("others", [{}, {"lora": 2}, {"train": "all"}])
+def test_disk_is_foretold(inputs: Path, tmp_path: Path, others: dict[str, Any]) -> None:
+    """More than is ever taken, and not several times as much."""
+    most, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            files = [path for path in tmp_path.rglob("*.*") if path.suffix in (".safetensors", ".pt", ".npy")]
+            sizes = []
+            for path in files:
+                try:
+                    sizes.append(path.stat().st_size)
+                except OSError:
+                    continue
+            most[0] = max(most[0], sum(sizes))
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with contextlib.suppress(GateError):  # whether it helps is not the question here
+            heal(inputs, tmp_path / "out", **others)
+    finally:
+        ended.set()
+        watcher.join()
+    foretold = disk_bytes(open_trainable(inputs / "mla"), Healing(**SETTINGS | others)) - 32 * 2**20
+    assert most[0] <= foretold <= 4 * most[0], (most[0], foretold)
+
+
+def test_a_loss_that_is_not_finite_ends_it() -> None:
+    told = Told(lambda *_: None)
+
+    class State:
+        global_step = 7
+
+    told.on_log(None, State, None, logs={"loss": 1.0})
+    with pytest.raises(GateError, match="healing did not help") as caught:
+        told.on_log(None, State, None, logs={"loss": float("nan")})
+    assert caught.value.where == "step 7" and "lower --rate" in caught.value.remedy
+
+
+def test_nothing_is_left_of_a_run_that_ends_so(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(self: Any, *_: Any, **__: Any) -> torch.Tensor:
+        weight = next(weight for weight in self.model.parameters() if weight.requires_grad)
+        return (weight * torch.nan).sum()
+
+    monkeypatch.setattr("transmla.healing.train.Healer.training_step", nothing)
+    with pytest.raises(GateError, match="the loss is nan"):
+        heal(inputs, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_provenance_says_what_was_written(inputs: Path, tmp_path: Path) -> None:
+    heal(inputs, tmp_path / "out")
+    files = json.loads((tmp_path / "out" / "transmla.json").read_text())["files"]
+    assert "model.safetensors" in files and transmla.verify(tmp_path / "out").passed
