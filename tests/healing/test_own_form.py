@@ -44,7 +44,7 @@ def test_a_head_gives_the_logits_of_its_model(pair: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("changes", [{}, {"train": "all", "hidden": 0.1}, {"lora": 4}], ids=str)
 def test_healing(pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     """On what the source writes: whoever comes nearer to it predicts that better as well."""
-    _, folder = pair
+    source, folder = pair
     report = transmla.heal(
         folder, tmp_path / "out", source=str(source), data="self", **SETTINGS | {"rate": 3e-4} | changes
     )
@@ -59,12 +59,12 @@ def test_healing(pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any
 
 def test_two_processes_heal_like_one(lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int) -> None:
     """With everything sharded, the norms on queries and keys, which are vectors, as well."""
-    folder = tmp_path / "mla"
+    folder, source = tmp_path / "mla", str(lively(model_type="qwen3", layers=2))
     transmla.convert(
-        str(lively(model_type="qwen3", layers=2)), folder, latent=8, rope=4, refine="off", calibration=str(text_file),
+        source, folder, latent=8, rope=4, refine="off", calibration=str(text_file),
         tokens=1024, window=64,
     )  # fmt: skip
-    options = json.dumps(SETTINGS | {"data": "self", "rate": 3e-4})
+    options = json.dumps(SETTINGS | {"source": source, "data": "self", "rate": 3e-4})
     launch(PROGRAM, [str(folder), str(tmp_path / "one"), options], 1, 0)
     launch(SHARDED + PROGRAM, [str(folder), str(tmp_path / "two"), options], 2, free_port, **SHARDING)
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)

@@ -23,7 +23,7 @@ from transmla.healing.weights import open_trainable
 from transmla.recipe import Healing
 
 SETTINGS: dict[str, Any] = {
-    "tokens": 3072, "window": 64, "batch": 2, "heldout": 2, "evaluations": 3, "rate": 2e-2, "precision": "float32",
+    "tokens": 3072, "window": 64, "batch": 2, "heldout": 2, "evaluations": 3, "rate": 3e-3, "precision": "float32",
 }  # fmt: skip
 
 
