@@ -1,8 +1,8 @@
 """The counts of docs/reliability.md, from what tests/conversion/faults.py and tests/checkpoint/test_untrusted.py print.
 
-    python -m tests.conversion.faults FOLDER kill:convert:0:1 full:convert:0:1 ... > faults.jsonl
-    TRANSMLA_FUZZ=8 pytest -s tests/checkpoint/test_untrusted.py > inputs.txt
-    python benchmarks/reliability.py faults.jsonl inputs.txt
+python -m tests.conversion.faults FOLDER kill:convert:0:1 full:convert:0:1 ... > faults.jsonl
+TRANSMLA_FUZZ=8 pytest -s tests/checkpoint/test_untrusted.py > inputs.txt
+python benchmarks/reliability.py faults.jsonl inputs.txt
 """
 
 import ast
@@ -15,7 +15,8 @@ from pathlib import Path
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- counts: benchmarks/reliability.py -->", "<!-- end -->"
 WORDS = {
-    "kill": "killed", "full": "fails: disk full", "broken": "fails: input/output error", "denied": "fails: not permitted",
+    "kill": "killed", "full": "fails: disk full", "broken": "fails: input/output error",
+    "denied": "fails: not permitted",
     "random": "killed at any moment",
 }  # fmt: skip
 
@@ -28,7 +29,9 @@ def faults(paths: list[Path]) -> list[str]:
             heading = line
             found[heading["scenario"], heading["action"]] = (heading, Counter())
         else:
-            wrong = line["again"] not in ("resumed", "was complete") or line["result"].startswith(("traceback", "a wrong"))
+            wrong = line["again"] not in ("resumed", "was complete") or line["result"].startswith(
+                ("traceback", "a wrong")
+            )
             found[heading["scenario"], heading["action"]][1]["wrong" if wrong else line["again"]] += 1
     for (scenario, action), (heading, count) in found.items():
         operations = "" if action == "random" else f"{heading['operations']}"

@@ -5,6 +5,7 @@ docs/reliability.md has the counts. TRANSMLA_FUZZ multiplies the number of input
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -33,7 +34,7 @@ STRANGE: st.SearchStrategy[Any] = st.sampled_from(
     [None, True, "", "12", "x" * 1000, "../../etc", [], [1, 2], {}, {"a": []}, -1, 0, 1, 3, 7, 2**31, 2**63, 10**30,
      1e308, 0.5, -0.0, float("nan"), float("inf"), [[[]]] * 3, {"rope_type": "yarn"}, {"rope_type": 3},
      {"rope_theta": "a"}]
-)  # fmt: skip
+).map(copy.deepcopy)  # fmt: skip
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:

@@ -113,7 +113,7 @@ def test_disk_is_foretold(inputs: Path, tmp_path: Path, others: dict[str, Any]) 
         ended.set()
         watcher.join()
     foretold = disk_bytes(open_trainable(inputs / "mla"), Healing(**SETTINGS | others)) - 32 * 2**20
-    assert most[0] <= foretold <= 4 * most[0], (most[0], foretold)
+    assert most[0] <= foretold <= 8 * most[0], (most[0], foretold)
 
 
 def test_a_loss_that_is_not_finite_ends_it() -> None:

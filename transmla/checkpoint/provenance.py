@@ -76,7 +76,8 @@ def write_provenance(writer: "CheckpointWriter", **sections: Any) -> None:
 
     Its section `files` has the SHA-256 of every file that is there by now, for `transmla verify`.
     """
-    content = {"format": FORMAT, **sections, "files": writer.file_hashes()}
+    files = {name: found for name, found in writer.file_hashes().items() if name != FILE_NAME}
+    content = {"format": FORMAT, **sections, "files": files}
     writer.write_json(FILE_NAME, portable(content))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
 from transmla.checkpoint.hashes import file_hashes
-from transmla.checkpoint.provenance import FILE_NAME, portable, read_provenance, versions
+from transmla.checkpoint.provenance import FILE_NAME, portable, read_provenance, versions, write_provenance
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.conversion.card import shown
@@ -84,6 +84,8 @@ def write_healed(
     writer.write_json(LOG_FILE, curve)
     with disk_errors(writer.partial / PLOT_FILE):
         write_curve(curve, writer.partial / PLOT_FILE)
+    sections.pop("format", None)
+    write_provenance(writer, **sections)  # once more: card and curves are of this run
     writer.commit()
 
 
