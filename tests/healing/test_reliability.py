@@ -18,7 +18,7 @@ from tests.families import MakeSource
 from transmla.checkpoint.destination import JOURNAL, lock_partial
 from transmla.errors import DestinationError, GateError
 from transmla.healing.needs import disk_bytes
-from transmla.healing.train import Told
+from transmla.healing.train import Told, last_checkpoint
 from transmla.healing.weights import open_trainable
 from transmla.recipe import Healing
 
@@ -143,3 +143,17 @@ def test_the_provenance_says_what_was_written(inputs: Path, tmp_path: Path) -> N
     heal(inputs, tmp_path / "out")
     files = json.loads((tmp_path / "out" / "transmla.json").read_text())["files"]
     assert "model.safetensors" in files and transmla.verify(tmp_path / "out").passed
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", None])
+def test_a_checkpoint_that_was_being_removed_is_none(tmp_path: Path, gone: str | None) -> None:
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).write_text("x")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    if gone is not None:
+        (tmp_path / "checkpoint-4" / gone).unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{2 if gone else 4}")
+    assert (tmp_path / "checkpoint-4").exists() == (gone is None)

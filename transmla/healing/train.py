@@ -230,15 +230,30 @@ class Healer(Trainer):
 def last_checkpoint(folder: Path) -> str | None:
     """The path of the newest complete checkpoint in `folder`, or None.
 
-    Incomplete checkpoints are deleted. They have no readable trainer_state.json, which is written last.
+    Incomplete checkpoints are deleted. They have no readable trainer_state.json, which is written last, or lack another
+    part, if a kill came while an old one was removed.
     """
     by_step = {}
     for path in folder.glob("checkpoint-*"):
         try:
-            by_step[json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"]] = path
+            step = json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"]
+            if not _is_whole(path):
+                raise ValueError("a kill came while it was removed")
+            by_step[step] = path
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path, ignore_errors=True)
     return str(by_step[max(by_step)]) if by_step else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether weights, optimizer, schedule and random numbers are there."""
+    names = [path.name for path in checkpoint.iterdir() if path.is_file() or any(path.iterdir())]
+    parts = (("model", "adapter_model", "pytorch_model"), ("optimizer",), ("scheduler",), ("rng_state",))
+    if not all(any(name.startswith(part) for name in names) for part in parts):
+        return False
+    index = checkpoint / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
+    return shards <= set(names)
 
 
 def whole_tensors(trainer: Trainer, names: set[str]) -> dict[str, Tensor]:
