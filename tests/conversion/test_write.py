@@ -38,7 +38,7 @@ def test_the_output_explains_itself(lively: MakeSource, run: Convert) -> None:
     source = lively()
     report = run(source, latent=16, rope=8, seed=5)
     made = json.loads((report.destination / "transmla.json").read_text("utf-8"))
-    assert made["source"]["name"] == str(source) and made["source"]["revision"] is None
+    assert made["source"]["name"] == source.name and made["source"]["revision"] is None
     assert made["source"]["files"] == {"model.safetensors": digest(source)}
     assert made["recipe"] | {"latent": 16, "rope": 8, "seed": 5, "window": 64, "dtype": "float32"} == made["recipe"]
     assert made["geometry"]["gqa"]["num_key_value_heads"] == 2 and made["geometry"]["mla"]["kv_lora_rank"] == 16

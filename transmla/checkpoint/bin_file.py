@@ -76,5 +76,9 @@ def _check_container(path: Path) -> None:
     if not start.startswith(b"PK\x03\x04"):
         why = "it is not in the zip format of torch 1.6: reading it would need unpickling code"
         raise broken_file(path, why, _TO_SAFETENSORS)
-    if not zipfile.is_zipfile(path):
+    try:
+        whole = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # damaged in a way that is seen this early
+        whole = False
+    if not whole:
         raise broken_file(path, "truncated: the zip directory at its end is missing")
