@@ -128,12 +128,11 @@ def main() -> None:
     name = f"{args.recipe}-{config['num_hidden_layers']}-{args.shrink}"
     source = args.work / name
     make_source(source, config)
-    settings = {
-        "source": str(source.resolve()), "destination": str(args.work.resolve() / f"{name}-mla"), "latent": args.latent, "rope": args.rope,
-        "tokens": args.tokens, "refine": args.refine, "theta": args.theta, "restart": True,
-    }  # fmt: skip
+    target = args.work.resolve() / f"{name}-mla"
+    settings = {"source": str(source.resolve()), "destination": str(target), "restart": True, "refine": args.refine}
+    settings |= {"latent": args.latent, "rope": args.rope, "tokens": args.tokens, "theta": args.theta}
     settings = {key: value for key, value in settings.items() if value is not None}
-    shutil.rmtree(settings["destination"], ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
     result = args.work.resolve() / "report.json"
     environment = os.environ | {"PYTHONPATH": str(args.checkout.resolve())}
     command = [sys.executable, "-c", CHILD, json.dumps(settings), str(result)]
