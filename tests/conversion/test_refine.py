@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.made import QUICK, Convert
 from tests.families import THETA, MakeSource
-from transmla.cli.show.conversion import show_conversion
 from transmla.conversion.levels import Descent, Refinement
+from transmla.conversion.show import show_conversion
 from transmla.text.windows import calibration_tokens, shuffled
 
 

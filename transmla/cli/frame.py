@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from transmla.cli.help import OTHERS, Command, Option
 from transmla.errors import TransmlaError
 
 EPILOG = (
@@ -19,11 +20,42 @@ EPILOG = (
 )
 
 
-def option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
-    return click.option(*names, show_default=True, **kwargs)
+def command(name: str, *examples: str) -> Callable[[Any], click.Command]:
+    """Decorator of a command with examples."""
+    return click.command(name, cls=Command, epilog=EPILOG, examples=examples)
 
 
-device = option("--device", default="cpu", metavar="DEVICE", help="Where to compute: cpu, cuda or cuda:1.")
+def option(*names: str, group: str = OTHERS, **kwargs: Any) -> Callable[[Any], Any]:
+    """An option that shows its default, under a heading of the help."""
+    return click.option(*names, cls=Option, group=group, show_default=True, **kwargs)
+
+
+def found_device(_: click.Context, __: click.Parameter, name: str) -> str:
+    if name != "auto":
+        return name
+    from transmla.devices import best
+
+    return best()
+
+
+device = option(
+    "--device",
+    default="cpu",
+    metavar="DEVICE",
+    callback=found_device,
+    help="Where to compute: cpu, cuda, cuda:1; auto: a GPU if there is one.",
+    group="Machine",
+)
+quiet = option("-q", "--quiet", is_flag=True, help="Show no progress.", group="Output")
+as_json = option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Print the result as JSON instead of tables (put it last then); with FILE, write it there beside them.",
+    group="Output",
+)
 
 
 @contextmanager
@@ -105,3 +137,48 @@ def write_file(name: str, text: str) -> None:
 
     with disk_errors(Path(name)):
         Path(name).write_text(text, encoding="utf-8")
+
+
+def emit(content: Callable[[], Any], json_file: str | None, tables: Callable[[], None]) -> None:
+    """What a command has found: tables, or JSON as `as_json` says.
+
+    content: gives plain values;  tables: prints
+    """
+    if json_file == "-":
+        click.echo(_json(content()))
+        return
+    tables()
+    if json_file is not None:
+        write_file(json_file, _json(content()) + "\n")
+
+
+def _json(content: Any) -> str:
+    import json
+
+    return json.dumps(content, indent=2, allow_nan=False, default=str)
+
+
+def source_of(model: str, against: str | None) -> str | None:
+    """What `--against` means: the source that the provenance of MODEL names where nothing is given, none for "none"."""
+    if against == "none":
+        return None
+    if against is not None:
+        return against
+    from pathlib import Path
+
+    from transmla.checkpoint.provenance import FILE_NAME, read_provenance
+    from transmla.checkpoint.resolve import resolve
+
+    if not (Path(model) / FILE_NAME).is_file():
+        return None
+    found = read_provenance(Path(model))["source"]
+    name = str(found["name"])
+    try:
+        resolve(name, found.get("revision"), headers_only=True)
+    except TransmlaError:
+        click.echo(
+            f"note: its source, {name}, is not here; without --against there is nothing to compare with", err=True
+        )
+        return None
+    click.echo(f"against {name}, which MODEL was made from", err=True)
+    return name

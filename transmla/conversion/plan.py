@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
@@ -41,6 +43,7 @@ from transmla.model.skeleton import (
     source_frequencies,
 )
 from transmla.recipe import Recipe, find_recipe, load_recipe
+from transmla.tables import Shown
 from transmla.targets.engines import EngineVerdict, engine_verdicts
 from transmla.targets.own import obstacles, own_config
 from transmla.targets.stock import deepseek_v3_config
@@ -71,7 +74,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """Everything that is known before a weight is read.
 
     config:    of the source, with the defaults of its class
@@ -136,6 +139,11 @@ class Plan:
                 for split in self.splits
             ],
         }
+
+    def show(self, console: Console) -> None:
+        from transmla.conversion.show_plan import show_plan
+
+        show_plan(self, console)
 
 
 def plan(

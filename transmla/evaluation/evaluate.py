@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from transmla.checkpoint.provenance import FILE_NAME, commit, read_provenance, versions
 from transmla.devices import usable
 from transmla.errors import RecipeError
@@ -23,10 +25,11 @@ from transmla.geometry import CACHE_BITS
 from transmla.model.loading import load_tokenizer
 from transmla.progress import Progress, silent
 from transmla.recipe import Recipe
+from transmla.tables import Shown
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
+class EvaluationReport(Shown):
     """What was measured, as plain values (see results.schema.json), and the comparison of the two models.
 
     source and comparison are None without `against`.
@@ -72,6 +75,11 @@ class EvaluationReport:
         }
         found: dict[str, Any] = _without_nan(content)
         return found
+
+    def show(self, console: Console) -> None:
+        from transmla.evaluation.show import show_evaluation
+
+        show_evaluation(self, console)
 
 
 def evaluate(

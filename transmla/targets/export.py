@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.gguf.types import GGUF_TYPES
 from transmla.checkpoint.gguf.vocab import read_vocab
@@ -12,6 +14,7 @@ from transmla.checkpoint.gguf.write import check_gguf_destination, find_quantise
 from transmla.checkpoint.read import Source, open_source
 from transmla.errors import UnsupportedError
 from transmla.progress import Progress, silent
+from transmla.tables import Shown
 from transmla.targets.gguf import ARCHITECTURE, gguf_settings, gguf_tensors
 from transmla.targets.padding import write_padded
 from transmla.targets.stock import expected_tensors, flat_rotary
@@ -20,7 +23,7 @@ TARGETS = ("gguf", "vllm")
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Shown):
     """What `export` has written.
 
     path:             the file or folder
@@ -37,6 +40,11 @@ class ExportReport:
     num_bytes: int
     values_per_token: tuple[int, int]
     quantiser: str | None
+
+    def show(self, console: Console) -> None:
+        from transmla.targets.show_export import show_export
+
+        show_export(self, console)
 
 
 def export(

@@ -54,7 +54,7 @@ class GgufStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        reader = _open(path)
+        reader = open_gguf(path)
         self.family = family_of_gguf(reader, path)
         self.config = config_of_gguf(reader, path, self.family)
         self._blocks: dict[str, _Blocks] = {}
@@ -124,7 +124,8 @@ class GgufStore:
         )
 
 
-def _open(path: Path) -> "GGUFReader":
+def open_gguf(path: Path) -> "GGUFReader":
+    """The reader of a file, headers read; `SourceError` if it is damaged."""
     from gguf import GGUFReader
 
     with path.open("rb") as file:

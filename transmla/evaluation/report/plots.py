@@ -19,8 +19,16 @@ GREY = "#8a8a8a"
 HIGHEST = 30
 
 
-def frontier(rows: list[FrontierRow]) -> Figure:
-    """Perplexity against cache bytes per token, both logarithmic; what lies above HIGHEST is only counted."""
+def frontier(
+    rows: list[FrontierRow],
+    labels: dict[str, str] | None = None,
+    places: dict[str, tuple[float, float]] | None = None,
+) -> Figure:
+    """Perplexity against cache bytes per token, both logarithmic; what lies above HIGHEST is only counted.
+
+    labels: what stands at a point, by the name of its row; None: the name, the best of each kind and size alone
+    places: where, in points from the point
+    """
     figure, axes = _axes()
     above = sum(row.ratio > HIGHEST for row in rows)
     rows = [row for row in rows if row.ratio <= HIGHEST]
@@ -42,6 +50,7 @@ def frontier(rows: list[FrontierRow]) -> Figure:
         if group in ("source, quantised", "converted"):
             best = _best_by_size(part)
             axes.plot(list(best), list(best.values()), color=colour, linewidth=1)
+    _name_points(axes, rows, labels, places or {})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     highest = max(row.ratio for row in rows)
@@ -56,6 +65,23 @@ def frontier(rows: list[FrontierRow]) -> Figure:
     title = f"{above} more above {HIGHEST} times the source" if above else None
     axes.legend(frameon=False, labelcolor=GREY, title=title).get_title().set_color(GREY)
     return figure
+
+
+def _name_points(
+    axes: Any, rows: list[FrontierRow], labels: dict[str, str] | None, places: dict[str, tuple[float, float]]
+) -> None:
+    """Names at points; without labels those of the best of each kind at each size, so that they can be read."""
+    if labels is None:
+        best: dict[tuple[str, str, float], FrontierRow] = {}
+        for row in sorted(rows, key=lambda row: -row.ratio):
+            best[row.source, row.group, row.bytes_per_token] = row
+        labels = {row.name: row.name.removesuffix(", as stored") for row in best.values()}
+    for row in rows:
+        if row.name in labels:
+            axes.annotate(
+                labels[row.name], (row.bytes_per_token, row.ratio), xytext=places.get(row.name, (6, 5)),
+                textcoords="offset points", fontsize=7.5, color=GREY,
+            )  # fmt: skip
 
 
 def _best_by_size(rows: list[FrontierRow]) -> dict[float, float]:
