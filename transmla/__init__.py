@@ -66,11 +66,18 @@ _PUBLIC = {
     "unfold": "transmla.targets.fold",
 }
 
+# calls that an extra of the same name has the packages of
+_EXTRAS = ("heal", "report")
+
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
+        if name in _EXTRAS:
+            from transmla.extras import needs
+
+            needs(name, f"`{name}`")
         return getattr(import_module(_PUBLIC[name]), name)
     if name == "__version__":
         from importlib import metadata

@@ -5,13 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transmla
 from transmla.cli import main
@@ -247,6 +249,26 @@ def test_no_word_is_broken_at_80_columns(converted: Path, monkeypatch: pytest.Mo
         broken = {word for word in seen[80].split() if word.isalpha()} - set(re.findall(r"\w+", seen[200]))
         assert broken <= {"fix", "time", "to", "the", "first", "token", "and", "floor", "in", "a", "wider", "window",
                           "or", "with"}, broken  # fmt: skip
+
+
+def test_a_step_wrecks_the_folded_form_and_trains_the_unfolded_one(converted: Path, tmp_path: Path) -> None:
+    """What README, card and docs warn of: the stock class says nothing."""
+    transmla.unfold(converted, tmp_path / "train")
+    text = (resources.files("transmla.data") / "stories.txt").read_text("utf-8")[:4000]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(converted)(text).input_ids[:512]).view(2, 256)
+
+    def step(model: Any) -> tuple[float, float]:
+        before = model(ids, labels=ids).loss
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        before.backward()
+        optimizer.step()
+        with torch.no_grad():
+            return float(before), float(model(ids, labels=ids).loss)
+
+    before, after = step(AutoModelForCausalLM.from_pretrained(converted))
+    assert after > before + 1
+    same, better = step(transmla.load(tmp_path / "train"))
+    assert same == pytest.approx(before, rel=1e-3) and better < same
 
 
 def test_the_package_says_what_it_has() -> None:

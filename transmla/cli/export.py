@@ -23,7 +23,9 @@ from transmla.cli.frame import as_json, command, emit, errors, option, quiet, qu
 @option(
     "--type",
     type=click.Choice(GGUF_TYPES),
-    help="Of the GGUF weights; from q6_k on with llama.cpp's own quantiser, if that is installed. [default: bf16]",
+    metavar="TYPE",
+    help=f"Of the GGUF weights: {', '.join(GGUF_TYPES)}; from q6_k on with llama.cpp's own quantiser, if that is "
+    "installed. [default: bf16]",
 )
 @option(
     "--size",

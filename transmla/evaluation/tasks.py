@@ -10,6 +10,7 @@ from typing import Any
 
 from transmla.errors import DataError
 from transmla.evaluation.perplexity import standard_error
+from transmla.extras import needs
 
 NEEDLE = "niah_single_1"
 
@@ -85,6 +86,7 @@ def run_tasks(
 
 def check_tasks(names: Sequence[str], include_path: str | None) -> None:
     """Raise `DataError` for a name that lm-eval does not know, before anything is measured."""
+    needs("eval", "--tasks")
     from lm_eval.tasks import TaskManager
 
     _check(names, TaskManager(include_path=include_path).all_tasks)

@@ -44,7 +44,8 @@ def push(
     looks like an access token, and `DestinationError` if the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError as ConnectionFailed  # type: ignore[attr-defined]
 
     folder = Path(model)
     read_provenance(folder)  # refuses what is not ours
@@ -70,7 +71,7 @@ def push(
             "log in with `hf auth login`, with a token that may write there" if status in (401, 403) else "try again"
         )
         raise _refused(repository, (str(error).splitlines() or [""])[0], remedy) from error
-    except (OSError, HTTPError) as error:
+    except (OSError, ConnectionFailed) as error:
         raise _refused(repository, f"{type(error).__name__}: {error}", "check the connection and try again") from error
     return str(done.commit_url)
 
