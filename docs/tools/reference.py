@@ -49,21 +49,21 @@ CACHES = {
     "TransMLA (FreqFold 4), 96+32, no training": "TransMLA's conversion, 96 + 32, without training",
 }
 ON_GPU = "**converted, 96 + 32**, `fast`, healed on 8M tokens (GPU)"
-# what the picture says at a point, and where: right, above, below
+# what the picture says at a point
 LABELS = {
-    "source, as stored": ("source, bf16", (-34, 9)),
-    "source, 8 bits": ("source, 8 bits", (-26, -13)),
-    "source, 4 bits": ("source, 4 bits", (-20, -13)),
-    "source, 2 bits": ("source, 2 bits", (8, 0)),
-    "smollm2-160-32-full, as stored": ("160+32", (-14, 9)),
-    "smollm2-160-32-full, 8 bits": ("160+32, 8 bits", (-62, 8)),
-    "smollm2-160-32-full, 4 bits": ("160+32, 4 bits", (-70, -14)),
-    "smollm2-96-32-full, as stored": ("96+32", (7, 3)),
-    "smollm2-96-32-healed, 8 bits": ("96+32 healed, 8 bits", (-20, 9)),
-    "smollm2-96-32-healed, 4 bits": ("96+32 healed, 4 bits", (-60, 9)),
-    "smollm2-96-32-healed, 2 bits": ("96+32 healed, 2 bits", (7, 3)),
-    "smollm2-32-16-full, as stored": ("32+16", (8, 0)),
-    "TransMLA (FreqFold 4), 96+32, no training": ("TransMLA 96+32, no training", (-118, -3)),
+    "source, as stored": "source, bf16",
+    "source, 8 bits": "source, 8 bits",
+    "source, 4 bits": "source, 4 bits",
+    "source, 2 bits": "source, 2 bits",
+    "smollm2-160-32-full, as stored": "160+32",
+    "smollm2-160-32-full, 8 bits": "160+32, 8 bits",
+    "smollm2-160-32-full, 4 bits": "160+32, 4 bits",
+    "smollm2-96-32-full, as stored": "96+32",
+    "smollm2-96-32-healed, 8 bits": "96+32 healed, 8 bits",
+    "smollm2-96-32-healed, 4 bits": "96+32 healed, 4 bits",
+    "smollm2-96-32-healed, 2 bits": "96+32 healed, 2 bits",
+    "smollm2-32-16-full, as stored": "32+16",
+    "TransMLA (FreqFold 4), 96+32, no training": "TransMLA 96+32, no training",
 }
 TEXTS = {
     "160 + 32, `fast`": "smollm2-160-32-fast", "160 + 32, `full`": "smollm2-160-32-full",
@@ -335,11 +335,8 @@ def draw_frontier(out: Path) -> None:
     from transmla.evaluation.report import plots
 
     rows = [row for row in frontier() if row.name in LABELS]
-    figure = plots.frontier(rows, {name: label for name, (label, _) in LABELS.items()}, dict(LABELS_AT))
+    figure = plots.frontier(rows, LABELS)
     figure.savefig(out, dpi=150, facecolor="white")
-
-
-LABELS_AT = {name: place for name, (_, place) in LABELS.items()}
 
 
 def write() -> None:
