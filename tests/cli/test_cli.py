@@ -1,6 +1,7 @@
 """The command line: help, errors with their exit codes, and that each command is the documented Python call."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -275,3 +276,49 @@ def test_the_package_says_what_it_has() -> None:
     assert transmla.__version__ == metadata.version("transmla")
     assert set(transmla.__all__) <= set(dir(transmla))
     assert all(getattr(transmla, name) is not None for name in transmla.__all__)
+
+
+def test_options_that_messages_name_exist() -> None:
+    """Of this program; the others belong to other programs."""
+    known = {name for command in main.commands.values() for parameter in command.params for name in parameter.opts}
+    others = {
+        "--merge",
+        "--model-impl",
+        "--always",
+        "--exclude",
+        "--abbrev",
+        "--dirty",
+        "--version",
+        "--help",
+        "--num_processes",
+        "--model-path",
+        "--model",
+        "--prompt",
+    }
+    for path in sorted(Path(transmla.__file__).parent.rglob("*.py")):
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text("utf-8")))
+        assert named <= known | others, f"{path.name}: {named - known - others}"
+    assert "--context" in run("bench", "x", "--context", "0").stderr
+
+
+def test_tasks_say_nothing_of_their_own(converted: Path, tmp_path: Path) -> None:
+    """stderr of a process: other libraries write there, and git where there is no repository."""
+    rows = [{"query": "Once upon a", "choices": [" time", " fish"], "gold": 0}] * 2
+    (tmp_path / "tiny.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tiny.yaml").write_text(f"""task: tiny_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "tiny.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list: [{{metric: acc}}]
+""")
+    command = [sys.executable, "-m", "transmla", "eval", str(converted), "--against", "none", "--windows", "1"]
+    options = ["--length", "16", "--tasks", "tiny_choices", "--include-path", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(Path(transmla.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run([*command, *options], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 0 and "tiny_choices" in found.stdout, found.stderr
+    said = [line for line in found.stderr.splitlines() if line]
+    assert all(line.startswith(("tinystories-valid mla", "tasks mla: tiny_choices")) for line in said), said

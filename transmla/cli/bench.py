@@ -91,8 +91,8 @@ def bench_command(model: str, against: str | None, json_file: str | None, quiet:
         from transmla.cli.progress import progress
         from transmla.evaluation.show_bench import show_bench
 
-        for name in ("contexts", "batches"):
-            given[name] = integers(given[name], f"--{name}")
+        for name, shown in (("contexts", "--context"), ("batches", "--batch")):
+            given[name] = integers(given[name], shown)
         with progress(quiet) as update:
             report = transmla.bench(model, source_of(model, against), progress=update, **given)
         emit(report.plain, json_file, lambda: show_bench(report, Console()))

@@ -145,7 +145,7 @@ def eval_command(model: str, against: str | None, json_file: str | None, quiet: 
     with errors():
         import transmla
 
-        quiet_libraries(bars=not quiet)
+        quiet_libraries(bars=False)
         from rich.console import Console
 
         from transmla.cli.progress import progress

@@ -97,18 +97,20 @@ def is_first_process() -> bool:
 
 
 def quiet_libraries(bars: bool = True) -> None:
-    """Only what this program says itself; bars: progress bars of libraries may show (those of lm-eval)."""
+    """Only what this program says itself; bars: progress bars of libraries may show (downloads)."""
     import logging
     import warnings
 
     if not bars:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("torch", "gguf"):
+    for name in ("torch", "gguf", "lm_eval", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
