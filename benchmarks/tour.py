@@ -1,4 +1,4 @@
-"""Run the commands that README.md shows and put their output into it.
+"""Run the commands that README.md and docs/ show and put their output into them.
 
     python benchmarks/tour.py [--smollm2 FOLDER --text VALID --calibration TRAIN] [--keep DIR]
 
@@ -17,7 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 # block -> commands; those of the 135M model find it and its texts by these names in the folder that they run in
 STORIES = {
@@ -85,7 +86,8 @@ def main() -> None:
             text = "\n".join(run(command, folder.resolve()) for command in commands)
             pattern = re.compile(rf"<!-- {block} -->.*?<!-- end -->", re.DOTALL)
             filled = f"<!-- {block} -->\n```text\n{text.rstrip()}\n```\n<!-- end -->"
-            README.write_text(pattern.sub(lambda _, new=filled: new, README.read_text()))
+            for page in PAGES:
+                page.write_text(pattern.sub(lambda _, new=filled: new, page.read_text()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -80,7 +81,7 @@ def _lively(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
 def watched(command: list[str], environment: dict[str, str], log: Path) -> dict[str, Any]:
     """Run a command; its resident memory in GiB, once a second at first, less often later, and its peak."""
     started, curve, every = time.monotonic(), [], 1.0
-    with log.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr) as process:
+    with log.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr, cwd=log.parent) as process:
         seen = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -127,12 +128,12 @@ def main() -> None:
     name = f"{args.recipe}-{config['num_hidden_layers']}-{args.shrink}"
     source = args.work / name
     make_source(source, config)
-    settings = {
-        "source": str(source), "destination": str(args.work / f"{name}-mla"), "latent": args.latent, "rope": args.rope,
-        "tokens": args.tokens, "refine": args.refine, "theta": args.theta, "restart": True,
-    }  # fmt: skip
+    target = args.work.resolve() / f"{name}-mla"
+    settings = {"source": str(source.resolve()), "destination": str(target), "restart": True, "refine": args.refine}
+    settings |= {"latent": args.latent, "rope": args.rope, "tokens": args.tokens, "theta": args.theta}
     settings = {key: value for key, value in settings.items() if value is not None}
-    result = args.work / "report.json"
+    shutil.rmtree(target, ignore_errors=True)
+    result = args.work.resolve() / "report.json"
     environment = os.environ | {"PYTHONPATH": str(args.checkout.resolve())}
     command = [sys.executable, "-c", CHILD, json.dumps(settings), str(result)]
     found = watched(command, environment, args.work / f"{name}.log")

@@ -45,7 +45,8 @@ def own(names: set[str]) -> set[str]:
 
 # From the ground up: a room imports what is on floors below its own, and what is on its own floor only of itself.
 FLOORS = (
-    ("errors", "progress"),
+    ("errors", "progress", "tables"),
+    ("extras",),
     ("settings",),
     ("families", "geometry", "recipe"),
     ("maths", "devices"),

@@ -29,6 +29,11 @@ def usable(name: str | torch.device, dtype: torch.dtype = torch.float32) -> torc
     return device
 
 
+def best() -> str:
+    """ "cuda" where torch finds a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def narrow_dtype(device: torch.device) -> torch.dtype | None:
     """torch.bfloat16 if the hardware of `device` multiplies it, None if it would be emulated."""
     if device.type == "cuda":

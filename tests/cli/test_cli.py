@@ -1,14 +1,20 @@
 """The command line: help, errors with their exit codes, and that each command is the documented Python call."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from importlib import metadata, resources
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transmla
 from transmla.cli import main
@@ -134,3 +140,185 @@ def test_out_of_memory_is_said_in_words(converted: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("transmla.evaluation.evaluate.evaluate", wrong)
     assert isinstance(run("eval", converted).exception, RuntimeError)
+
+
+@pytest.mark.parametrize("command", [None, *main.commands])
+def test_help_fits_80_columns(command: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(*([command] if command else []), "--help")
+    assert result.exit_code == 0 and max(map(len, result.stdout.splitlines())) <= 80
+    assert command or "..." not in result.stdout.replace("[ARGS]...", ""), "no sentence is cut off"
+    assert command is None or "\nExamples:\n  " in result.stdout
+
+
+def test_commands_are_in_order_of_use() -> None:
+    text = run("--help").stdout
+    places = [text.index(f"\n  {name} ") for name in ("plan", "convert", "heal", "eval", "doctor", "unfold", "recipes")]
+    assert places == sorted(places)
+
+
+def test_options_stand_under_headings() -> None:
+    text = run("convert", "--help").stdout
+    assert text.index("Size of the cache:") < text.index("--latent") < text.index("Calibration text:")
+    assert text.index("--tokens") < text.index("Machine:") < text.index("--device")
+
+
+def test_too_few_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("convert", "stories260k", "--tokens", "100")
+    assert result.exit_code == 7 and "--tokens 1024" in result.output and list(tmp_path.iterdir()) == []
+    mixed = run("plan", "stories260k", "--recipe", "smoke")
+    assert mixed.exit_code == 0
+
+
+def test_json_means_the_same_everywhere(converted: Path, tmp_path: Path) -> None:
+    file = tmp_path / "made.json"
+    given = {
+        "plan": ["stories260k"], "doctor": [converted], "recipes": [], "families": [],
+        "convert": ["stories260k", tmp_path / "out", "--dry-run"], "export": [converted, tmp_path / "m.gguf"],
+        "eval": [converted, "--windows", "2", "--length", "32", "-q"],
+        "bench": [converted, "--context", "8", "--steps", "1", "--repeats", "1", "-q"],
+    }  # fmt: skip
+    for command, arguments in given.items():
+        alone = run(command, *arguments, "--json")
+        assert alone.exit_code == 0 and json.loads(alone.stdout), command
+        (tmp_path / "m.gguf").unlink(missing_ok=True)
+        beside = run(command, *arguments, "--json", file)
+        assert beside.exit_code == 0 and type(json.loads(file.read_text())) is type(json.loads(alone.stdout)), command
+        assert beside.stdout and not beside.stdout.startswith(("{", "[")), command
+
+
+def test_the_source_is_found_in_the_provenance(converted: Path, tmp_path: Path) -> None:
+    given = ("--windows", "2", "--length", "32", "-q", "--json")
+    found = run("eval", converted, *given)
+    assert "against stories260k" in found.stderr
+    assert json.loads(found.stdout)["source"]["name"] == "stories260k"
+    alone = run("eval", converted, "--against", "none", *given)
+    assert json.loads(alone.stdout)["source"] is None
+    moved = tmp_path / "moved"
+    shutil.copytree(converted, moved)
+    provenance = json.loads((moved / "transmla.json").read_text())
+    provenance["source"]["name"] = "./was-here"
+    (moved / "transmla.json").write_text(json.dumps(provenance))
+    result = run("eval", moved, *given)
+    assert "was-here, is not here" in result.stderr and json.loads(result.stdout)["source"] is None
+
+
+def test_doctor_on_a_file_and_on_a_source(converted: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    transmla.export(converted, file, type="q8_0")
+    found = transmla.doctor(file)
+    assert (found.form, found.geometry, found.values_per_token, found.dtype) == ("gguf", "24+8", 32, "q8_0")
+    assert [verdict.engine for verdict in found.engines if verdict.accepts] == ["llama.cpp"]
+    source = transmla.doctor("stories260k")
+    assert (source.form, source.engines) == ("source", transmla.plan("stories260k").engines)
+    assert "not converted" in run("doctor", "stories260k").stdout
+    assert run("doctor", tmp_path / "none").exit_code == 3
+    assert run("doctor", tmp_path / "none.gguf").exit_code == 3
+
+
+def test_prompts_keep_their_spacing(converted: Path) -> None:
+    for prompt in ("Once upon", "Once upon a time,"):
+        pieces = transmla.generate(converted, prompt, max_new_tokens=8, temperature=0)
+        assert next(pieces).startswith(" "), "a word of its own"
+
+
+def test_reports_print_as_their_tables(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    for command, report in (("plan", transmla.plan("stories260k")), ("doctor", transmla.doctor(converted))):
+        name = "stories260k" if command == "plan" else converted
+        printed = [line.rstrip() for line in run(command, name).stdout.splitlines()]
+        assert str(report).splitlines() == printed
+        assert "<pre" in report._repr_html_() and "llama.cpp" in report._repr_html_()
+    assert "Plan(" in repr(transmla.plan("stories260k"))
+
+
+def test_no_word_is_broken_at_80_columns(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for args in (
+        ("plan", "llama"), ("doctor", converted), ("recipes",), ("families",),
+        ("eval", converted, "-q", "--windows", "2", "--length", "32", "--quantised", "8,4"),
+        ("bench", converted, "-q", "--context", "8,64", "--steps", "1", "--repeats", "1"),
+    ):  # fmt: skip
+        if args[0] == "plan":
+            args = ("plan", "stories260k")
+        seen = {}
+        for columns in (80, 200):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            seen[columns] = run(*args).stdout
+        assert max(len(line.rstrip()) for line in seen[80].splitlines()) <= 80
+        # numbers are measured anew
+        broken = {word for word in seen[80].split() if word.isalpha()} - set(re.findall(r"\w+", seen[200]))
+        assert broken <= {"fix", "time", "to", "the", "first", "token", "and", "floor", "in", "a", "wider", "window",
+                          "or", "with"}, broken  # fmt: skip
+
+
+def test_a_step_wrecks_the_folded_form_and_trains_the_unfolded_one(converted: Path, tmp_path: Path) -> None:
+    """What README, card and docs warn of: the stock class says nothing."""
+    transmla.unfold(converted, tmp_path / "train")
+    text = (resources.files("transmla.data") / "stories.txt").read_text("utf-8")[:4000]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(converted)(text).input_ids[:512]).view(2, 256)
+
+    def step(model: Any) -> tuple[float, float]:
+        before = model(ids, labels=ids).loss
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        before.backward()
+        optimizer.step()
+        with torch.no_grad():
+            return float(before), float(model(ids, labels=ids).loss)
+
+    before, after = step(AutoModelForCausalLM.from_pretrained(converted))
+    assert after > before + 1
+    same, better = step(transmla.load(tmp_path / "train"))
+    assert same == pytest.approx(before, rel=1e-3) and better < same
+
+
+def test_the_package_says_what_it_has() -> None:
+    assert transmla.__version__ == metadata.version("transmla")
+    assert set(transmla.__all__) <= set(dir(transmla))
+    assert all(getattr(transmla, name) is not None for name in transmla.__all__)
+
+
+def test_options_that_messages_name_exist() -> None:
+    """Of this program; the others belong to other programs."""
+    known = {name for command in main.commands.values() for parameter in command.params for name in parameter.opts}
+    others = {
+        "--merge",
+        "--model-impl",
+        "--always",
+        "--exclude",
+        "--abbrev",
+        "--dirty",
+        "--version",
+        "--help",
+        "--num_processes",
+        "--model-path",
+        "--model",
+        "--prompt",
+    }
+    for path in sorted(Path(transmla.__file__).parent.rglob("*.py")):
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text("utf-8")))
+        assert named <= known | others, f"{path.name}: {named - known - others}"
+    assert "--context" in run("bench", "x", "--context", "0").stderr
+
+
+def test_tasks_say_nothing_of_their_own(converted: Path, tmp_path: Path) -> None:
+    """stderr of a process: other libraries write there, and git where there is no repository."""
+    rows = [{"query": "Once upon a", "choices": [" time", " fish"], "gold": 0}] * 2
+    (tmp_path / "tiny.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tiny.yaml").write_text(f"""task: tiny_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "tiny.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list: [{{metric: acc}}]
+""")
+    command = [sys.executable, "-m", "transmla", "eval", str(converted), "--against", "none", "--windows", "1"]
+    options = ["--length", "16", "--tasks", "tiny_choices", "--include-path", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(Path(transmla.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run([*command, *options], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 0 and "tiny_choices" in found.stdout, found.stderr
+    said = [line for line in found.stderr.splitlines() if line]
+    assert all(line.startswith(("tinystories-valid mla", "tasks mla: tiny_choices")) for line in said), said

@@ -130,9 +130,9 @@ def test_disk_is_checked_before_anything_is_read(
 
 def test_recipe_gives_way_to_arguments(lively: MakeSource, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
-    recipe.write_text(f'source = "{lively()}"\nlatent = 20\nrope = 4\ntokens = 999\n', encoding="utf-8")
+    recipe.write_text(f'source = "{lively()}"\nlatent = 20\nrope = 4\ntokens = 9999\n', encoding="utf-8")
     planned = plan(str(lively(kv_heads=6)), recipe=recipe, rope=8)
-    assert (planned.mla.kv_lora_rank, planned.mla.qk_rope_head_dim, planned.recipe.tokens) == (20, 8, 999)
+    assert (planned.mla.kv_lora_rank, planned.mla.qk_rope_head_dim, planned.recipe.tokens) == (20, 8, 9999)
     assert planned.resolved.path == lively(kv_heads=6)
 
 

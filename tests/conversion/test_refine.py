@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conversion.made import QUICK, Convert
 from tests.families import THETA, MakeSource
-from transmla.cli.show.conversion import show_conversion
 from transmla.conversion.levels import Descent, Refinement
+from transmla.conversion.show import show_conversion
 from transmla.text.windows import calibration_tokens, shuffled
 
 
@@ -36,7 +36,7 @@ def test_a_refinement_that_is_no_gain_is_said_to_be_none(
 ) -> None:
     report = run(lively(), theta=THETA, refine="fast", refinement=Refinement(descent))
     written = io.StringIO()
-    show_conversion(report, 0, Console(file=written, width=200))
+    show_conversion(report, Console(file=written, width=200))
     assert end in written.getvalue() and "discarded, since it is no better" in written.getvalue()
     assert "Closed form, no gradient steps" in (report.destination / "README.md").read_text("utf-8")
     plain = run(lively(), "plain", theta=THETA)

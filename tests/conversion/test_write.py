@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 from tests.conversion.made import EXACT, Convert, digest, logits, weights
@@ -52,6 +53,11 @@ def test_the_output_explains_itself(lively: MakeSource, run: Convert) -> None:
     assert made["heldout"]["source"] == report.heldout.source
     card = (report.destination / "README.md").read_text("utf-8")
     assert "16 + 8" in card and "for inference" in card.lower() and "no gradient steps" in card
+    head, body = yaml.safe_load(card.split("---\n")[1]), card.split("---\n", 2)[2]
+    assert head["library_name"] == "transformers" and "transmla" in head["tags"] and "base_model" not in head
+    assert body.index("Do not train") < body.index("## Use"), "said first"
+    assert "llama-server -m OUT.gguf" in card and "vllm serve" not in card, "only what runs this size"
+    assert "4-bit" in card and "Not run by vLLM (GPU)" in card and str(report.destination.parent) not in card
 
 
 def test_everything_that_goes_along(lively: MakeSource, run: Convert, text_file: Path) -> None:

@@ -91,8 +91,13 @@ def test_biases_have_no_place_in_an_export(lively: MakeSource, text_file: Path, 
 
 
 def test_what_is_no_converted_folder(converted: Path, lively: MakeSource, tmp_path: Path) -> None:
+    assert transmla.doctor(lively()).form == "source", "planned"
+    other = tmp_path / "other"
+    shutil.copytree(lively(), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(UnsupportedError, match="not a converted model"):
-        transmla.doctor(lively())
+        transmla.doctor(other)
     with pytest.raises(UnsupportedError, match="not a converted folder"):
         transmla.export(lively(), tmp_path / "model.gguf")
     damaged = tmp_path / "damaged"

@@ -7,48 +7,76 @@ from typing import Any
 
 import click
 
-from transmla.cli.frame import EPILOG, device, errors, is_first_process, number, option, quiet_libraries
+from transmla.cli.frame import (
+    as_json,
+    command,
+    device,
+    emit,
+    errors,
+    is_first_process,
+    number,
+    option,
+    quiet,
+    quiet_libraries,
+)
 from transmla.recipe import BEGIN, CALIBRATION, DTYPES, FORMATS, REFINE_LEVELS, TOKENS
 
 
-def geometry_options(command: Any) -> Any:
+def geometry_options(decorated: Any) -> Any:
     for decorate in (
-        option("--recipe", metavar="R", help="Name of an installed recipe, or a TOML file."),
+        option(
+            "--recipe",
+            metavar="R",
+            help="Name of an installed recipe, or a TOML file.",
+            group="Size of the cache",
+        ),
         option(
             "--total",
             type=click.IntRange(min=1),
             metavar="N",
             help="kv_lora_rank + qk_rope_head_dim, where --latent, --rope or both are not given.",
+            group="Size of the cache",
         ),
         option(
             "--rope",
             metavar="DIM",
             help="qk_rope_head_dim: cached rotary values per token and layer, an even number; auto: the division of "
             "--total with the smallest measured error. [default: depends on SRC, see `plan`]",
+            group="Size of the cache",
         ),
         option(
             "--q-latent",
             type=int,
             metavar="RANK",
             help="q_lora_rank: rank of a latent for the queries, as in DeepSeek-V3. [default: no such latent]",
+            group="Size of the cache",
         ),
         option(
             "--budget",
             metavar="X%",
             help="With --latent auto: the largest increase of perplexity on held-out calibration text.",
+            group="Size of the cache",
         ),
         option(
             "--latent",
             metavar="RANK",
             help="kv_lora_rank: cached latent values per token and layer; auto: the smallest within --budget. "
             "[default: the largest engine-friendly size that saves at least half of the cache]",
+            group="Size of the cache",
         ),
     ):
-        command = decorate(command)
-    return command
+        decorated = decorate(decorated)
+    return decorated
 
 
-@click.command("convert", epilog=EPILOG)
+@command(
+    "convert",
+    "transmla convert stories260k",
+    "transmla convert llama-3-8b OUT --device cuda --dry-run",
+    "transmla convert SRC OUT --latent 512 --refine full",
+    "transmla convert SRC OUT --calibration wikitext+mine.jsonl:2",
+    "transmla convert SRC OUT --latent auto --budget 2%",
+)
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
 @geometry_options
@@ -58,6 +86,7 @@ def geometry_options(command: Any) -> Any:
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
     "wikitext, synthetic, continued, code, stories (they ship with the program) or self (sampled from SRC); A:3+B "
     f"mixes three to one. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
+    group="Calibration text",
 )
 @option(
     "--refine",
@@ -65,12 +94,14 @@ def geometry_options(command: Any) -> Any:
     help="Gradient refinement on the calibration text after the closed form; full takes eight times the steps of "
     "fast, on "
     "three times the text. [default: fast]",
+    group="Fit",
 )
 @option(
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
     help="Windows per step of the refinement. Processes share them, so at most N processes are busy. [default: 1]",
+    group="Fit",
 )
 @option(
     "--tokens",
@@ -78,6 +109,7 @@ def geometry_options(command: Any) -> Any:
     metavar="N",
     help="Total calibration tokens, at least two windows of each text. "
     f"[default: with --refine off {TOKENS['off']}, fast {TOKENS['fast']}, full {TOKENS['full']}]",
+    group="Calibration text",
 )
 @option(
     "--sampled",
@@ -85,13 +117,21 @@ def geometry_options(command: Any) -> Any:
     metavar="N",
     help="Additional tokens that SRC itself writes, as continuations of the text; SRC must fit into memory. "
     "[default: 0]",
+    group="Calibration text",
 )
-@option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per calibration window. [default: 1024]")
+@option(
+    "--window",
+    type=click.IntRange(min=8),
+    metavar="N",
+    help="Tokens per calibration window. [default: 1024]",
+    group="Calibration text",
+)
 @option(
     "--begin",
     type=click.Choice(BEGIN),
     help="Calibration windows that start with the begin token, where the tokenizer of SRC puts one first. "
     "[default: half]",
+    group="Calibration text",
 )
 @option(
     "--context",
@@ -100,41 +140,68 @@ def geometry_options(command: Any) -> Any:
     help="Half of the windows skip positions in their middle, up to N, so that distances beyond the window count "
     "as well; "
     "1: none does. [default: the context of SRC, at most 8192]",
+    group="Calibration text",
 )
 @option(
     "--theta",
     metavar="X",
     help="rope_theta of the result; auto measures a few values on a few layers. [default: auto]",
+    group="Fit",
 )
-@option("--dtype", type=click.Choice(DTYPES), help="Dtype of the written weights; auto: that of SRC. [default: auto]")
+@option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Dtype of the written weights; auto: that of SRC. [default: auto]",
+    group="Result",
+)
 @option(
     "--format",
     type=click.Choice(FORMATS),
     help="deepseek_v3: for stock engines; transmla: the class of SRC with latent attention, for transformers; auto: "
     "deepseek_v3 where it can express SRC exactly. [default: auto]",
+    group="Result",
 )
 @device
-@option("--seed", type=int, help="Seed for the order of windows, their gaps and sampled text. [default: 0]")
+@option(
+    "--seed",
+    type=int,
+    help="Seed for the order of windows, their gaps and sampled text. [default: 0]",
+    group="Fit",
+)
 @option(
     "--offload",
     type=click.FloatRange(min=0),
     metavar="GIB",
     help="Keep calibration activations in a file beside DST if a process needs more than GIB for them. "
     "[default: half of the free memory]",
+    group="Machine",
 )
 @option(
     "--block-layers",
     type=click.IntRange(min=1),
     metavar="N",
     help="Layers that are refined together. [default: all that fit into half of the free memory]",
+    group="Fit",
 )
-@option("--restart", is_flag=True, help="Delete an unfinished conversion to DST instead of resuming it.")
-@option("--dry-run", is_flag=True, help="Show the plan and check DST, but write nothing.")
-@option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@option(
+    "--restart",
+    is_flag=True,
+    help="Delete an unfinished conversion to DST instead of resuming it.",
+    group="Result",
+)
+@option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the plan and check DST, but write nothing.",
+    group="Result",
+)
+@as_json
+@quiet
 def convert_command(
     source: str,
     destination: str | None,
     dry_run: bool,
+    json_file: str | None,
     quiet: bool,
     device: str,
     offload: float | None,
@@ -155,8 +222,8 @@ def convert_command(
         from rich.console import Console
 
         from transmla.cli.progress import progress
-        from transmla.cli.show.conversion import show_conversion
-        from transmla.cli.show.plan import show_plan
+        from transmla.conversion.show import show_conversion
+        from transmla.conversion.show_plan import show_plan
 
         given["theta"] = number(given["theta"], "--theta")
         sizes(given)
@@ -166,8 +233,10 @@ def convert_command(
 
             planned = transmla.plan(source, **given)
             target = destination or default_destination(planned)
-            show_plan(transmla.plan(source, target, **given), console)
-            console.print(f"would write {target}", highlight=False)
+            checked = transmla.plan(source, target, **given)
+            emit(checked.summary, json_file, lambda: show_plan(checked, console))
+            if json_file != "-":
+                console.print(f"would write {target}", highlight=False)
             return
         with progress(quiet or not is_first_process()) as update:
             report = transmla.convert(
@@ -181,7 +250,7 @@ def convert_command(
                 **given,
             )
         if is_first_process():
-            show_conversion(report, _peak_memory(), console)
+            emit(report.summary, json_file, lambda: show_conversion(report, console, _peak_memory()))
 
 
 def sizes(given: dict[str, Any]) -> dict[str, Any]:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
-from transmla.cli.frame import EPILOG, errors, option, quiet_libraries
+from transmla.cli.frame import as_json, command, emit, errors, quiet_libraries
 
 
-@click.command("doctor", epilog=EPILOG)
+@command("doctor", "transmla doctor OUT", "transmla doctor OUT.gguf", "transmla doctor SRC")
 @click.argument("model", metavar="MODEL")
-@option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def doctor_command(model: str, as_json: bool) -> None:
+@as_json
+def doctor_command(model: str, json_file: str | None) -> None:
     """Say for each inference engine whether it runs the folder MODEL, refuses it, or would compute something else."""
     with errors():
         import transmla
 
         quiet_libraries()
         found = transmla.doctor(model)
-        if as_json:
-            click.echo(json.dumps(found.summary(), indent=2))
-            return
         from rich.console import Console
 
-        from transmla.cli.show.doctor import show_diagnosis
+        from transmla.targets.show_doctor import show_diagnosis
 
-        show_diagnosis(found, Console())
+        emit(found.summary, json_file, lambda: show_diagnosis(found, Console()))

@@ -2,99 +2,163 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import click
 
-from transmla.cli.frame import EPILOG, device, errors, integers, number, option, quiet_libraries, write_file
+from transmla.cli.frame import (
+    as_json,
+    command,
+    device,
+    emit,
+    errors,
+    integers,
+    number,
+    option,
+    quiet,
+    quiet_libraries,
+    source_of,
+)
 from transmla.errors import GateError
 from transmla.recipe import DTYPES
 
 
-@click.command("eval", epilog=EPILOG)
+@command(
+    "eval",
+    "transmla eval OUT",
+    "transmla eval OUT --suite standard --json out.json",
+    "transmla eval OUT --against SRC --text mine.txt --windows 64",
+    "transmla eval OUT --tasks piqa,arc_easy --limit 100 --gate tasks=0.98",
+)
 @click.argument("model", metavar="MODEL")
-@option("--against", metavar="SRC", help="The source, or any model with the same tokenizer, measured beside it.")
+@option(
+    "--against",
+    metavar="SRC",
+    help="The source, or any model with the same tokenizer, measured beside it. none: MODEL alone. "
+    "[default: as MODEL's provenance file says]",
+    group="Compared with",
+)
 @option(
     "--suite",
     metavar="SUITE",
     help="quick (minutes), standard, full (hours on a CPU), or a TOML file. [default: perplexity and cache bytes]",
+    group="What is measured",
 )
 @option(
     "--text",
     multiple=True,
     metavar="TEXT",
     help="FILE, dataset id, wikitext-valid or tinystories-valid; repeatable. [default: of the suite or the recipe]",
+    group="What is measured",
 )
-@option("--windows", type=click.IntRange(min=1), metavar="N", help="Windows of each text. [default: 16]")
-@option("--length", type=click.IntRange(min=2), metavar="N", help="Tokens per window. [default: 1024, or the context]")
+@option(
+    "--windows",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows of each text. [default: 16]",
+    group="What is measured",
+)
+@option(
+    "--length",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens per window. [default: 1024, or the context]",
+    group="What is measured",
+)
 @option(
     "--begin",
     is_flag=True,
     default=None,
     help="Put the begin token, if the tokenizer adds one, in the place of each window's first token, which is not "
     "scored.",
+    group="What is measured",
 )
-@option("--tasks", metavar="A,B", help="Tasks of lm-eval, separated by commas.")
-@option("--include-path", metavar="DIR", help="Folder of more lm-eval task files.")
-@option("--limit", type=click.IntRange(min=1), metavar="N", help="Documents of each task. [default: all]")
 @option(
-    "--quantised", metavar="8,4,2", help="Also measure source and model with caches rounded to these numbers of bits."
+    "--tasks",
+    metavar="A,B",
+    help="Tasks of lm-eval, separated by commas.",
+    group="Tasks",
+)
+@option(
+    "--include-path",
+    metavar="DIR",
+    help="Folder of more lm-eval task files.",
+    group="Tasks",
+)
+@option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Documents of each task. [default: all]",
+    group="Tasks",
+)
+@option(
+    "--quantised",
+    metavar="8,4,2",
+    help="Also measure source and model with caches rounded to these numbers of bits.",
+    group="What is measured",
 )
 @option(
     "--positions",
     type=click.IntRange(min=1),
     metavar="N",
     help="Also measure perplexity by position, on N texts as long as the context.",
+    group="What is measured",
 )
-@option("--needles", metavar="1024,2048", help="Context lengths of RULER's needle test.")
+@option(
+    "--needles",
+    metavar="1024,2048",
+    help="Context lengths of RULER's needle test.",
+    group="What is measured",
+)
 @option(
     "--gate",
     multiple=True,
     metavar="NAME=SHARE",
     help="Smallest recovery of perplexity, tasks or needles that passes; below it the exit code is 5. Repeatable. "
     "[default: of the suite]",
+    group="Compared with",
 )
 @option(
-    "--dtype", type=click.Choice(DTYPES), default="bfloat16", help="Dtype to compute and to cache in; auto: as stored."
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="bfloat16",
+    help="Dtype to compute and to cache in; auto: as stored.",
+    group="Machine",
 )
 @device
 @option(
-    "--json",
-    "json_file",
+    "--reuse",
     metavar="FILE",
-    help="Write the results here, - for stdout instead of tables. An interrupted evaluation resumes from FILE.partial.",
+    help="Earlier result of the same SRC and suite: SRC is not measured again.",
+    group="Compared with",
 )
-@option("--reuse", metavar="FILE", help="Earlier result of the same SRC and suite: SRC is not measured again.")
-@option("-q", "--quiet", is_flag=True, help="Show no progress.")
-def eval_command(model: str, json_file: str | None, quiet: bool, **given: Any) -> None:
+@as_json
+@quiet
+def eval_command(model: str, against: str | None, json_file: str | None, quiet: bool, **given: Any) -> None:
     """Measure MODEL beside SRC: perplexity ± standard error, their paired ratio, cache bytes per token.
 
-    A suite adds agreement, rounded caches, positions, tasks and needles; an option adds one of them.
+    A suite adds agreement, rounded caches, positions, tasks and needles; an option adds one of them. With --json
+    FILE an evaluation that was interrupted resumes from FILE.partial.
     """
     with errors():
         import transmla
 
-        quiet_libraries(bars=not quiet)
+        quiet_libraries(bars=False)
         from rich.console import Console
 
         from transmla.cli.progress import progress
-        from transmla.cli.show.evaluation import show_evaluation
+        from transmla.evaluation.show import show_evaluation
 
         to_file = json_file not in (None, "-")
         with progress(quiet) as update:
             kept = f"{json_file}.partial" if to_file else None
-            report = transmla.evaluate(model, progress=update, kept=kept, **_lists(given))
-        content = json.dumps(report.plain(), indent=1, allow_nan=False)
-        if json_file == "-":
-            click.echo(content)
-        else:
-            show_evaluation(report, Console())
-        if json_file is not None and to_file:
-            write_file(json_file, content + "\n")
-            Path(f"{json_file}.partial").unlink(missing_ok=True)  # not before the result is on the disk
+            report = transmla.evaluate(model, source_of(model, against), progress=update, kept=kept, **_lists(given))
+        emit(report.plain, json_file, lambda: show_evaluation(report, Console()))
+        if kept is not None:
+            Path(kept).unlink(missing_ok=True)  # not before the result is on the disk
         missed = [gate for gate in report.gates if not gate.passed]
         if missed:
             raise GateError(

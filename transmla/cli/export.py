@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from transmla.checkpoint.gguf.types import GGUF_TYPES
-from transmla.cli.frame import EPILOG, errors, option, quiet_libraries
+from transmla.cli.frame import as_json, command, emit, errors, option, quiet, quiet_libraries
 
 
-@click.command("export", epilog=EPILOG)
+@command("export", "transmla export OUT OUT.gguf --type q8_0", "transmla export OUT PADDED --to vllm")
 @click.argument("model", metavar="MODEL")
 @click.argument("out", metavar="OUT")
 @option(
@@ -22,15 +23,18 @@ from transmla.cli.frame import EPILOG, errors, option, quiet_libraries
 @option(
     "--type",
     type=click.Choice(GGUF_TYPES),
-    help="Of the GGUF weights; from q6_k on with llama.cpp's own quantiser, if that is installed. [default: bf16]",
+    metavar="TYPE",
+    help=f"Of the GGUF weights: {', '.join(GGUF_TYPES)}; from q6_k on with llama.cpp's own quantiser, if that is "
+    "installed. [default: bf16]",
 )
 @option(
     "--size",
     metavar="RANK+ROPE",
     help="With --to vllm: 256+64 or 512+64. [default: the smallest that is large enough]",
 )
-@option("-q", "--quiet", is_flag=True, help="Show no progress.")
-def export_command(model: str, out: str, quiet: bool, **given: Any) -> None:
+@as_json
+@quiet
+def export_command(model: str, out: str, json_file: str | None, quiet: bool, **given: Any) -> None:
     """Write the converted folder MODEL in another form to OUT, which must not exist. MODEL stays as it is.
 
     transformers and MLX-LM run MODEL itself; `transmla doctor MODEL` says what every engine takes.
@@ -42,8 +46,8 @@ def export_command(model: str, out: str, quiet: bool, **given: Any) -> None:
         from rich.console import Console
 
         from transmla.cli.progress import progress
-        from transmla.cli.show.export import show_export
+        from transmla.targets.show_export import show_export
 
         with progress(quiet) as update:
             report = transmla.export(model, out, progress=update, **given)
-        show_export(report, Console())
+        emit(lambda: asdict(report), json_file, lambda: show_export(report, Console()))

@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from transmla.cli.frame import EPILOG, device, errors, option, quiet_libraries
+from transmla.cli.frame import command, device, errors, option, quiet, quiet_libraries
 from transmla.recipe import DTYPES
 
 
-@click.command("unfold", epilog=EPILOG)
+@command("unfold", "transmla unfold OUT TRAIN", "transmla unfold OUT TRAIN --dtype float32")
 @click.argument("model", metavar="MODEL")
 @click.argument("out", metavar="OUT")
 @option("--dtype", type=click.Choice(DTYPES), default="auto", help="Dtype of the written weights; auto: that of MODEL.")
-@option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet
 def unfold_command(model: str, out: str, dtype: str, quiet: bool) -> None:
     """Write the converted folder MODEL in the form for training: weights of ordinary size, no norm on the latent.
 
@@ -31,13 +31,13 @@ def unfold_command(model: str, out: str, dtype: str, quiet: bool) -> None:
             click.echo(transmla.unfold(model, out, dtype=dtype, progress=update))
 
 
-@click.command("fold", epilog=EPILOG)
+@command("fold", "transmla fold TRAINED OUT2")
 @click.argument("model", metavar="MODEL")
 @click.argument("out", metavar="OUT")
 @option("--text", metavar="TEXT", default="wikitext", help="On which the size of the latents is measured.")
 @option("--dtype", type=click.Choice(DTYPES), default="auto", help="Dtype of the written weights; auto: that of MODEL.")
 @device
-@option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet
 def fold_command(model: str, out: str, quiet: bool, **given: Any) -> None:
     """Write the unfolded folder MODEL in the stock form again, after training; verified through the stock class."""
     with errors():

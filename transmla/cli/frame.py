@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from transmla.cli.help import OTHERS, Command, Option
 from transmla.errors import TransmlaError
 
 EPILOG = (
@@ -20,11 +21,42 @@ EPILOG = (
 )
 
 
-def option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
-    return click.option(*names, show_default=True, **kwargs)
+def command(name: str, *examples: str) -> Callable[[Any], click.Command]:
+    """Decorator of a command with examples."""
+    return click.command(name, cls=Command, epilog=EPILOG, examples=examples)
 
 
-device = option("--device", default="cpu", metavar="DEVICE", help="Where to compute: cpu, cuda or cuda:1.")
+def option(*names: str, group: str = OTHERS, **kwargs: Any) -> Callable[[Any], Any]:
+    """An option that shows its default, under a heading of the help."""
+    return click.option(*names, cls=Option, group=group, show_default=True, **kwargs)
+
+
+def found_device(_: click.Context, __: click.Parameter, name: str) -> str:
+    if name != "auto":
+        return name
+    from transmla.devices import best
+
+    return best()
+
+
+device = option(
+    "--device",
+    default="cpu",
+    metavar="DEVICE",
+    callback=found_device,
+    help="Where to compute: cpu, cuda, cuda:1; auto: a GPU if there is one.",
+    group="Machine",
+)
+quiet = option("-q", "--quiet", is_flag=True, help="Show no progress.", group="Output")
+as_json = option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Print the result as JSON instead of tables (put it last then); with FILE, write it there beside them.",
+    group="Output",
+)
 
 
 @contextmanager
@@ -88,18 +120,20 @@ def is_first_process() -> bool:
 
 
 def quiet_libraries(bars: bool = True) -> None:
-    """Only what this program says itself; bars: progress bars of libraries may show (those of lm-eval)."""
+    """Only what this program says itself; bars: progress bars of libraries may show (downloads)."""
     import logging
     import warnings
 
     if not bars:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("torch", "gguf"):
+    for name in ("torch", "gguf", "lm_eval", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
@@ -127,3 +161,48 @@ def write_file(name: str, text: str) -> None:
     from transmla.checkpoint.destination import write_whole
 
     write_whole(Path(name), text)
+
+
+def emit(content: Callable[[], Any], json_file: str | None, tables: Callable[[], None]) -> None:
+    """What a command has found: tables, or JSON as `as_json` says.
+
+    content: gives plain values;  tables: prints
+    """
+    if json_file == "-":
+        click.echo(_json(content()))
+        return
+    tables()
+    if json_file is not None:
+        write_file(json_file, _json(content()) + "\n")
+
+
+def _json(content: Any) -> str:
+    import json
+
+    return json.dumps(content, indent=2, allow_nan=False, default=str)
+
+
+def source_of(model: str, against: str | None) -> str | None:
+    """What `--against` means: the source that the provenance of MODEL names where nothing is given, none for "none"."""
+    if against == "none":
+        return None
+    if against is not None:
+        return against
+    from pathlib import Path
+
+    from transmla.checkpoint.provenance import FILE_NAME, read_provenance
+    from transmla.checkpoint.resolve import resolve
+
+    if not (Path(model) / FILE_NAME).is_file():
+        return None
+    found = read_provenance(Path(model))["source"]
+    name = str(found["name"])
+    try:
+        resolve(name, found.get("revision"), headers_only=True)
+    except TransmlaError:
+        click.echo(
+            f"note: its source, {name}, is not here; without --against there is nothing to compare with", err=True
+        )
+        return None
+    click.echo(f"against {name}, which MODEL was made from", err=True)
+    return name

@@ -6,19 +6,61 @@ from typing import Any
 
 import click
 
-from transmla.cli.frame import EPILOG, device, errors, option, quiet_libraries
+from transmla.cli.frame import command, device, errors, option, quiet_libraries
 from transmla.recipe import DTYPES
 
 
-@click.command("generate", epilog=EPILOG)
+@command(
+    "generate",
+    'transmla generate OUT "Once upon a time"',
+    'transmla generate OUT "What is a latent?" --chat --temperature 0',
+)
 @click.argument("model", metavar="MODEL")
 @click.argument("prompt", metavar="PROMPT")
-@option("--max-new-tokens", type=click.IntRange(min=1), default=128, metavar="N", help="Tokens to generate at most.")
-@option("--temperature", type=click.FloatRange(min=0), default=0.8, metavar="T", help="0: most likely token.")
-@option("--top-p", type=click.FloatRange(min=0, max=1), default=0.95, metavar="P", help="Nucleus to sample from.")
-@option("--seed", type=int, default=0, help="Of the sampling.")
-@option("--chat", is_flag=True, help="Put PROMPT through the chat template as a user's message.")
-@option("--dtype", type=click.Choice(DTYPES), default="auto", help="To compute in; auto: as stored.")
+@option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    metavar="N",
+    help="Tokens to generate at most.",
+    group="Text",
+)
+@option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    metavar="T",
+    help="0: most likely token.",
+    group="Text",
+)
+@option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1),
+    default=0.95,
+    metavar="P",
+    help="Nucleus to sample from.",
+    group="Text",
+)
+@option(
+    "--seed",
+    type=int,
+    default=0,
+    help="Of the sampling.",
+    group="Text",
+)
+@option(
+    "--chat",
+    is_flag=True,
+    help="Put PROMPT through the chat template as a user's message.",
+    group="Text",
+)
+@option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    help="To compute in; auto: as stored.",
+    group="Machine",
+)
 @device
 def generate_command(model: str, prompt: str, chat: bool, **given: Any) -> None:
     """Stream a continuation of PROMPT from MODEL, a converted folder or a source."""

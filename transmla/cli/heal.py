@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
 
-from transmla.cli.frame import EPILOG, errors, is_first_process, option, quiet_libraries
+from transmla.cli.frame import (
+    as_json,
+    command,
+    emit,
+    errors,
+    found_device,
+    is_first_process,
+    option,
+    quiet,
+    quiet_libraries,
+)
 from transmla.recipe import BEGIN, MIX, PRECISIONS, TRAINED
 
 _SCALES = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -30,14 +41,26 @@ class Count(click.ParamType[int]):
         return found
 
 
-@click.command("heal", epilog=EPILOG)
+@command(
+    "heal",
+    "transmla heal OUT",
+    "transmla heal OUT HEALED --data wikitext+chat.jsonl:3 --tokens 10M",
+    "transmla heal OUT --device cuda --batch 16 --watch wikitext-valid",
+    "accelerate launch -m transmla.heal OUT --tokens 100M",
+)
 @click.argument("model", metavar="[OUT]", required=False)
 @click.argument("destination", metavar="[DST]", required=False)
-@option("--source", metavar="SRC", help="Source of the conversion. [default: as OUT's provenance file says]")
+@option(
+    "--source",
+    metavar="SRC",
+    help="Source of the conversion. [default: as OUT's provenance file says]",
+    group="Run",
+)
 @option(
     "--recipe",
     metavar="R",
     help="Recipe whose table [heal] is used, by name or file. [default: the recipe of SRC, if any]",
+    group="Run",
 )
 @option(
     "--data",
@@ -46,76 +69,168 @@ class Count(click.ParamType[int]):
     "`messages`), dataset "
     "id OWNER/NAME[:CONFIG], wikitext, synthetic, continued, code, stories, self (SRC writes it). "
     f"[default: {MIX}]",
+    group="Text",
 )
-@option("--tokens", type=Count(), metavar="N", help="Total training tokens, for example 300K or 100M. [default: 1M]")
-@option("--distinct", type=Count(), metavar="N", help="Distinct tokens; they repeat after that. [default: all]")
-@option("--window", type=click.IntRange(min=8), metavar="N", help="Tokens per window. [default: 1024]")
+@option(
+    "--tokens",
+    type=Count(),
+    metavar="N",
+    help="Total training tokens, for example 300K or 100M. [default: 1M]",
+    group="Text",
+)
+@option(
+    "--distinct",
+    type=Count(),
+    metavar="N",
+    help="Distinct tokens; they repeat after that. [default: all]",
+    group="Text",
+)
+@option(
+    "--window",
+    type=click.IntRange(min=8),
+    metavar="N",
+    help="Tokens per window. [default: 1024]",
+    group="Text",
+)
 @option(
     "--begin",
     type=click.Choice(BEGIN),
     help="Windows of plain texts that start with the begin token, where the tokenizer puts one first; rows of tables "
     "always do. [default: none]",
+    group="Text",
 )
 @option(
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
     help="Windows per step. [default: a 400th of all, between 1 and 64]",
+    group="What is trained",
 )
 @option(
-    "--micro", type=click.IntRange(min=1), metavar="N", help="Windows that a device processes at once. [default: 1]"
+    "--micro",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows that a device processes at once. [default: 1]",
+    group="What is trained",
 )
 @option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
     metavar="X",
     help="Largest step, relative to the weights that it changes. [default: 5e-4, for small models 1e-2]",
+    group="What is trained",
 )
-@option("--train", type=click.Choice(TRAINED), help="Weights that are trained. [default: attention]")
-@option("--lora", type=click.IntRange(min=1), metavar="R", help="Train adapters of rank R, merged at the end.")
+@option(
+    "--train",
+    type=click.Choice(TRAINED),
+    help="Weights that are trained. [default: attention]",
+    group="What is trained",
+)
+@option(
+    "--lora",
+    type=click.IntRange(min=1),
+    metavar="R",
+    help="Train adapters of rank R, merged at the end.",
+    group="What is trained",
+)
 @option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),
     metavar="T",
     help="Temperature of the KL divergence. [default: 1]",
+    group="Objective",
 )
 @option(
     "--cross-entropy",
     type=click.FloatRange(0, 1),
     metavar="X",
     help="Weight of the cross-entropy with the text. [default: 0]",
+    group="Objective",
 )
 @option(
     "--hidden",
     type=click.FloatRange(min=0),
     metavar="X",
     help="Weight of the error of the residual streams. [default: 0]",
+    group="Objective",
 )
 @option(
-    "--top-k", type=click.IntRange(min=1), metavar="K", help="Compare only SRC's K likeliest tokens. [default: all]"
+    "--top-k",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Compare only SRC's K likeliest tokens. [default: all]",
+    group="Objective",
 )
-@option("--cached", is_flag=True, default=None, help="Compute SRC's top-k predictions once and keep them on disk.")
-@option("--heldout", type=click.IntRange(min=2), metavar="N", help="Held-out windows of each text. [default: 8]")
-@option("--watch", metavar="TEXTS", help="Further texts to measure on, such as wikitext-valid+FILE.")
+@option(
+    "--cached",
+    is_flag=True,
+    default=None,
+    help="Compute SRC's top-k predictions once and keep them on disk.",
+    group="Objective",
+)
+@option(
+    "--heldout",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Held-out windows of each text. [default: 8]",
+    group="Text",
+)
+@option(
+    "--watch",
+    metavar="TEXTS",
+    help="Further texts to measure on, such as wikitext-valid+FILE.",
+    group="Text",
+)
 @option(
     "--evaluations",
     type=click.IntRange(min=1),
     metavar="N",
     help="Times that the model is measured and saved. [default: 10]",
+    group="Run",
 )
 @option(
     "--patience",
     type=click.IntRange(min=1),
     metavar="N",
     help="Stop after N measurements without a gain. [default: never]",
+    group="Run",
 )
-@option("--precision", type=click.Choice(PRECISIONS), help="Precision of matrix products. [default: bfloat16]")
-@option("--checkpointing", is_flag=True, default=None, help="Recompute activations: less memory, a third more time.")
-@option("--seed", type=int, help="Seed for the order of the data. [default: 0]")
-@option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", help="Where to compute.")
-@option("--restart", is_flag=True, help="Delete an unfinished run to DST instead of resuming it.")
-@option("-q", "--quiet", is_flag=True, help="Show no progress.")
-def heal_command(model: str | None, destination: str | None, quiet: bool, **given: Any) -> None:
+@option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Precision of matrix products. [default: bfloat16]",
+    group="Machine",
+)
+@option(
+    "--checkpointing",
+    is_flag=True,
+    default=None,
+    help="Recompute activations: less memory, a third more time.",
+    group="Machine",
+)
+@option(
+    "--seed",
+    type=int,
+    help="Seed for the order of the data. [default: 0]",
+    group="Text",
+)
+@option(
+    "--device",
+    type=click.Choice(("cpu", "cuda", "auto")),
+    callback=found_device,
+    default="cpu",
+    help="Where to compute; auto: a GPU if there is one.",
+    group="Machine",
+)
+@option(
+    "--restart",
+    is_flag=True,
+    help="Delete an unfinished run to DST instead of resuming it.",
+    group="Run",
+)
+@as_json
+@quiet
+def heal_command(model: str | None, destination: str | None, json_file: str | None, quiet: bool, **given: Any) -> None:
     """Distil SRC's predictions into the converted folder OUT; writes DST, a folder of the same kind.
 
     DST defaults to OUT-healed and is never overwritten; OUT stays as it is. The best of all measured states is kept. A
@@ -129,9 +244,9 @@ def heal_command(model: str | None, destination: str | None, quiet: bool, **give
         from rich.console import Console
 
         from transmla.cli.progress import progress
-        from transmla.cli.show.healing import show_healing
+        from transmla.healing.show import show_healing
 
         with progress(quiet or not is_first_process()) as update:
             report = transmla.heal(model, destination, progress=update, **given)
         if is_first_process():
-            show_healing(report, Console())
+            emit(lambda: asdict(report), json_file, lambda: show_healing(report, Console()))

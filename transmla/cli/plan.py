@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from transmla.cli.convert import geometry_options, sizes
-from transmla.cli.frame import EPILOG, errors, option, quiet_libraries
+from transmla.cli.frame import as_json, command, emit, errors, quiet_libraries
 
 
-@click.command("plan", epilog=EPILOG)
+@command(
+    "plan",
+    "transmla plan stories260k",
+    "transmla plan llama-3-8b --latent 256",
+    "transmla plan SRC --rope auto --total 576",
+)
 @click.argument("source", metavar="SRC")
 @geometry_options
-@option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def plan_command(source: str, as_json: bool, **given: Any) -> None:
+@as_json
+def plan_command(source: str, json_file: str | None, **given: Any) -> None:
     """Say what `convert` would do, from file headers alone: geometry, cache, memory, disk, engines."""
     with errors():
         import transmla
 
         quiet_libraries()
         found = transmla.plan(source, **sizes(given))
-        if as_json:
-            click.echo(json.dumps(found.summary(), indent=2))
-            return
         from rich.console import Console
 
-        from transmla.cli.show.plan import show_plan
+        from transmla.conversion.show_plan import show_plan
 
-        show_plan(found, Console())
+        emit(found.summary, json_file, lambda: show_plan(found, Console()))

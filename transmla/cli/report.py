@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from transmla.cli.frame import EPILOG, errors, option
+from transmla.cli.frame import command, errors, option
 
 
-@click.command("report", epilog=EPILOG)
+@command("report", "transmla report out.json bench.json --out page.html --pictures plots")
 @click.argument("results", metavar="RESULTS...", nargs=-1, required=True)
 @option("--out", default="report.html", metavar="FILE", help="The page; an existing one is replaced.")
 @option("--pictures", metavar="DIR", help="Also write every figure as PNG and SVG there.")

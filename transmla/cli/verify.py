@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
-from transmla.cli.frame import EPILOG, errors, option, quiet_libraries
+from transmla.cli.frame import as_json, command, emit, errors, option, quiet_libraries
 from transmla.errors import VerificationError
 
 
-@click.command("verify", epilog=EPILOG)
+@command("verify", "transmla verify OUT", "transmla verify OUT --json")
 @click.argument("model", metavar="OUT")
-@option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@as_json
 @option("-q", "--quiet", is_flag=True, help="Show no progress.")
-def verify_command(model: str, as_json: bool, quiet: bool) -> None:
+def verify_command(model: str, json_file: str | None, quiet: bool) -> None:
     """Check that the folder OUT is what was written: SHA-256 of its files, shapes, finite values, tokenizer, a forward
     pass. Nothing is repaired; exit code 9 if a check fails, 3 if OUT cannot be read, 4 if it is no converted folder.
     """
@@ -25,14 +23,11 @@ def verify_command(model: str, as_json: bool, quiet: bool) -> None:
         from rich.console import Console
 
         from transmla.cli.progress import progress
-        from transmla.cli.show.verify import show_verified
+        from transmla.targets.show_verify import show_verified
 
-        with progress(quiet or as_json) as update:
+        with progress(quiet) as update:
             found = transmla.verify(model, progress=update)
-        if as_json:
-            click.echo(json.dumps(found.summary(), indent=2))
-        else:
-            show_verified(found, Console())
+        emit(found.summary, json_file, lambda: show_verified(found, Console()))
         failed = [check for check in found.checks if check.passed is False]
         if failed:
             raise VerificationError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from transmla.checkpoint.companions import tokenizer_files
 from transmla.checkpoint.destination import disk_errors, partial_of
@@ -40,12 +41,13 @@ from transmla.maths.closed_form import ClosedForm
 from transmla.model.source import SourceModel
 from transmla.processes import ALONE, Processes
 from transmla.progress import Progress, silent
+from transmla.tables import Shown
 from transmla.text.mixes import parse_mix
 from transmla.text.windows import CalibrationTokens
 
 
 @dataclass(frozen=True)
-class ConversionReport:
+class ConversionReport(Shown):
     """The closing summary. Perplexities are those of the held-out calibration windows, not of a benchmark.
 
     theta:         of the rotary frequencies; None: every layer has its own, in the config
@@ -67,6 +69,28 @@ class ConversionReport:
     verification: Verification
     seconds: float
     written_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """The conversion as plain values, for JSON."""
+        return {
+            "destination": str(self.destination),
+            "plan": self.plan.summary(),
+            "theta": self.theta,
+            "layers": [asdict(layer) for layer in self.layers],
+            "blocks": [asdict(block) for block in self.blocks],
+            "heldout": asdict(self.heldout),
+            "tried": [asdict(trial) for trial in self.tried],
+            "splits": [asdict(trial) for trial in self.splits],
+            "num_calibration_tokens": self.num_calibration_tokens,
+            "verification": asdict(self.verification),
+            "seconds": self.seconds,
+            "written_bytes": self.written_bytes,
+        }
+
+    def show(self, console: Console) -> None:
+        from transmla.conversion.show import show_conversion
+
+        show_conversion(self, console)
 
 
 def convert(

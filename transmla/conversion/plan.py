@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
@@ -22,7 +24,7 @@ from transmla.conversion.needs import (
     weight_bytes,
 )
 from transmla.conversion.sizes import as_number, chosen_sizes, divisions, redivided, tried_latents
-from transmla.errors import GeometryError, RecipeError, SourceError, UnsupportedError
+from transmla.errors import DataError, GeometryError, RecipeError, SourceError, UnsupportedError
 from transmla.families import Family, family_of, rope_parameters, rotary_dim
 from transmla.geometry import (
     CACHE_BITS,
@@ -42,10 +44,11 @@ from transmla.model.skeleton import (
     source_frequencies,
 )
 from transmla.recipe import Recipe, find_recipe, load_recipe
+from transmla.tables import Shown
 from transmla.targets.engines import EngineVerdict, engine_verdicts
 from transmla.targets.own import obstacles, own_config
 from transmla.targets.stock import deepseek_v3_config
-from transmla.text.mixes import needs_source
+from transmla.text.mixes import needs_source, parse_mix
 
 # positions that calibration windows are spread over, if nothing is said
 MOST_CALIBRATION_CONTEXT = 8192
@@ -72,7 +75,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """Everything that is known before a weight is read.
 
     config:    of the source, with the defaults of its class
@@ -138,6 +141,11 @@ class Plan:
             ],
         }
 
+    def show(self, console: Console) -> None:
+        from transmla.conversion.show_plan import show_plan
+
+        show_plan(self, console)
+
 
 def plan(
     source: str,
@@ -158,7 +166,7 @@ def plan(
     recipe:      path or name of a recipe; its values give way to the arguments
     download:    bring the weights of a hub id into the local cache; False: read their headers where they are
     overrides:   any other field of `transmla.recipe.Recipe`
-    Raises SourceError, UnsupportedError, GeometryError, DestinationError, RecipeError.
+    Raises SourceError, UnsupportedError, GeometryError, DestinationError, RecipeError, DataError (too few tokens).
     """
     settings = redivided(_recipe(source, recipe), latent, rope, overrides.get("total"))
     settings = settings.with_overrides(latent=latent, rope=rope, **overrides)
@@ -201,6 +209,7 @@ def plan(
                 why=f"{settings.context:,} positions, and the source knows {context:,}",
                 remedy=f"give at most --context {context}",
             )
+        _check_tokens(settings, context)
     if candidates:
         notes.append(
             f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "
@@ -273,6 +282,20 @@ def _filled(config: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str,
     wanted = ("num_key_value_heads", "head_dim", "rms_norm_eps", "intermediate_size")
     defaults = {key: complete[key] for key in wanted if complete.get(key) is not None}
     return defaults | {key: value for key, value in config.items() if value is not None}
+
+
+def _check_tokens(recipe: Recipe, context: int) -> None:
+    """`DataError` if the tokens are too few for what calibration and its held-out check need."""
+    window, texts = min(recipe.window, context), len(parse_mix(recipe.mix, "--calibration"))
+    least = 2 * window * texts
+    if recipe.num_tokens < least:
+        raise DataError(
+            f"{recipe.num_tokens:,} calibration tokens are too few",
+            where="--tokens",
+            why=f"two windows of {window:,} tokens of each text are the least, one to fit to and one held out"
+            + (f"; there are {texts} texts" if texts > 1 else ""),
+            remedy=f"give at least --tokens {least}, or shorter windows (--window)",
+        )
 
 
 def _form(recipe: Recipe, found: tuple[str, ...], where: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from transmla.checkpoint.provenance import FILE_NAME, commit, portable, portable_name, read_provenance, versions
 from transmla.devices import usable
@@ -23,10 +25,11 @@ from transmla.geometry import CACHE_BITS
 from transmla.model.loading import load_tokenizer
 from transmla.progress import Progress, silent
 from transmla.recipe import Recipe
+from transmla.tables import Shown
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
+class EvaluationReport(Shown):
     """What was measured, as plain values (see results.schema.json), and the comparison of the two models.
 
     source and comparison are None without `against`.
@@ -72,6 +75,11 @@ class EvaluationReport:
         }
         found: dict[str, Any] = portable(_without_nan(content))
         return found
+
+    def show(self, console: Console) -> None:
+        from transmla.evaluation.show import show_evaluation
+
+        show_evaluation(self, console)
 
 
 def evaluate(
@@ -119,10 +127,17 @@ def evaluate(
         tasks=_tuple(tasks), include_path=include_path, limit=limit, quantised=_tuple(quantised), positions=positions,
         needles=_tuple(needles), gates=gates,
     )  # fmt: skip
-    if wanted.tasks:
-        check_tasks(wanted.tasks, wanted.include_path or None)
     usable(device)
     tell = progress or silent
+    skipped: list[Skipped] = []
+    if wanted.tasks:
+        missing = check_tasks(wanted.tasks, wanted.include_path or None)
+        if missing and tasks:  # asked for by name
+            raise next(iter(missing.values()))
+        for task, error in missing.items():
+            skipped.append(Skipped(str(model), f"task {task}", f"{error.what}: {error.why}"))
+            tell(f"task {task}", 0, 1, f"left out: {error.why}")
+        wanted = replace(wanted, tasks=tuple(task for task in wanted.tasks if task not in missing))
     settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
     settings |= {identity(name): _files(name) for name in (model, against) if name is not None}
     if gates and against is None:
@@ -133,7 +148,6 @@ def evaluate(
             remedy="name the source with --against",
         )
     store = Kept(Path(kept) if kept is not None else None, settings)
-    skipped: list[Skipped] = []
     if wanted.gates and against is None:
         skipped.append(Skipped(str(model), "gates", "there is no source to compare with (--against)"))
     source_found, source_predictions = None, None

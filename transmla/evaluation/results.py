@@ -10,10 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
 from transmla.errors import DataError
 from transmla.evaluation.perplexity import Perplexity, ratio
+from transmla.extras import needs
 
 # raised when a reader of older files would misread them; results.schema.json says what a file holds
 FORMAT = 1
@@ -70,6 +69,9 @@ def _content(path: Path) -> Any:
 
 
 def _checked(path: Path, content: Any, schema: str) -> Result:
+    needs("report", "reading result files")
+    import jsonschema
+
     wanted = json.loads((resources.files("transmla.evaluation") / f"{schema}.schema.json").read_text("utf-8"))
     try:
         jsonschema.validate(content, wanted)

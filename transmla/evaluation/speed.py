@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from rich.console import Console
 from transformers import DynamicCache
 
 from transmla.checkpoint.provenance import commit, portable, versions
@@ -28,6 +29,7 @@ from transmla.evaluation.cache import cache_bytes
 from transmla.evaluation.roofline import Rates, machine_rates, step_cost, wait
 from transmla.model.loading import is_converted, load, load_any
 from transmla.progress import Progress, silent
+from transmla.tables import Shown
 
 PREFILL_CHUNK = 512
 
@@ -59,7 +61,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class BenchReport:
+class BenchReport(Shown):
     """rows: by batch and context, the source first; speed_ratio is to it."""
 
     rows: tuple[Timing, ...]
@@ -77,6 +79,11 @@ class BenchReport:
         }
         found: dict[str, Any] = portable(content)
         return found
+
+    def show(self, console: Console) -> None:
+        from transmla.evaluation.show_bench import show_bench
+
+        show_bench(self, console)
 
 
 def bench(

@@ -4,12 +4,14 @@ pairs; and needles in haystacks (RULER), which lm-eval has, too."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transmla.errors import DataError
 from transmla.evaluation.perplexity import standard_error
+from transmla.extras import needs
 
 NEEDLE = "niah_single_1"
 
@@ -68,26 +70,67 @@ def run_tasks(
     _check(names, manager.all_tasks)
     if batch == "auto" and model.device.type == "cpu":
         batch = 8
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
+
+    class Silent(HFLM):  # type: ignore[misc]
+        """Without bars: `progress` says which task it is."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+    adapter = Silent(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
     try:
-        found = simple_evaluate(
-            adapter, tasks=names, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
-        )
+        with _without_git():
+            found = simple_evaluate(
+                adapter, tasks=names, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
+            )
     except (FileNotFoundError, ConnectionError, OSError) as error:
-        raise DataError(
-            "the data of a task cannot be read",
-            where=", ".join(names),
-            why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            remedy="give local task files with --include-path, or leave the task out",
-        ) from error
+        raise _no_data(names, error) from error
     return _results(found)
 
 
-def check_tasks(names: Sequence[str], include_path: str | None) -> None:
-    """Raise `DataError` for a name that lm-eval does not know, before anything is measured."""
+def check_tasks(names: Sequence[str], include_path: str | None) -> dict[str, DataError]:
+    """Tasks whose data cannot be had, and why, before anything is measured; raises `DataError` for a name that lm-eval
+    does not know."""
+    needs("eval", "--tasks")
     from lm_eval.tasks import TaskManager
 
-    _check(names, TaskManager(include_path=include_path).all_tasks)
+    manager = TaskManager(include_path=include_path)
+    _check(names, manager.all_tasks)
+    missing = {}
+    for name in names:
+        try:
+            manager.load(name)
+        except (FileNotFoundError, ConnectionError, OSError) as error:
+            missing[name] = _no_data([name], error)
+    return missing
+
+
+def _no_data(names: Sequence[str], error: Exception) -> DataError:
+    return DataError(
+        "the data of a task cannot be read",
+        where=", ".join(names),
+        why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        remedy="give local task files with --include-path, or leave the task out",
+    )
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """lm-eval asks git for the commit of the working directory, and git complains where there is none."""
+    from lm_eval import evaluator
+
+    asked = getattr(evaluator, "get_git_commit_hash", None)
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
 
 
 def _check(names: Sequence[str], known: list[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import set_seed
 
 from transmla.checkpoint.destination import check_destination, journal_of, remove_journal
@@ -33,12 +34,13 @@ from transmla.model.loading import load, open_model
 from transmla.processes import Processes
 from transmla.progress import silent
 from transmla.recipe import Healing
+from transmla.tables import Shown
 from transmla.text.mixes import parse_mix
 from transmla.train.losses import Objective
 
 
 @dataclass(frozen=True)
-class HealReport:
+class HealReport(Shown):
     """What a healing run did, returned by `heal`.
 
     parent:        the converted folder that was healed
@@ -72,6 +74,11 @@ class HealReport:
     distinct: int
     passes: dict[str, int]
     seconds: float
+
+    def show(self, console: Console) -> None:
+        from transmla.healing.show import show_healing
+
+        show_healing(self, console)
 
 
 def heal(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from queue import Empty
+from queue import Queue
 from threading import Thread
 from typing import Any
 
@@ -40,12 +40,10 @@ def generate(
     Raises `SourceError` if the model is not found, `UnsupportedError` if it cannot be loaded, and `TransmlaError` if
     the device is not available, generation fails, or `chat` is set and the model has no chat template.
     """
-    from transformers import TextIteratorStreamer
-
     tokenizer = load_tokenizer(model)
     loaded = load_any(model, dtype=dtype, device=device)
     inputs = _inputs(tokenizer, prompt, chat).to(loaded.device)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=0.5)
+    streamer = _Pieces(tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     options: dict[str, Any] = sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     options |= {"max_new_tokens": max_new_tokens, "streamer": streamer, "pad_token_id": tokenizer.eos_token_id}
@@ -62,13 +60,8 @@ def generate(
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    while True:
-        try:
-            yield next(streamer)
-        except StopIteration:
-            break
-        except Empty:
-            continue
+    while (piece := streamer.next()) is not None:
+        yield piece
     thread.join()
     if failures:
         raise TransmlaError(
@@ -77,6 +70,40 @@ def generate(
             why=f"{type(failures[0]).__name__}: {failures[0]}",
             remedy="try a shorter prompt, fewer tokens or --dtype float32",
         ) from failures[0]
+
+
+class _Pieces:
+    """A streamer of transformers' `generate` whose pieces begin with the prompt's own spacing: what is new in the text
+    of all tokens, since some tokenizers take the first space from what they decode."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._text: str | None = None  # of the prompt, then of what has been said
+        self._queue: Queue[str | None] = Queue()
+
+    def put(self, ids: torch.Tensor) -> None:
+        self._ids += ids.flatten().tolist()
+        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        if self._text is None:
+            self._text = text
+        elif not text.endswith("\ufffd"):  # half a character
+            self._say(text)
+
+    def end(self) -> None:
+        if self._text is not None:
+            self._say(str(self._tokenizer.decode(self._ids, skip_special_tokens=True)))
+        self._queue.put(None)
+
+    def next(self) -> str | None:
+        """The next piece; None at the end."""
+        return self._queue.get()
+
+    def _say(self, text: str) -> None:
+        assert self._text is not None
+        if len(text) > len(self._text):
+            self._queue.put(text[len(self._text) :])
+            self._text = text
 
 
 def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:

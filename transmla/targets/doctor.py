@@ -6,17 +6,33 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from transmla.checkpoint.companions import tokenizer
+from transmla.checkpoint.gguf.describe import describe_gguf
 from transmla.checkpoint.gguf.vocab import read_vocab
 from transmla.checkpoint.read import Source, open_source
 from transmla.errors import TransmlaError, UnsupportedError
-from transmla.targets.engines import LLAMA_CPP, OWN, REFUSES, WRONG, EngineVerdict, Finding, engine_verdicts
+from transmla.tables import Shown
+from transmla.targets.engines import (
+    ENGINES,
+    EVIDENCE,
+    LLAMA_CPP,
+    OWN,
+    REFUSES,
+    RUNS,
+    WRONG,
+    EngineVerdict,
+    Finding,
+    engine_verdicts,
+)
+from transmla.targets.gguf import ARCHITECTURE
 from transmla.targets.own import MODEL_TYPE, own_tensors
 from transmla.targets.stock import MODELING_FILE, expected_tensors
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Shown):
     """What `doctor` found out about a folder.
 
     model:            path of the folder
@@ -24,6 +40,8 @@ class Diagnosis:
     values_per_token: values in the cache per token and layer
     dtype:            of the first tensor in the folder
     engines:          one verdict per engine
+    form:             "folder", or "gguf"; "source": it is not converted, and this is what `transmla convert` would
+                      write with the defaults
     """
 
     model: Path
@@ -31,22 +49,30 @@ class Diagnosis:
     values_per_token: int
     dtype: str
     engines: tuple[EngineVerdict, ...]
+    form: str = "folder"
 
     def summary(self) -> dict[str, Any]:
         """The diagnosis as plain values, for JSON."""
         return asdict(self) | {"model": str(self.model), "engines": [verdict.summary() for verdict in self.engines]}
 
+    def show(self, console: Console) -> None:
+        from transmla.targets.show_doctor import show_diagnosis
+
+        show_diagnosis(self, console)
+
 
 def doctor(model: str | Path) -> Diagnosis:
     """What each engine would do with the folder `model`: run it, refuse it, or compute something else.
 
-    Works on any checkpoint of model_type deepseek_v3 with latent attention, whether or not transmla has written it, and
-    on folders in the form of their source's own class.
+    Works on GGUF files that `transmla export` has written, on any checkpoint of model_type deepseek_v3 with latent
+    attention, whether or not transmla has written it, and on folders in the form of their source's own class.
     Reads config.json, the headers of the weight files and the tokenizer.
 
     Raises `SourceError` for folders that cannot be read or lack tensors, and `UnsupportedError` for other models;
     `transmla.plan` says what these could be converted to.
     """
+    if Path(model).suffix.lower() == ".gguf":
+        return _of_gguf(Path(model))
     source = open_source(Path(model))
     config = source.config
     if config.get("model_type") not in ("deepseek_v3", MODEL_TYPE) or not config.get("kv_lora_rank"):
@@ -65,6 +91,29 @@ def doctor(model: str | Path) -> Diagnosis:
     values = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     stored = next(iter(source.tensors.values())).dtype
     return Diagnosis(source.path, geometry, values, stored, verdicts)
+
+
+def _of_gguf(path: Path) -> Diagnosis:
+    """Of a file with latent attention: llama.cpp runs it, and whatever else reads GGUF of this architecture."""
+    described = describe_gguf(path)
+    if described.architecture != ARCHITECTURE or described.kv_lora_rank is None:
+        raise UnsupportedError(
+            "this is not a converted model",
+            where=str(path),
+            why=f"its architecture is {described.architecture!r}",
+            remedy="use `transmla plan` for a source that is not converted yet",
+        )
+    values = described.kv_lora_rank + described.rope
+    other = Finding(REFUSES, "it does not read this GGUF file", "give it the folder that the file was exported from")
+    verdicts = (
+        EngineVerdict(
+            engine, RUNS if engine == LLAMA_CPP else REFUSES, EVIDENCE[engine], note,
+            () if engine == LLAMA_CPP else (other,),
+        )
+        for engine, note in ENGINES.items()
+    )  # fmt: skip
+    geometry = f"{described.kv_lora_rank}+{described.rope}"
+    return Diagnosis(path, geometry, values, described.types, tuple(verdicts), "gguf")
 
 
 def _with_folder(verdict: EngineVerdict, source: Source) -> EngineVerdict:

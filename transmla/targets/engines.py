@@ -39,6 +39,19 @@ EVIDENCE = {
     MLX: "measured", VLLM_GPU: "source code", SGLANG: "source code", TENSORRT: "source code",
 }  # fmt: skip
 
+# engine -> the command that serves or runs a folder OUT
+COMMANDS = {
+    STOCK: 'AutoModelForCausalLM.from_pretrained("OUT")',
+    OWN: 'AutoModelForCausalLM.from_pretrained("OUT", trust_remote_code=True)',
+    VLLM_GPU: "vllm serve OUT",
+    VLLM_CPU: "vllm serve OUT",
+    VLLM_BACKEND: "vllm serve OUT --model-impl transformers",
+    SGLANG: "python -m sglang.launch_server --model-path OUT",
+    LLAMA_CPP: "transmla export OUT OUT.gguf --type q8_0 && llama-server -m OUT.gguf",
+    MLX: 'mlx_lm.generate --model OUT --prompt "Hello"',
+    TENSORRT: "trtllm-serve OUT",
+}
+
 Config = Mapping[str, Any]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
+
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.gguf.types import GGUF_TYPES
 from transmla.checkpoint.gguf.vocab import read_vocab
@@ -12,6 +14,7 @@ from transmla.checkpoint.gguf.write import check_gguf_destination, find_quantise
 from transmla.checkpoint.read import Source, open_source
 from transmla.errors import UnsupportedError
 from transmla.progress import Progress, silent
+from transmla.tables import Shown
 from transmla.targets.engines import LLAMA_CPP, engine_verdicts
 from transmla.targets.gguf import ARCHITECTURE, gguf_settings, gguf_tensors
 from transmla.targets.padding import write_padded
@@ -21,7 +24,7 @@ TARGETS = ("gguf", "vllm")
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Shown):
     """What `export` has written.
 
     path:             the file or folder
@@ -40,6 +43,11 @@ class ExportReport:
     values_per_token: tuple[int, int]
     quantiser: str | None
     kept: dict[str, str] = field(default_factory=dict)
+
+    def show(self, console: Console) -> None:
+        from transmla.targets.show_export import show_export
+
+        show_export(self, console)
 
 
 def export(

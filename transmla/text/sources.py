@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.errors import DataError
+from transmla.extras import needs
 
 TEXT_COLUMN = "text"
 # suffix of a table -> its format, as `datasets` calls it
@@ -71,6 +72,7 @@ def is_table(name: str) -> bool:
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table file, or of the train split of a dataset, streamed; raises `DataError`."""
+    needs("data", "text from a table or a dataset")
     import datasets
 
     path = Path(name).expanduser()

@@ -55,7 +55,7 @@ class GgufStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        reader = _open(path)
+        reader = open_gguf(path)
         with understood(f"{path} (metadata)"):
             self._describe(reader, path)
 
@@ -130,7 +130,8 @@ class GgufStore:
         )
 
 
-def _open(path: Path) -> "GGUFReader":
+def open_gguf(path: Path) -> "GGUFReader":
+    """The reader of a file, headers read; `SourceError` if it is damaged."""
     from gguf import GGUFReader
 
     with source_errors(path), path.open("rb") as file:

@@ -91,12 +91,12 @@ def _page(results: list[Result], timings: list[Result], drawn: dict[str, tuple[s
     made = first["made"]
     shown_sections = [
         sections.texts(results),
+        sections.texts_written(results),
         sections.caches(results, shown),
         sections.tasks(results, shown),
         sections.positions(results, shown),
         sections.speed(timings, shown),
         sections.layers(shown),
-        sections.texts_written(results),
         sections.gates(results),
         sections.provenance(results),
     ]

@@ -15,12 +15,20 @@ from transmla.evaluation.results import FrontierRow, Result
 COLOURS = ("#3b7dd8", "#e0812a", "#3a9d5d", "#b455c8", "#c8443e", "#7a7a7a")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#8a8a8a"
+# of names at points, in points
+NAME_SIZE = 7.5
 # of the frontier: caches that cost more are not worth a look
 HIGHEST = 30
 
 
-def frontier(rows: list[FrontierRow]) -> Figure:
-    """Perplexity against cache bytes per token, both logarithmic; what lies above HIGHEST is only counted."""
+def frontier(
+    rows: list[FrontierRow],
+    labels: dict[str, str] | None = None,
+) -> Figure:
+    """Perplexity against cache bytes per token, both logarithmic; what lies above HIGHEST is only counted.
+
+    labels: what stands at a point, by the name of its row; None: the name, the best of each kind and size alone
+    """
     figure, axes = _axes()
     above = sum(row.ratio > HIGHEST for row in rows)
     rows = [row for row in rows if row.ratio <= HIGHEST]
@@ -55,7 +63,58 @@ def frontier(rows: list[FrontierRow]) -> Figure:
     axes.set_ylabel("perplexity, times the source")
     title = f"{above} more above {HIGHEST} times the source" if above else None
     axes.legend(frameon=False, labelcolor=GREY, title=title).get_title().set_color(GREY)
+    _name_points(figure, rows, labels)
     return figure
+
+
+def _name_points(
+    figure: Figure,
+    rows: list[FrontierRow],
+    labels: dict[str, str] | None,
+) -> None:
+    """Names at points; without labels those of the best of each kind at each size. Of a few places around a point the
+    first at which the name covers neither another one nor a point, if there is one."""
+    (axes,) = figure.axes
+    if labels is None:
+        best: dict[tuple[str, str, float], FrontierRow] = {}
+        for row in sorted(rows, key=lambda row: -row.ratio):
+            best[row.source, row.group, row.bytes_per_token] = row
+        labels = _short_names([row.name for row in best.values()])
+    figure.draw_without_rendering()
+    scale = 72 / figure.dpi
+    points = {}
+    for row in rows:
+        x, y = axes.transData.transform((row.bytes_per_token, row.ratio))
+        points[row.name] = (scale * float(x), scale * float(y))
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points.values()]
+    right = scale * float(axes.bbox.x1)
+    for row in rows:
+        if row.name not in labels:
+            continue
+        width, (x, y) = 0.5 * NAME_SIZE * len(labels[row.name]), points[row.name]
+        left, middle = -width - 6, -width / 2
+        tried = [(6, 4), (left, 4), (6, -11), (left, -11), (middle, 9), (middle, -16), (6, 14), (6, -21)]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + NAME_SIZE) for dx, dy in tried]
+        free = [not any(_overlap(box, other) for other in taken) and box[2] < right for box in boxes]
+        chosen = boxes[free.index(True) if True in free else 0]
+        taken.append(chosen)
+        axes.annotate(
+            labels[row.name], (row.bytes_per_token, row.ratio), xytext=(chosen[0] - x, chosen[1] - y),
+            textcoords="offset points", fontsize=NAME_SIZE, color=GREY,
+        )  # fmt: skip
+
+
+def _short_names(names: list[str]) -> dict[str, str]:
+    """Without what the names of all models begin with, and without what goes without saying."""
+    models = [name.split("-") for name in names if not name.startswith("source") and " " not in name.partition(",")[0]]
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*models, strict=False))
+    shared = "-".join(parts[0] for parts in alike) if len(models) > 1 else ""
+    prefix = f"{shared}-" if shared else ""
+    return {name: name.removesuffix(", as stored").removeprefix(prefix) for name in names}
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _best_by_size(rows: list[FrontierRow]) -> dict[float, float]:
@@ -171,12 +230,15 @@ def speed(timings: list[Result]) -> Figure | None:
 
 
 def recovery(results: list[Result]) -> Figure | None:
-    """Bars of task recovery; None if no task was measured."""
-    series: dict[str, dict[str, float]] = {}
+    """Bars of task recovery with the error of the paired difference; None if no task was measured."""
+    series: dict[str, dict[str, tuple[float, float]]] = {}
     for result in results:
         rows = (result.content["comparison"] or {}).get("tasks") or []
+        base = {(row["task"], row["metric"]): row["value"] for row in (result.content["source"] or {}).get("tasks", [])}
         if rows:
-            series[result.name] = {f"{row['task']}\n{row['metric']}": row["recovery"] or 0.0 for row in rows}
+            series[result.name] = {
+                f"{row['task']}\n{row['metric']}": (row["recovery"] or 0.0, _recovery_error(row, base)) for row in rows
+            }
     if not series:
         return None
     names = list(dict.fromkeys(name for rows in series.values() for name in rows))
@@ -184,8 +246,12 @@ def recovery(results: list[Result]) -> Figure | None:
     bar = 0.8 / len(series)
     for number, (label, rows) in enumerate(series.items()):
         places = [place + (number - (len(series) - 1) / 2) * bar for place in range(len(names))]
-        axes.bar(places, [rows.get(name, 0.0) for name in names], bar, color=COLOURS[number % 6], label=label)
+        heights, errors = zip(*(rows.get(name, (0.0, 0.0)) for name in names), strict=True)
+        axes.bar(
+            places, heights, bar, yerr=errors, capsize=2, ecolor=GREY, color=COLOURS[number % 6], label=label,
+        )  # fmt: skip
     axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set_ylim(bottom=0)
     crowded = len(names) > 6
     axes.set_xticks(
         range(len(names)), names, fontsize=8, rotation=30 if crowded else 0, ha="right" if crowded else "center"
@@ -193,6 +259,12 @@ def recovery(results: list[Result]) -> Figure | None:
     axes.set_ylabel("recovery, share of the source")
     axes.legend(frameon=False, labelcolor=GREY)
     return figure
+
+
+def _recovery_error(row: dict[str, Any], base: dict[tuple[str, str], float]) -> float:
+    """Of the recovery: that of the paired difference over the source's score; 0 where it is not known."""
+    score = base.get((row["task"], row["metric"]))
+    return row["standard_error"] / score if score and row["standard_error"] is not None else 0.0
 
 
 def _axes(width: float = 8.0) -> tuple[Figure, Any]:

@@ -29,6 +29,13 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A bar in a cell; share: of the width"""
+
+    share: float
+
+
+@dataclass(frozen=True)
 class Picture:
     """label: what it shows, for those who do not see it;  svg: the drawing"""
 
@@ -45,8 +52,8 @@ class Section:
     quotes: Sequence[dict[str, str]] = field(default=())
 
 
-def cards(results: list[Result]) -> list[dict[str, str]]:
-    """The few numbers at the top of the page, one card each."""
+def cards(results: list[Result]) -> list[dict[str, Any]]:
+    """What is at the top of the page: one card for each model."""
     cards = []
     for result in results:
         model, source, compared = (result.content[key] for key in ("model", "source", "comparison"))
@@ -54,9 +61,22 @@ def cards(results: list[Result]) -> list[dict[str, str]]:
             continue
         saved = model["cache_bytes_per_token"] / source["cache_bytes_per_token"] - 1
         text, found = next(iter(compared["texts"].items()))
-        cards.append({"value": f"{saved:+.1%}", "label": f"cache of {result.name}"})
-        cards.append({"value": f"×{found['ratio']:.3f}", "label": f"perplexity on {Path(text).name}, {result.name}"})
+        facts = [f"{saved:+.1%} cache"]
+        if model.get("smoke") and source.get("smoke"):
+            repeated = [f"{one['smoke']['repeated']:.0%}" for one in (model, source)]
+            facts.append(f"{repeated[0]} repeated four-grams in what it writes, source {repeated[1]}")
+        requests = _requests(model["cache_bytes_per_token"]) / _requests(source["cache_bytes_per_token"])
+        facts.append(f"{requests:.1f} times the texts of 32K in the same memory")
+        cards.append({
+            "title": result.name, "value": f"×{found['ratio']:.3f}", "label": f"perplexity on {Path(text).name}",
+            "facts": facts,
+        })  # fmt: skip
     return cards
+
+
+def _requests(bytes_per_token: float) -> float:
+    """Texts of 32K tokens whose caches fit into 80 GB."""
+    return 80e9 / (bytes_per_token * 32768)
 
 
 def texts(results: list[Result]) -> Section:
@@ -97,20 +117,23 @@ def caches(results: list[Result], shown: dict[str, Picture]) -> Section | None:
     rows = frontier_rows(results)
     if not rows:
         return None
-    cells = [
+    cells: list[list[Any]] = [
         [row.name, f"{row.bytes_per_token:,.0f}", f"{row.perplexity:.3f} ± {_error(row.perplexity_error)}",
-         f"{row.ratio:.4f} ± {_error(row.ratio_error, 4)}"]
+         f"{row.ratio:.4f} ± {_error(row.ratio_error, 4)}", f"{_requests(row.bytes_per_token):,.0f}",
+         Bar(row.bytes_per_token / rows[0].bytes_per_token)]
         for row in rows
     ]  # fmt: skip
-    sizes: dict[str, list[str]] = {}
+    sizes: dict[str, list[Any]] = {}
     several = len(sources(results)) > 1
     for result in results:
         source = result.content["source"]
         if source and not source.get("quantised"):
             for name, size in quantised_sizes(source, result.content["made"]["dtype"]).items():
                 label = f"{source['name'] if several else 'source'}, {name} (size only)"
-                sizes[label] = [label, f"{size:,.0f}", "", ""]
-    head = ("cache", "bytes per token", "perplexity", "ratio")
+                sizes[label] = [
+                    label, f"{size:,.0f}", "", "", f"{_requests(size):,.0f}", Bar(size / rows[0].bytes_per_token)
+                ]  # fmt: skip
+    head = ("cache", "bytes per token", "perplexity", "ratio", "texts of 32K in 80 GB", "size")
     note = "Rounded caches beside it are what a user gets without converting anything."
     return Section(
         "Cache",
@@ -155,7 +178,7 @@ def positions(results: list[Result], shown: dict[str, Picture]) -> Section | Non
             for one in filter(None, (source, model)):
                 if one.get("positions") and one["positions"]["edges"] == edges:
                     means = (sum(column) / len(column) for column in zip(*one["positions"]["nats"], strict=True))
-                    rows.append([Path(one["name"]).name, *(f"{math.exp(mean):.2f}" for mean in means)])
+                    rows.append([_name(result, one), *(f"{math.exp(mean):.2f}" for mean in means)])
             head = ("perplexity at", *(f"{a:,}-{b:,}" for a, b in itertools.pairwise(edges)))
             tables.append(Table(f"{result.name}, {len(model['positions']['nats'])} windows", head, rows))
     return Section("By position", [], tables, _one(shown, "positions")) if tables else None
@@ -201,12 +224,14 @@ def speed(timings: list[Result], shown: dict[str, Picture]) -> Section | None:
 def texts_written(results: list[Result]) -> Section | None:
     """What the models write."""
     rows, quotes = [], []
+    seen = set()
     for result in results:
         for one in filter(None, (result.content["source"], result.content["model"])):
             found = one.get("smoke")
-            if not found:
+            name = _name(result, one)
+            if not found or name in seen:
                 continue
-            name = Path(one["name"]).name
+            seen.add(name)
             total = len(found["continuations"])
             rows.append([name, f"{found['num_empty']} of {total}", f"{found['repeated']:.0%}"])
             quotes += [
@@ -247,6 +272,11 @@ def provenance(results: list[Result]) -> Section:
             versions += f", commit {made['commit']}"
         rows.append([result.name, made["date"], made["device"], made["dtype"], Cell(versions, "text")])
     return Section("Made with", [], [Table("", ("result", "date", "device", "dtype", "versions"), rows)])
+
+
+def _name(result: Result, one: dict[str, Any]) -> str:
+    """A model has one name on the page, that of its result; a source has its own."""
+    return result.name if one is result.content["model"] else Path(one["name"]).name
 
 
 def _one(shown: dict[str, Picture], name: str) -> list[Picture]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from transmla.cli.show.doctor import engines_table
-from transmla.cli.show.tables import columns, size
+from transmla.tables import columns, size
+from transmla.targets.show_doctor import engines_table
 
 if TYPE_CHECKING:
     from transmla.conversion.plan import Plan

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from transmla.cli.show.tables import columns
+from transmla.tables import columns
 
 if TYPE_CHECKING:
     from transmla.targets.verify import Verified

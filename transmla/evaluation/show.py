@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from transmla.cli.show.tables import columns, name_of, plus_minus
 from transmla.evaluation.evaluate import quantised_sizes
 from transmla.evaluation.perplexity import Perplexity, ratio
 from transmla.evaluation.results import perplexity_of
+from transmla.tables import columns, name_of, plus_minus
 
 if TYPE_CHECKING:
     from transmla.evaluation.evaluate import EvaluationReport

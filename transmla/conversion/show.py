@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from transmla.cli.show.tables import columns, size
+from transmla.tables import columns, size
 
 if TYPE_CHECKING:
     from transmla.conversion.distil import BlockReport
     from transmla.conversion.flow import ConversionReport
 
 
-def show_conversion(report: ConversionReport, peak_memory: int, console: Console) -> None:
+def show_conversion(report: ConversionReport, console: Console, peak_memory: int | None = None) -> None:
+    """peak_memory: of the process, in bytes; None: not known"""
     gqa, mla, heldout = report.plan.gqa, report.plan.mla, report.heldout
     table = columns("", "source", "converted", "")
     values = (gqa.cache_values(), mla.cache_values())
@@ -49,7 +50,7 @@ def show_conversion(report: ConversionReport, peak_memory: int, console: Console
         **refined,
         "verified": f"{_form(report)}, relative error {report.verification.relative_error:.1e}",
         "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.mix}{_begin(report)}",
-        "time, peak memory": f"{report.seconds:.0f} s, {size(peak_memory)}",
+        **_cost(report, peak_memory),
         "written": f"{report.destination}  ({size(report.written_bytes)}, {report.plan.dtype})",
     }
     for name, value in facts.items():
@@ -62,6 +63,12 @@ def _refined(block: BlockReport, last: bool) -> str:
     if block.steps < block.planned:
         found += f" of {block.planned}, until the loss or a gradient was not finite"
     return found if block.taken else f"{found}; discarded, since it is no better"
+
+
+def _cost(report: ConversionReport, peak_memory: int | None) -> dict[str, str]:
+    if peak_memory is None:
+        return {"time": f"{report.seconds:.0f} s"}
+    return {"time, peak memory": f"{report.seconds:.0f} s, {size(peak_memory)}"}
 
 
 def _begin(report: ConversionReport) -> str:

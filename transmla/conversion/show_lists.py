@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from transmla.cli.show.tables import columns
+from transmla.tables import columns
 
 if TYPE_CHECKING:
     from transmla.conversion.listing import FamilyRow, RecipeRow

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from transmla.cli.show.tables import size
+from transmla.tables import size
 
 if TYPE_CHECKING:
     from transmla.targets.export import ExportReport

@@ -1,0 +1,94 @@
+"""The documents say what the program does: links lead somewhere, commands exist, and what is written by a command is
+what it would write now."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+from transmla.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [*sorted((ROOT / "benchmarks").rglob("*.md")), ROOT / "eval" / "results" / "README.md"]
+
+
+def words(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "tools" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=words)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=words)
+def test_commands_and_options_exist(page: Path) -> None:
+    for line in re.findall(r"(?:^|`|\$ |&& |-m )(transmla [a-z]+ [^`\n#]*)", page.read_text("utf-8"), re.MULTILINE):
+        given = shlex.split(line.replace("...", ""), comments=True)
+        if given[1] not in main.commands:
+            assert given[1] in ("is", "then"), line
+            continue
+        known = {name for parameter in main.commands[given[1]].params for name in parameter.opts} | {"--help"}
+        for word in given[2:]:
+            if word in (";", "then", "|", "&&"):
+                break
+            assert not word.startswith("--") or word in known, line
+
+
+def test_pages_from_the_code_are_up_to_date(reference: ModuleType) -> None:
+    """Otherwise: python docs/tools/reference.py"""
+    assert (ROOT / "docs" / "cli.md").read_text("utf-8") == reference.cli_reference()
+    assert (ROOT / "docs" / "python.md").read_text("utf-8") == reference.python_reference()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- " in page.read_text("utf-8")], ids=words)
+def test_tables_of_results_are_up_to_date(page: Path, reference: ModuleType) -> None:
+    """Otherwise: python docs/tools/reference.py"""
+    text = page.read_text("utf-8")
+    assert reference.filled(text) == text
+    shortened = re.sub(r"(<!-- (?:results|sizes|texts|tasks|tensor-parallel) -->\n).*\n", r"\1", text)
+    assert shortened == text or reference.filled(shortened) == text, "a block that has changed is written again"
+
+
+def test_what_plan_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise: python benchmarks/tour.py"""
+    monkeypatch.setenv("COLUMNS", "100")
+    printed = CliRunner().invoke(main, ["plan", "stories260k"]).stdout
+    lines = [line.rstrip() for line in printed.splitlines()]
+    shown = [page for page in PAGES if "<!-- plan -->" in page.read_text("utf-8")]
+    assert shown
+    for page in shown:
+        block = page.read_text("utf-8").partition("<!-- plan -->\n```text\n")[2].partition("\n```\n<!-- end -->")[0]
+        assert block.splitlines() == ["$ transmla plan stories260k", *lines]

@@ -1,0 +1,57 @@
+"""The examples run, on the model that ships."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def run(folder: Path, name: str, *args: str) -> str:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(EXAMPLES / name), *args]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in json.loads((EXAMPLES / "first_conversion.ipynb").read_text("utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "is committed without output"
+            exec("".join(cell["source"]), names)
+    assert str(names["report"]) and "8-bit cache" in str(names["found"])
+
+
+def test_compare_frontier(folder: Path) -> None:
+    printed = run(folder, "compare_frontier.py", "--sizes", "24+8,10+6", "--windows", "2", "--refine", "off")
+    assert "mla-24-8, as stored" in printed and "mla-10-6, 4 bits" in printed
+    assert (folder / "frontier" / "frontier.png").stat().st_size > 10_000
+
+
+def test_convert_and_serve(folder: Path) -> None:
+    """To the answer where there is an engine, else to the file that it would serve."""
+    printed = run(folder, "convert_and_serve.py", "--tokens", "8192")
+    assert (folder / "served.gguf").is_file() and "q8_0" in printed
+    assert printed.splitlines()[-1].strip()
+
+
+def test_heal_with_trl(folder: Path) -> None:
+    pytest.importorskip("trl")
+    if not (folder / "served").is_dir():
+        run(folder, "convert_and_serve.py", "--tokens", "8192")
+    run(folder, "heal_with_trl.py", "served", "healed", "--steps", "2")
+    assert json.loads((folder / "healed" / "config.json").read_text("utf-8"))["latent_norm_folded"] is True

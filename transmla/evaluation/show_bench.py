@@ -1,0 +1,51 @@
+"""The table of `transmla bench`."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from transmla.tables import columns, is_narrow
+
+if TYPE_CHECKING:
+    from transmla.evaluation.speed import BenchReport
+
+
+def show_bench(report: BenchReport, console: Console) -> None:
+    narrow = is_narrow(console)
+    wide = {"first token", "x floor"} if narrow else set()
+    heads = (
+        "model", "batch", "context", "first token", "prefill tok/s", "decode tok/s", "speed", "x floor", "cache B/token"
+    )  # fmt: skip
+    shown = [name not in wide for name in heads]
+    table = columns(*itertools.compress(heads, shown))
+    for row in report.rows:
+        head = (Path(row.model).name, str(row.batch), f"{row.context:,}")
+        if row.failed or row.tokens_per_second is None:
+            cells = (*head, "", row.failed or "", "", "", "", "")
+        else:
+            cells = (
+                *head,
+                f"{row.first_token_seconds:.2f} s",
+                f"{row.prefill_tokens_per_second:,.0f}",
+                f"{row.tokens_per_second:.1f} ({row.slowest:.1f}-{row.fastest:.1f})",
+                f"{row.speed_ratio:.2f}x" if row.speed_ratio else "",
+                f"{row.of_floor:.1f}",
+                f"{row.cache_bytes_per_token:,.0f}",
+            )
+        table.add_row(*itertools.compress(cells, shown))
+    console.print(table)
+    rates, setting = report.rates, report.setting
+    console.print(
+        f"{setting['dtype']} on {setting['device_name']}, {setting['threads']} threads; this machine multiplies "
+        f"{rates.multiply_adds / 1e9:,.0f} G/s and copies {rates.bytes / 2**30:,.1f} GiB/s. Median of "
+        f"{setting['repeats']} alternating timings (slowest-fastest)",
+        highlight=False,
+    )
+    if narrow:
+        console.print("time to the first token and x floor: in a wider window, or with --json", highlight=False)
+    for note in report.notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False)
