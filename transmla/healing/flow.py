@@ -17,16 +17,20 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.destination import check_destination, journal_of
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import read_provenance
 from transmla.checkpoint.write import CheckpointWriter
-from transmla.errors import GateError
-from transmla.healing.choice import check, conversion_of, settings_for
+from transmla.errors import GateError, UnsupportedError
+from transmla.healing.choice import check, check_teacher, conversion_of, settings_for, with_mix
+from transmla.healing.pace import multiply_adds, times_floor
 from transmla.healing.prepare import TEXTS, Preparation, is_sharded
 from transmla.healing.result import write_healed
-from transmla.healing.student import halve_frozen, select_trained, teach, with_adapters
-from transmla.healing.train import Schedule, Trained, autocast, distil, learning_rate, schedule
+from transmla.healing.schedule import Schedule, learning_rate, rest_rate, schedule
+from transmla.healing.student import halve_frozen, plain, select_trained, share_frozen, teach, with_adapters
+from transmla.healing.teacher import Judged, OnlineTeacher
+from transmla.healing.train import Trained, autocast, distil
 from transmla.healing.weights import context_of, open_trainable, prepare_weights, weights_of
 from transmla.model.loading import load, open_model
 from transmla.processes import Processes
@@ -54,7 +58,11 @@ class HealReport(Shown):
     rate:          largest step of the optimizer, relative to the size of the row that it changes
     distinct:      different tokens that were trained on; further steps repeat them
     passes:        how often reading each text was begun in order to pack these tokens
+    raised:        texts -> how many measured states were further from the source on it than the start, by more than the
+                   error; these are never written
     seconds:       duration of the whole run
+    tokens_per_second: of the steps of this run, without measuring and saving
+    of_floor:      seconds per token over those of its matrix products at the rate at which the device multiplies
     """
 
     parent: Path
@@ -70,7 +78,10 @@ class HealReport(Shown):
     rate: float
     distinct: int
     passes: dict[str, int]
+    raised: dict[str, int]
     seconds: float
+    tokens_per_second: float
+    of_floor: float
 
     def show(self, console: Console) -> None:
         from transmla.healing.show import show_healing
@@ -112,44 +123,60 @@ def heal(
     source_name = source or str(read_provenance(parent)["source"]["name"])
     options = settings_for(recipe, source_name).with_overrides(**settings)
     check(options, device)
+    options = with_mix(options, tokenizer(converted))
     # everything that is counted in windows depends on the length that they really have
-    options = options.with_overrides(window=min(options.window, context_of(converted.config)))
+    context = context_of(converted.config)
+    options = options.with_overrides(window=min(options.window, context), long_window=min(options.long_window, context))
+    check(options, device)
     target = Path(destination) if destination is not None else parent.with_name(f"{parent.name}-healed")
     check_destination(target, 4 * sum(info.num_bytes for info in converted.tensors.values()))
     source_checkpoint = open_model(source_name)
+    larger = None if options.teacher is None else open_model(options.teacher)
+    if larger is not None:
+        check_teacher(larger, source_checkpoint)
     processes = Processes.current(device)
+    if options.on_policy and is_sharded():
+        raise UnsupportedError(
+            "a sharded model does not write",
+            where="on_policy",
+            why="processes would wait for each other: their texts end at different steps",
+            remedy="use DDP, where every process has the whole model, or leave on_policy out",
+        )
     set_seed(options.seed)
     plan = schedule(options, processes.size)
     own_device = processes.device(device)
-    preparation = Preparation(converted, source_checkpoint, options, plan.num_windows, processes, own_device, tell)
+    preparation = Preparation(
+        converted, source_checkpoint, options, plan.num_windows, processes, own_device, tell, plan.long_windows, larger
+    )
     if processes.first:
         journal = Journal(target, _fingerprint(parent, source_name, options, processes), restart=restart)
         with CheckpointWriter(target) as writer:
             work = journal.begin()
             processes.wait()
-            trained, passes = _train(preparation, plan, work, device)
+            trained, passes, of_floor = _train(preparation, plan, work, device)
             write_healed(
                 writer, work, converted, options, trained, source=source_name, num_processes=processes.size,
                 device=str(own_device), progress=tell,
             )  # fmt: skip
     else:
         processes.wait()  # until process 0 has created the folder
-        trained, passes = _train(preparation, plan, journal_of(target), device)
+        trained, passes, of_floor = _train(preparation, plan, journal_of(target), device)
     processes.wait()
     return HealReport(
         parent, target, source_name, tuple(trained.before), trained.before, trained.after, trained.tokens, plan.steps,
         trained.best_step, trained.num_trained, trained.rate,
-        min(plan.num_windows, plan.windows_seen) * options.window, passes, time.monotonic() - started,
+        min(plan.num_windows, plan.windows_seen) * options.window, passes,
+        _raised(trained), time.monotonic() - started, trained.clock.rate if trained.clock else 0.0, of_floor,
     )  # fmt: skip
 
 
-def _train(preparation: Preparation, plan: Schedule, work: Path, device: str) -> tuple[Trained, dict[str, int]]:
-    """The trained tensors, and the passes over each text. Every process calls this."""
+def _train(preparation: Preparation, plan: Schedule, work: Path, device: str) -> tuple[Trained, dict[str, int], float]:
+    """The trained tensors, the passes over each text, and `times_floor`. Every process calls this."""
     settings, processes = preparation.settings, preparation.processes
     if processes.first:
         prepare_weights(preparation.converted, work, preparation.tell)
     processes.wait()
-    train, heldout = preparation.windows(work)
+    train, heldout, long = preparation.windows(work)
     teacher = preparation.teacher(work, train, heldout, autocast(settings.precision, preparation.device))
 
     # Trainer moves the model to its device
@@ -161,27 +188,41 @@ def _train(preparation: Preparation, plan: Schedule, work: Path, device: str) ->
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     model: Any = student if settings.lora is None else with_adapters(student, settings.lora)
-    if settings.precision == "bfloat16" and not is_sharded():
-        halve_frozen(student)
-    rate = learning_rate(settings, sum(weight.numel() for weight in model.parameters() if weight.requires_grad))
+    if not is_sharded():
+        if settings.precision == "bfloat16":
+            halve_frozen(student)
+        judge = teacher.judge if isinstance(teacher, Judged) else teacher
+        if isinstance(judge, OnlineTeacher):
+            share_frozen(model, judge.model)
+    num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    rates = learning_rate(settings, num_trained), rest_rate(settings, num_trained)
     trained = distil(
-        model, settings, plan, rate, work / "checkpoints", device, train, heldout,
+        model, settings, plan, rates, work / "checkpoints", device, train, long, heldout,
         [part.name for part in preparation.texts], processes, preparation.tell,
     )  # fmt: skip
+    own_device, dtype = preparation.device, getattr(torch, settings.precision)
+    per_token = multiply_adds(plain(model), getattr(teacher, "model", None))
+    of_floor = times_floor(trained.clock, per_token, dtype, own_device, processes.size) if trained.clock else 0.0
     _require_gain(trained, work, processes)
     packed = json.loads((work / TEXTS).read_text("utf-8"))
-    return trained, {name: one["passes"] for name, one in packed.items()}
+    return trained, {name: one["passes"] for name, one in packed.items()}, of_floor
 
 
 def _require_gain(trained: Trained, work: Path, processes: Processes) -> None:
     """`GateError` unless the best state is nearer to the source and no worse on the text. All processes have the same
     numbers; what is of no use is not kept to resume from."""
-    losses = {entry["step"]: entry["eval_loss"] for entry in trained.log if "eval_loss" in entry}
+    losses = {entry["step"]: entry["eval_score"] for entry in trained.log if "eval_score" in entry}
     text = next(iter(trained.before))
     before, after = trained.before[text], trained.after[text]
     best, error = losses[trained.best_step], after["recovery_error"] / after["recovery"]
-    if not best < losses[0]:
-        why = f"their loss was {losses[0]:.4f} before and {min(losses.values()):.4f} at best"
+    risen = _raised(trained)
+    if math.isinf(best) and risen and len(losses) > 1:
+        worst = max(risen, key=lambda name: risen[name])
+        why = (
+            f"in {risen[worst]} of {len(losses) - 1} states the divergence on {worst} had risen by more than its error"
+        )
+    elif not best < losses[0]:
+        why = f"their score was {losses[0]:.4f} before and {min(losses.values()):.4f} at best"
     elif not after["nats"] <= before["nats"] + error:
         perplexities = f"{math.exp(before['nats']):.3f} to {math.exp(after['nats']):.3f}"
         why = f"the divergence from the source fell, but perplexity rose from {perplexities}, more than its error"
@@ -193,8 +234,13 @@ def _require_gain(trained: Trained, work: Path, processes: Processes) -> None:
         "healing did not help",
         where="the held-out windows",
         why=why,
-        remedy="try a lower --rate, more or other text (--data); nothing was written",
+        remedy="try a lower --rate, more or other text (--data), also of the kind that was lost; nothing was written",
     )
+
+
+def _raised(trained: Trained) -> dict[str, int]:
+    counts = {name: sum(name in names for names in trained.raised.values()) for name in trained.before}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _fingerprint(parent: Path, source: str, settings: Healing, processes: Processes) -> dict[str, Any]:
