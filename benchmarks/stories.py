@@ -12,16 +12,36 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import StaticCache
 
 from transmla.model.loading import load_any, load_tokenizer
-from transmla.text.sampling import sample
 
 OUT = Path(__file__).parents[1] / "transmla/data/stories.txt"
 MODEL = "stories260k"
 # three times what the recipe asks for; a text is as long as the model can read
 TOKENS, LENGTH, BATCH, SEED = 100_000, 512, 64, 0
+
+
+@torch.no_grad()
+def sample(model: Any, prompt_BP: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Each prompt and its continuation at temperature 1, int64 [B, length] on the CPU: how the program itself sampled
+    when the stories were written, with all texts drawing from one generator.
+
+    The most likely token under Gumbel noise is a sample (Maddison et al., 1411.0030).
+    """
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    ids = prompt_BP
+    step = prompt_BP.to(model.device)
+    for _ in range(length - prompt_BP.shape[1]):
+        logits_BV = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float().cpu()
+        noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
+        next_B1 = (logits_BV - noise_BV.log_()).argmax(-1, keepdim=True)
+        ids = torch.cat([ids, next_B1], dim=1)
+        step = next_B1.to(model.device)
+    return ids
 
 
 def texts(tokens: int) -> Iterator[list[int]]:

@@ -10,6 +10,8 @@ REFINE_LEVELS = ("off", "fast", "full")
 # calibration text and tokens of each level, where the recipe does not say: what takes many steps needs much text that
 # is not repeated, and a model can write most of it
 MIX = "wikitext:2+synthetic+code"
+# what models that answer are healed on
+MIX_OF_CHATS = f"{MIX}+maths"
 CALIBRATION = {"off": MIX, "fast": MIX, "full": "wikitext:4+code:2+synthetic:5+continued:3"}
 TOKENS = {"off": 131072, "fast": 180224, "full": 573440}
 # at least so many for each feature of the widest regression, the larger of hidden size and heads times v_head_dim
@@ -30,12 +32,12 @@ _WORDS = {
 }  # fmt: skip
 _POSITIVE = (
     "theta", "tokens", "window", "context", "budget", "distinct", "batch", "micro", "rate", "lora", "temperature",
-    "top_k", "heldout", "evaluations", "patience", "total",
+    "top_k", "heldout", "evaluations", "patience", "total", "on_policy_tokens", "resample", "rate_rest", "long_window",
 )  # fmt: skip
 # tokens: less says nothing of attention
-_LEAST = {"window": 8}
+_LEAST = {"window": 8, "long_window": 8}
 _NOT_NEGATIVE = ("sampled", "hidden")
-_SHARES = ("warmup", "cross_entropy")
+_SHARES = ("warmup", "cross_entropy", "on_policy", "layerwise", "long_share")
 
 
 Settings = TypeVar("Settings", "Recipe", "Healing", "Shape")
@@ -73,7 +75,7 @@ class Shape:
 class Healing:
     """The table [heal] of a recipe: distillation from the source after the conversion. Windows are rows of tokens."""
 
-    data: str = MIX  # mix of texts, A:3+B: healing/data.py
+    data: str | None = None  # mix of texts, A:3+B; None: MIX, for chat models MIX_OF_CHATS
     tokens: int = 1_000_000  # trained on in all
     distinct: int | None = None  # different ones among them, then they repeat; None: all
     window: int = 1024  # tokens per window
@@ -94,8 +96,22 @@ class Healing:
     evaluations: int = 10
     patience: int | None = None  # evaluations without gain before it stops; None: all steps
     precision: str = "bfloat16"  # of the products; weights are trained in float32
+    teacher: str | None = None  # a larger model with the same tokenizer that is distilled; None: the source
+    on_policy: float = 0.0  # share of the windows that are of what the model itself writes
+    on_policy_tokens: int = 128  # most tokens that it writes behind a prompt
+    resample: int = 25  # steps between two times that it writes
+    completion_only: bool = False  # of rows with turns, only answers are learned
+    rate_rest: float | None = None  # with train "all": rate outside the attention; None: 0.3 of the rate
+    layerwise: float = 0.0  # share of the steps, the first, in which every layer learns for itself
+    long_share: float = 0.0  # share of the tokens, the last, that come in windows of long_window
+    long_window: int = 4096
     checkpointing: bool = False  # layers are computed twice and need less memory
     seed: int = 0
+
+    @property
+    def mix(self) -> str:
+        """Text to train on."""
+        return self.data or MIX
 
     def with_overrides(self, **given: Any) -> "Healing":
         """A copy with the values that are not None, checked like those of a file."""

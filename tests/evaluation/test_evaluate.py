@@ -36,7 +36,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("suite") / "mine.toml"
-    path.write_text("agreement = true\nsmoke = true\n[gates]\nperplexity = 0.5\n")
+    path.write_text("agreement = true\nsmoke = true\ngeneration = 12\n[gates]\nperplexity = 0.5\n")
     return str(path)
 
 
@@ -174,10 +174,11 @@ def test_a_gate_that_was_not_measured_is_missed(converted: Path, suite: str) -> 
     given: dict[str, Any] = {"windows": 2, "length": 32, "dtype": "float32"}
     report = transmla.evaluate(
         converted, "stories260k", text=["tinystories-valid", "missing.txt"],
-        gates={"perplexity": 0.1, "needles": 0.5, "tasks": 0.5}, **given,
+        gates={"perplexity": 0.1, "needles": 0.5, "tasks": 0.5, "loops": 0.5}, **given,
     )  # fmt: skip
     assert {gate.name: gate.passed for gate in report.gates} == {
         "perplexity tinystories-valid": True, "perplexity missing.txt": False, "needles": False, "tasks": False,
+        "loops": False,
     }  # fmt: skip
     alone = transmla.evaluate(converted, suite=suite, **given)
     assert alone.gates == () and [one.part for one in alone.skipped] == ["gates"]

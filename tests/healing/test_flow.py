@@ -22,8 +22,10 @@ from transmla.checkpoint.destination import journal_of
 from transmla.cli import main
 from transmla.errors import DestinationError, GateError, RecipeError, SourceError, UnsupportedError
 from transmla.healing.flow import _require_gain
+from transmla.healing.schedule import schedule
 from transmla.healing.train import Trained
 from transmla.processes import ALONE
+from transmla.recipe import Healing
 from transmla.text.sources import read_text
 from transmla.train.losses import divergence
 
@@ -97,6 +99,7 @@ def test_the_healed_folder_is_closer_to_its_source(
     assert report.after[report.texts[0]]["divergence"] < report.before[report.texts[0]]["divergence"]
     assert report.after["wikitext-valid"]["recovery"] > 0 and report.texts[1] == "wikitext-valid"
     assert (report.tokens, report.steps) == (report.best_step * 2 * 64, 24)
+    assert report.tokens_per_second > 0 < report.of_floor and not report.raised
 
 
 def test_it_is_a_folder_of_the_same_kind(converted: Path, healed: tuple[Path, Any]) -> None:
@@ -188,11 +191,19 @@ def test_what_does_not_help_is_not_written(converted: Path, text_file: Path, tmp
     assert "lower --rate" in caught.value.remedy and not list(tmp_path.iterdir())
 
 
-def outcome(losses: tuple[float, float], nats: tuple[float, float]) -> Trained:
-    """losses: before and at the best step;  nats: likewise, of the held-out text"""
-    log = [{"step": step, "eval_loss": loss} for step, loss in zip((0, 10), losses, strict=True)]
+def outcome(losses: tuple[float, float], nats: tuple[float, float], raised: list[str] | None = None) -> Trained:
+    """losses: before and at the best step;  nats: likewise, of the held-out text;  raised: texts at the best step"""
+    log = [{"step": step, "eval_loss": loss, "eval_score": loss} for step, loss in zip((0, 10), losses, strict=True)]
     before, after = ({"text": {"nats": one, "recovery": 0.9, "recovery_error": 0.009}} for one in nats)
-    return Trained({}, log, 10, 1, 1e-3, 64, before, after)
+    return Trained({}, log, 10, 1, 1e-3, schedule(Healing(), 1), before, after, {0: [], 10: raised or []})
+
+
+def test_a_state_that_loses_a_text_is_not_the_best_one(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    with pytest.raises(GateError) as caught:
+        _require_gain(outcome((1.0, float("inf")), (2.0, 1.9), ["text"]), work, ALONE)
+    assert "in 1 of 1 states the divergence on text had risen" in caught.value.why
 
 
 @pytest.mark.parametrize(
@@ -225,6 +236,13 @@ def test_a_gain_is_nearer_to_the_source_and_no_worse_on_the_text(
     ("settings", "error", "message"),
     [
         ({"cached": True, "hidden": 1.0}, RecipeError, "`hidden` and `cached` cannot be combined"),
+        ({"on_policy": 0.5, "cached": True}, RecipeError, "`on_policy` and `cached` cannot be combined"),
+        ({"on_policy": 0.5, "cross_entropy": 0.1}, RecipeError, "`on_policy` and `cross_entropy`"),
+        ({"on_policy": 0.5, "window": 64}, RecipeError, "does not fit into a window"),
+        ({"teacher": "stories260k", "hidden": 1.0}, RecipeError, "`teacher` and `hidden`"),
+        ({"layerwise": 0.5, "checkpointing": True}, RecipeError, "`layerwise` and `checkpointing`"),
+        ({"long_share": 0.1, "cached": True}, RecipeError, "`long_share` and `cached`"),
+        ({"on_policy": 1.5}, RecipeError, "cannot be 1.5"),
         ({"lora": 4, "train": "all"}, RecipeError, "adapters can only be trained on the attention"),
         ({"device": "cuda:1"}, UnsupportedError, "healing does not run on cuda:1"),
         ({"trian": "all"}, RecipeError, "unknown recipe key 'trian'"),

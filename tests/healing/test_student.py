@@ -1,5 +1,7 @@
 """A student's loss is that of its source, and its source is no part of it."""
 
+import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 
 from tests.families import lively_config, lively_model
 from transmla.errors import DestinationError
-from transmla.healing.student import halve_frozen, select_trained, teach
+from transmla.healing.student import halve_frozen, select_trained, share_frozen, teach
 from transmla.healing.teacher import CachedTeacher, OnlineTeacher, record
 from transmla.healing.train import autocast
 from transmla.healing.windows import Windows, write_windows
@@ -18,6 +20,7 @@ from transmla.train.losses import Objective
 
 CPU = torch.device("cpu")
 LENGTH = 24
+IDS = torch.arange(3, 27)[None]
 
 
 def unfolded(config: Any, seed: int = 1) -> UnfoldedForCausalLM:
@@ -157,3 +160,24 @@ def test_a_full_disk_leaves_no_half_predictions(
     with pytest.raises(DestinationError, match="the disk is full"):
         record(OnlineTeacher(source, autocast("float32", CPU), k=5), windows, tmp_path / "p", [0], CPU, lambda *_: None)
     assert not list((tmp_path / "p").rglob("*.npz"))
+
+
+def test_source_and_student_share_what_neither_trains() -> None:
+    """After it, a change of a shared tensor is seen by both; trained ones, and those that differ, stay apart."""
+    for tied in (False, True):
+        source = lively_model(lively_config(layers=2, tied=tied))
+        student = teach(copy.deepcopy(source), OnlineTeacher(source, contextlib.nullcontext), Objective())
+        select_trained(student, "attention")
+        with torch.no_grad():
+            student.model.layers[1].mlp.up_proj.weight.add_(1e-3)
+            wanted = source(IDS).logits
+        before = sum(weight.numel() for weight in source.parameters()) * 4
+        saved = share_frozen(student, source)
+        assert before / 2 < saved < before and torch.equal(source(IDS).logits, wanted)
+        pairs = dict(student.named_parameters())
+        apart = {name for name, weight in source.named_parameters() if weight is not pairs[name]}
+        assert apart == {name for name in pairs if ".self_attn." in name} | {"model.layers.1.mlp.up_proj.weight"}
+        assert source.lm_head.weight is student.lm_head.weight
+        assert tied == (source.lm_head.weight is source.model.embed_tokens.weight)
+        student.to(torch.float64)
+        assert source.model.layers[0].mlp.up_proj.weight.dtype == torch.float64, "a move moves both"

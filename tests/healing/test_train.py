@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from transmla.healing.choice import with_mix
 from transmla.healing.curves import healing_curve, write_curve
-from transmla.healing.train import Healer, arguments, by_text, last_checkpoint, learning_rate, schedule
-from transmla.recipe import Healing
+from transmla.healing.schedule import learning_rate, rest_rate, schedule
+from transmla.healing.scores import by_text, divergence_at_start
+from transmla.healing.train import Healer, arguments, last_checkpoint
+from transmla.recipe import MIX, Healing
 from transmla.train.adam import LEAST, LEAST_OF_ADAPTERS, RelativeAdam
 
 
@@ -86,6 +89,64 @@ def test_recovery_of_each_text_and_its_error() -> None:
     assert metrics["a/divergence"] == pytest.approx(0.15) and metrics["b/source_nats"] == 2.5
 
 
+def test_a_state_that_is_further_on_one_text_is_not_the_best(tmp_path: Path) -> None:
+    nats = np.zeros(4)
+    start = np.array([0.5, 0.7, 1.0, 1.2])
+
+    def score(after: list[float], **kwargs: Any) -> tuple[float, float, float]:
+        found: Any = SimpleNamespace(predictions=(np.array(after), nats + 2, nats + 1))
+        metrics = by_text(found, [2, 2], ["a", "b"], start, **kwargs)
+        return metrics["score"], metrics["a/raised"], metrics["b/raised"]
+
+    # the mean over texts, however many windows each has
+    assert score([0.3, 0.5, 1.0, 1.2]) == (pytest.approx(0.75), 0, 0)
+    assert score([0.1, 0.1, 1.4, 1.1]) == (pytest.approx(0.675), 0, 0)  # b rose by 0.15 ± 0.25
+    assert score([0.1, 0.1, 1.2, 1.4]) == (math.inf, 0, 1)  # by 0.2 in both windows
+    assert score([0.3, 0.5, 1.0, 1.2], cross_entropy=0.5)[0] == pytest.approx((0.75 + 2) / 2)
+    assert score([math.nan, 0.5, 1.0, 1.2])[0] == math.inf
+    path = tmp_path / "start.npy"
+    assert divergence_at_start(path, start, is_start=True, writes=True) is start
+    # a resumed run measures another state first
+    assert divergence_at_start(path, start / 2, is_start=False, writes=True).tolist() == start.tolist()
+    assert divergence_at_start(path, start / 2, is_start=True, writes=True).tolist() == start.tolist()
+
+
+def test_long_windows_take_their_share_of_the_tokens() -> None:
+    settings = Healing(tokens=400_000, window=1024, long_share=0.1, long_window=4096, batch=2, micro=2)
+    plan = schedule(settings, 2)
+    # windows of 1,024 per step: 4, of 4,096: one in each process
+    assert (plan.batch, plan.long_rows, plan.long_batch, plan.long_steps) == (4, 1, 2, 5)
+    assert plan.tokens(plan.short_steps) == plan.short_steps * 4 * 1024
+    assert plan.tokens(plan.steps) - plan.tokens(plan.short_steps) == 5 * 2 * 4096 == 40_960
+    assert 400_000 <= plan.tokens(plan.steps) < 480_000 and plan.long_windows == 10
+    assert schedule(Healing(tokens=400_000, micro=16, long_share=0.5), 1).long_rows == 4
+    assert schedule(Healing(), 1).long_steps == 0
+
+
+def test_models_that_answer_learn_maths_as_well() -> None:
+    for template, data, wanted in ((None, None, MIX), ("{{ x }}", None, f"{MIX}+maths"), ("{{ x }}", "code", "code")):
+        assert with_mix(Healing(data=data), SimpleNamespace(chat_template=template)).data == wanted
+    assert with_mix(Healing(), object()).mix == MIX and "code" in MIX
+
+
+def test_rates_outside_the_attention(tmp_path: Path) -> None:
+    rates = [
+        rest_rate(Healing(**given), count)
+        for given in ({}, {"rate": 1e-3}, {"rate_rest": 7e-4})
+        for count in (10, 10**8)
+    ]
+    assert rates == [pytest.approx(3e-3), pytest.approx(1.5e-4), *[pytest.approx(3e-4)] * 2, 7e-4, 7e-4]
+    model = torch.nn.ModuleDict({"layer": torch.nn.ModuleDict({
+        "self_attn": torch.nn.Linear(8, 8, bias=False), "mlp": torch.nn.Linear(8, 8, bias=False),
+    })})  # fmt: skip
+    given = arguments(Healing(), schedule(Healing(), 1), 0.01, tmp_path, "cpu")
+    trainer = Healer(model=model, args=given, eval_dataset=[])
+    trainer.rest_rate = 0.002
+    groups = trainer.create_optimizer().param_groups
+    assert [(len(group["params"]), group["lr"]) for group in groups] == [(1, 0.01), (1, 0.002)]
+    assert groups[0]["params"][0] is model["layer"]["self_attn"].weight
+
+
 def test_a_checkpoint_that_was_cut_off_is_not_gone_on_with(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None
     for step, text in ((8, '{"global_step": 8}'), (100, '{"global_step": 100}'), (108, '{"glob'), (116, None)):
@@ -101,7 +162,7 @@ def test_curves(tmp_path: Path) -> None:
     for step in (0, 2):
         log.append({"step": step, "eval_loss": 0.4 - step / 10})
         log[-1] |= {f"eval_a/{key}": 0.5 for key in ("divergence", "nats", "source_nats", "recovery", "recovery_error")}
-    curve = healing_curve(log, 1000, ["a"])
+    curve = healing_curve(log, lambda step: 1000 * step, ["a"])
     assert curve["train"] == [{"step": 2, "loss": 0.5, "grad_norm": 1.0, "tokens": 2000}]
     assert [(one["tokens"], one["loss"]) for one in curve["heldout"]] == [(0, 0.4), (2000, pytest.approx(0.2))]
     write_curve(curve, tmp_path / "curve.png")

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from transmla.checkpoint.resolve import resolve
 from transmla.errors import DataError
 from transmla.healing.windows import Windows, write_windows
 from transmla.text.documents import Text, mixed, open_text
 from transmla.text.mixes import Part, parse_mix
-from transmla.text.packing import IGNORED, pack
+from transmla.text.packing import IGNORED, Answered, pack
 
 END = 2
 
@@ -29,9 +31,12 @@ class Letters:
         ids = [1] * add_special_tokens + [ord(letter) for letter in text]
         return type("Encoding", (), {"input_ids": ids})
 
-    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool = False
+    ) -> str:
         assert not tokenize
-        return "".join(f"<{one['role']}>{one['content']}" for one in messages)
+        turns = "".join(f"<{one['role']}>{one['content']}" for one in messages)
+        return turns + "<assistant>" * add_generation_prompt
 
 
 def nothing() -> list[list[int]]:
@@ -177,3 +182,44 @@ def test_windows_survive_the_disk(tmp_path: Path) -> None:
         assert item["labels"].tolist() == row.labels and IGNORED in row.labels
         assert int(item["index"]) == 7 + number and item["labels"].dtype == torch.int64
     assert np.load(tmp_path / "w.npy").dtype == np.int32
+
+
+def test_only_answers_are_learned(tmp_path: Path) -> None:
+    """Exactly what the assistant says, to the end of its turn; text without turns counts whole."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("stories260k").path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    turns = [("user", "Hello there"), ("assistant", "Once upon a time"), ("user", "Go on"), ("assistant", "The end.")]
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": role, "content": content} for role, content in turns]},
+        {"prompt": "Lily was ", "completion": "very happy."},
+        {"text": "The dog ran to the park."},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+
+    def learned(completion_only: bool) -> list[str]:
+        text = open_text(
+            Part(str(tmp_path / "a.jsonl")), tokenizer, 64, nothing, evaluation=False, completion_only=completion_only
+        )
+        found = []
+        for document in text.documents():
+            (window,) = pack([document], len(document))
+            labels = [label for label in window.labels if label != IGNORED]
+            assert labels[-1] == tokenizer.eos_token_id
+            found.append(tokenizer.decode(labels, skip_special_tokens=True))
+        return found
+
+    chat, completion, plain = learned(True)
+    # the space before a word is in its token
+    assert chat == "Once upon a time\n The end.\n" and completion == "very happy." and "dog ran" in plain
+    whole = learned(False)
+    assert "Hello there" in whole[0] and "Lily was very happy." in whole[1] and whole[2] == plain
+
+
+def test_windows_without_an_answer_are_left_out() -> None:
+    asked = Answered([3] * 6 + [4] * 2, [False] * 6 + [True] * 2)
+    windows = list(pack([asked, [5, 6, 7, 8]], 4))
+    assert [window.ids for window in windows] == [[3, 3, 4, 4], [5, 6, 7, 8]]
+    assert windows[0].labels == [IGNORED, 4, 4, IGNORED]

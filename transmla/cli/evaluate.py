@@ -114,11 +114,19 @@ from transmla.recipe import DTYPES
     group="What is measured",
 )
 @option(
+    "--generation",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also let both write up to N tokens behind each of 32 prompts, greedily and sampled: repeated and distinct "
+    "runs of tokens, length, end of text, and the share of MODEL's tokens that SRC accepts.",
+    group="What is measured",
+)
+@option(
     "--gate",
     multiple=True,
     metavar="NAME=SHARE",
-    help="Smallest recovery of perplexity, tasks or needles that passes; below it the exit code is 5. Repeatable. "
-    "[default: of the suite]",
+    help="Smallest recovery of perplexity, tasks, needles or loops (greedy four-token runs that are new) that "
+    "passes; below it the exit code is 5. Repeatable. [default: of the suite]",
     group="Compared with",
 )
 @option(
@@ -140,8 +148,8 @@ from transmla.recipe import DTYPES
 def eval_command(model: str, against: str | None, json_file: str | None, quiet: bool, **given: Any) -> None:
     """Measure MODEL beside SRC: perplexity ± standard error, their paired ratio, cache bytes per token.
 
-    A suite adds agreement, rounded caches, positions, tasks and needles; an option adds one of them. With --json
-    FILE an evaluation that was interrupted resumes from FILE.partial.
+    A suite adds agreement, rounded caches, positions, tasks, needles and generated text; an option adds one of them.
+    With --json FILE an evaluation that was interrupted resumes from FILE.partial.
     """
     with errors():
         import transmla

@@ -18,7 +18,7 @@ from transmla.cli.frame import (
     quiet,
     quiet_libraries,
 )
-from transmla.recipe import BEGIN, MIX, PRECISIONS, TRAINED
+from transmla.recipe import BEGIN, MIX, MIX_OF_CHATS, PRECISIONS, TRAINED
 
 _SCALES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -65,10 +65,9 @@ class Count(click.ParamType[int]):
 @option(
     "--data",
     metavar="MIX",
-    help="Text to train on; A:3+B mixes three to one. FILE (.txt; .jsonl, .parquet, .csv with `text` or chat "
-    "`messages`), dataset "
-    "id OWNER/NAME[:CONFIG], wikitext, synthetic, continued, code, stories, self (SRC writes it). "
-    f"[default: {MIX}]",
+    help="Text to train on; A:3+B mixes three to one. FILE (.txt; .jsonl, .parquet, .csv with `text`, chat "
+    "`messages`, or `prompt` and `completion`), dataset id OWNER/NAME[:CONFIG], wikitext, synthetic, continued, code, "
+    f"maths, stories, self (SRC writes it). [default: {MIX}, of a model with a chat template {MIX_OF_CHATS}]",
     group="Text",
 )
 @option(
@@ -125,6 +124,69 @@ class Count(click.ParamType[int]):
     type=click.Choice(TRAINED),
     help="Weights that are trained. [default: attention]",
     group="What is trained",
+)
+@option(
+    "--rate-rest",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="The same outside the attention, with --train all. [default: 0.3 of --rate]",
+    group="What is trained",
+)
+@option(
+    "--layerwise",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Share of the steps, the first, in which each layer learns for itself from SRC's input of it. [default: 0]",
+    group="Objective",
+)
+@option(
+    "--teacher",
+    metavar="MODEL",
+    help="Distil a larger model with SRC's tokenizer in its place; SRC stays what held-out text is compared with.",
+    group="Objective",
+)
+@option(
+    "--on-policy",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Share of the windows that are replaced by what the model itself writes behind beginnings of the text; SRC "
+    "says how it would go on. Against loops. [default: 0]",
+    group="Text",
+)
+@option(
+    "--on-policy-tokens",
+    type=click.IntRange(min=8),
+    metavar="N",
+    help="Most tokens that it writes behind a prompt, usually 64 to 256. [default: 128]",
+    group="Text",
+)
+@option(
+    "--resample",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Steps between two such writings. [default: 25]",
+    group="Text",
+)
+@option(
+    "--completion-only",
+    is_flag=True,
+    default=None,
+    help="Learn only the answers of rows with `messages`, or with `prompt` and `completion`; other text counts whole.",
+    group="Text",
+)
+@option(
+    "--long-share",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Share of the tokens, the last, that come in windows of --long-window. [default: 0]",
+    group="Text",
+)
+@option(
+    "--long-window",
+    type=click.IntRange(min=8),
+    metavar="N",
+    help="Tokens of these windows. [default: 4096]",
+    group="Text",
 )
 @option(
     "--lora",
@@ -233,8 +295,9 @@ class Count(click.ParamType[int]):
 def heal_command(model: str | None, destination: str | None, json_file: str | None, quiet: bool, **given: Any) -> None:
     """Distil SRC's predictions into the converted folder OUT; writes DST, a folder of the same kind.
 
-    DST defaults to OUT-healed and is never overwritten; OUT stays as it is. The best of all measured states is kept. A
-    run that was killed resumes when the same command is given again. On several processes or GPUs (DDP or
+    DST defaults to OUT-healed and is never overwritten; OUT stays as it is. The best of all measured states is kept:
+    the nearest to SRC on average over the measured texts, and on none of them further from it than OUT by more than
+    the error. A run that was killed resumes when the same command is given again. On several processes or GPUs (DDP or
     FSDP2, as accelerate is configured): accelerate launch -m transmla.heal OUT ...
     """
     with errors():

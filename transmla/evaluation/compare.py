@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transmla.evaluation import generation
 from transmla.evaluation.measure import Skipped
 from transmla.evaluation.perplexity import ratio
 from transmla.evaluation.results import perplexity_of
@@ -17,7 +18,8 @@ from transmla.evaluation.tasks import TaskResult, recoveries
 
 @dataclass(frozen=True)
 class Gate:
-    """A recovery that had to be reached: of perplexity on a text, of a task, of needles at a context."""
+    """A recovery that had to be reached: of perplexity on a text, of a task, of needles at a context, of what does not
+    loop in greedy text."""
 
     name: str
     wanted: float
@@ -30,11 +32,15 @@ class Gate:
 
 
 def comparison(
-    model: dict[str, Any], source: dict[str, Any], agreed: dict[str, dict[str, float]] | None
+    model: dict[str, Any],
+    source: dict[str, Any],
+    agreed: dict[str, dict[str, float]] | None = None,
+    accepted: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Ratios of the perplexities with the errors of the paired differences, and recoveries of the tasks.
+    """Ratios of the perplexities with the errors of the paired differences, recoveries of the tasks, and the texts.
 
     model, source: what `measure` returned for them;  agreed: what was found of the agreement of their predictions
+    accepted:      likewise, of the model's tokens that the source accepts
     """
     ratios = {}
     for text in model["texts"]:
@@ -44,6 +50,10 @@ def comparison(
     compared: dict[str, Any] = {"texts": ratios}
     if agreed is not None:
         compared["agreement"] = agreed
+    if model.get("generation") and source.get("generation"):
+        compared["generation"] = generation.compared(model["generation"], source["generation"])
+    if accepted is not None:
+        compared["acceptance"] = accepted
     if "tasks" in model and "tasks" in source:
         own, base = ([_result_of(row) for row in one["tasks"]] for one in (model, source))
         compared["tasks"] = [asdict(row) for row in recoveries(own, base)]
@@ -59,12 +69,17 @@ def judged(
     """
     if source is None:
         return ()
-    compared = comparison(model, source, None)
+    compared = comparison(model, source)
     recovered: dict[str, dict[str, float]] = {
         "perplexity": {Path(text).name: 1 / one["ratio"] for text, one in compared["texts"].items()},
         "tasks": {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))},
         "needles": {},
+        "loops": {},
     }
+    if "generation" in compared:
+        repeated = compared["generation"]["greedy"]["repeated_4"]
+        fresh = 1 - repeated["source"]
+        recovered["loops"][""] = (1 - repeated["model"]) / fresh if fresh else math.nan
     for size, one in (model.get("needles") or {}).items():
         base = (source.get("needles") or {}).get(size, {}).get("found")
         recovered["needles"][size] = one["found"] / base if base else math.nan

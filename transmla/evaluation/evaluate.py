@@ -16,6 +16,7 @@ from transmla.devices import usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.compare import Gate, comparison, judged
+from transmla.evaluation.generation import WAYS, Prompt, acceptance, predictions_for
 from transmla.evaluation.measure import Kept, Skipped, Subject, begin_of, identity, measure, window_length, windows_of
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
@@ -97,6 +98,7 @@ def evaluate(
     quantised: Sequence[int] | None = None,
     positions: int | None = None,
     needles: Sequence[int] | None = None,
+    generation: int | None = None,
     gates: dict[str, float] | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
@@ -114,7 +116,7 @@ def evaluate(
     windows: the first so many windows of a text;  length: tokens per window, default 1024 or the context
     begin:   put the begin token, of a tokenizer that adds one, in the place of each window's first token. Without it,
              windows are pieces of the text without special tokens, as in most published numbers
-    tasks, include_path, limit, quantised, positions, needles, gates: see `Suite`; each overrides the suite's value
+    tasks, include_path, limit, quantised, positions, needles, generation, gates: see `Suite`; overrides of its values
     dtype:   to compute and cache in, "auto" for the stored one;  device: where
     kept:    file for finished parts, from which the same call resumes; to be removed when the report is safe
     reuse:   an earlier result file of the same source, suite, dtype and device: its source is not measured again
@@ -125,7 +127,7 @@ def evaluate(
         suite, model,
         texts=(text,) if isinstance(text, str) else _tuple(text), windows=windows, length=length, begin=begin,
         tasks=_tuple(tasks), include_path=include_path, limit=limit, quantised=_tuple(quantised), positions=positions,
-        needles=_tuple(needles), gates=gates,
+        needles=_tuple(needles), generation=generation, gates=gates,
     )  # fmt: skip
     usable(device)
     tell = progress or silent
@@ -167,7 +169,10 @@ def evaluate(
         agreed = None
         if wanted.agreement:
             agreed = store.get(str(model), "agreement", lambda: _agreement(subject, source_predictions, wanted, tell))
-        compared = comparison(found, source_found, agreed)
+        accepted = None
+        if found.get("generation"):
+            accepted = store.get(str(model), "acceptance", lambda: _acceptance(subject, str(against), found, tell))
+        compared = comparison(found, source_found, agreed, accepted)
     subject.release()
     tokenizer = load_tokenizer(model)
     made = {
@@ -271,6 +276,24 @@ def _agreement(
         name: {"value": mean.value, "standard_error": mean.standard_error}
         for name, mean in (("kl", found.kl), ("top1", found.top1))
     }
+
+
+def _acceptance(
+    subject: Subject, source: str, found: dict[str, Any], progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Of what the model wrote, the share that the source accepts. One of the two is in memory at a time."""
+    accepted, predicted = {}, []
+    prompts = [Prompt(one["kind"], one["text"], tuple(one["ids"])) for one in found["generation"]["prompts"]]
+    judge = Subject(source, subject.dtype, subject.device)
+    for number, one in enumerate((subject, judge)):
+        progress("acceptance", number, 2, Path(one.name).name)
+        predicted.append({way: predictions_for(one.model, prompts, found["generation"][way]["ids"]) for way in WAYS})
+        one.release()
+    for way in WAYS:
+        texts = found["generation"][way]["ids"]
+        mean = acceptance(predicted[0][way], predicted[1][way], texts, greedy=way == "greedy")
+        accepted[way] = {"value": mean.value, "standard_error": mean.standard_error}
+    return accepted
 
 
 def _without_nan(value: Any) -> Any:

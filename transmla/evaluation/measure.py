@@ -20,6 +20,7 @@ from transmla.checkpoint.destination import write_whole
 from transmla.checkpoint.provenance import portable, read_provenance
 from transmla.errors import TransmlaError, VerificationError
 from transmla.evaluation.cache import measured_bytes_per_token
+from transmla.evaluation.generation import WAYS, shipped_prompts, written
 from transmla.evaluation.perplexity import Perplexity, perplexity, text_windows
 from transmla.evaluation.positions import by_position
 from transmla.evaluation.quantised_cache import (
@@ -182,6 +183,17 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         found = needles(subject.model, tokenizer, name, list(suite.needles), suite.samples)
         return {str(size): {"found": share, "standard_error": error} for size, (share, error) in found.items()}
 
+    def generation() -> dict[str, Any]:
+        context = int(subject.model.config.max_position_embeddings)
+        new_tokens = min(suite.generation, context // 2)
+        prompts = shipped_prompts(tokenizer, context - new_tokens)
+        found: dict[str, Any] = {"new_tokens": new_tokens, "prompts": [asdict(one) for one in prompts]}
+        for number, way in enumerate(WAYS):
+            progress(f"text of {Path(name).name}", number, len(WAYS), way)
+            texts = written(subject.model, prompts, new_tokens, greedy=way == "greedy")
+            found[way] = texts.plain(tokenizer)
+        return found
+
     result: dict[str, Any] = {
         "name": name,
         "converted": is_converted(Path(name)),
@@ -205,6 +217,8 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         result["needles"] = part("needles", haystacks)
     if suite.smoke:
         result["smoke"] = part("smoke", lambda: _smoke(subject.model, tokenizer))
+    if suite.generation:
+        result["generation"] = part("generation", generation)
     result["texts"] = {which: found for which, found in result["texts"].items() if found is not None}
     return result
 

@@ -39,7 +39,14 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
             f"{top1['value']:.1%} ± {top1['standard_error']:.1%}",
             highlight=False,
         )
-    for made in (_positions(model, source), _tasks(report), _needles(model, source), _smoke(model, source)):
+    parts = (
+        _positions(model, source),
+        _tasks(report),
+        _needles(model, source),
+        _smoke(model, source),
+        _written(report),
+    )
+    for made in parts:
         if made is not None:
             console.print(made)
     for gate in report.gates:
@@ -135,6 +142,38 @@ def _needles(model: dict[str, Any], source: dict[str, Any] | None) -> Table | No
         found = one.get("needles") or {}
         cells = (found.get(size) for size in model["needles"])
         table.add_row(name_of(one), *(f"{c['found']:.0%} ± {c['standard_error']:.0%}" if c else "" for c in cells))
+    return table
+
+
+# measure of generated text -> how it is called, and written
+_WRITTEN = {
+    "repeated_2": ("repeated 2-grams", "{:.1%}"), "repeated_4": ("repeated 4-grams", "{:.1%}"),
+    "distinct_1": ("distinct tokens, all texts", "{:.1%}"), "distinct_2": ("distinct 2-grams, all texts", "{:.1%}"),
+    "ended": ("texts that end", "{:.0%}"), "length": ("tokens", "{:.0f}"),
+}  # fmt: skip
+
+
+def _written(report: EvaluationReport) -> Table | None:
+    """Text behind the prompts that ship, of source and model; of a model alone, means."""
+    made = report.model.get("generation")
+    if not made:
+        return None
+    compared = (report.comparison or {}).get("generation")
+    accepted = (report.comparison or {}).get("acceptance") or {}
+    table = columns(f"text behind {len(made['prompts'])} prompts", "", "source", "model", "difference")
+    for way in ("greedy", "sampled"):
+        for name, (called, form) in _WRITTEN.items():
+            if compared:
+                row = compared[way][name]
+                signed = form.replace("{:", "{:+")
+                error = form.format(row["standard_error"])
+                cells = [form.format(row["source"]), form.format(row["model"])]
+                table.add_row(way, called, *cells, f"{signed.format(row['difference'])} ± {error}")
+            elif name in made[way]:
+                table.add_row(way, called, "", form.format(sum(made[way][name]) / len(made[way][name])), "")
+        if way in accepted:
+            one = accepted[way]
+            table.add_row(way, "accepted by the source", "", f"{one['value']:.1%} ± {one['standard_error']:.1%}", "")
     return table
 
 

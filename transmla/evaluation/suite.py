@@ -8,7 +8,7 @@ from typing import Any
 
 from transmla.settings import installed, read_toml, replaced
 
-GATES = ("perplexity", "tasks", "needles")
+GATES = ("perplexity", "tasks", "needles", "loops")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,10 @@ class Suite:
     tasks:     of lm-eval;  limit: documents of each, 0 for all;  include_path: folder of more task files
     needles:   context lengths of RULER's needle test;  samples: needles per length
     smoke:     greedy continuations of a few prompts
-    gates:     smallest recovery that passes: "perplexity" on every text, "tasks" and "needles" each
+    generation: tokens that are written behind each of the prompts that ship, greedily and sampled: repetition, length,
+               end of text, and how much of it the source accepts
+    gates:     smallest recovery that passes: "perplexity" on every text, "tasks" and "needles" each, "loops" of the
+               share of four-token runs in greedy text that did not occur before
     """
 
     texts: tuple[str, ...] = ("wikitext-valid",)
@@ -39,6 +42,7 @@ class Suite:
     needles: tuple[int, ...] = ()
     samples: int = 20
     smoke: bool = False
+    generation: int = 0
     gates: dict[str, float] = field(default_factory=dict)
 
     def with_overrides(self, **given: Any) -> Suite:
@@ -77,6 +81,8 @@ def _objection(key: str, value: Any) -> str | None:
             return "a gate is a share of the source, like 0.95"
     if key == "quantised" and any(bits not in (2, 3, 4, 8) for bits in value):
         return "bits are 2, 3, 4 or 8"
+    if key == "generation" and value < 0:
+        return "generation is a number of tokens"
     if key == "windows" and value < 1:
         return "perplexity needs at least one window"
     if key == "texts" and not value:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.provenance import read_provenance
+from transmla.checkpoint.read import Source
 from transmla.conversion.flow import default_destination
 from transmla.conversion.plan import plan
 from transmla.errors import RecipeError, SourceError, UnsupportedError
 from transmla.model.loading import open_model
-from transmla.recipe import Healing, find_recipe, list_recipes, load_recipe
+from transmla.recipe import MIX_OF_CHATS, Healing, find_recipe, list_recipes, load_recipe
 
 
 def conversion_of(recipe: str | Path | None) -> Path:
@@ -62,6 +65,67 @@ def settings_for(recipe: str | Path | None, source: str) -> Healing:
     return Healing()
 
 
+def with_mix(settings: Healing, words: Any) -> Healing:
+    """The settings with a text to train on: a model with a chat template answers, and learns that as well.
+
+    words: its tokenizer
+    """
+    is_chat = settings.data is None and bool(getattr(words, "chat_template", None))
+    return settings.with_overrides(data=MIX_OF_CHATS if is_chat else settings.mix)
+
+
+def check_teacher(teacher: Source, source: Source) -> None:
+    """Refuse a larger model that reads text otherwise than the source; `UnsupportedError`.
+
+    The number of logits may differ, as long as the tokenizer's tokens are among those of both.
+    """
+    words = [tokenizer(one).get_vocab() for one in (teacher, source)]
+    sizes = [int(one.config.get("text_config", one.config)["vocab_size"]) for one in (teacher, source)]
+    if words[0] != words[1]:
+        differing = {word for word in {**words[0], **words[1]} if words[0].get(word) != words[1].get(word)}
+        why = f"{len(differing):,} tokens differ, such as {min(differing)!r}"
+    elif max(words[0].values()) >= min(sizes):
+        why = f"the vocabulary of one has {min(sizes):,} tokens, and the tokenizer knows of more"
+    else:
+        return
+    raise UnsupportedError(
+        "the teacher has another tokenizer",
+        where=str(teacher.path),
+        why=why,
+        remedy="use a larger model of the source's own family",
+    )
+
+
+def _contradictions(settings: Healing) -> None:
+    """`RecipeError` for settings of which one makes another senseless."""
+    own, teacher, layerwise = settings.on_policy > 0, settings.teacher is not None, settings.layerwise > 0
+    for is_there, where, what, why, remedy in (
+        (own and settings.cached, "on_policy and cached", "`on_policy` and `cached` cannot be combined",
+         "predictions are stored of text that is there before, not of what the model will write", "use one of the two"),
+        (own and settings.cross_entropy > 0, "on_policy and cross_entropy",
+         "`on_policy` and `cross_entropy` cannot be combined",
+         "the model would learn what it wrote itself as if it were right", "use one of the two"),
+        (own and settings.on_policy_tokens >= settings.window, "on_policy_tokens and window",
+         "what the model writes does not fit into a window",
+         f"{settings.on_policy_tokens} tokens and a prompt are in a window of {settings.window}",
+         "use longer windows, or fewer on_policy_tokens"),
+        (teacher and settings.hidden > 0, "teacher and hidden", "`teacher` and `hidden` cannot be combined",
+         "a larger model has other residual streams", "use one of the two"),
+        (teacher and layerwise, "teacher and layerwise", "`teacher` and `layerwise` cannot be combined",
+         "a larger model has other layers", "use one of the two"),
+        (layerwise and settings.cached, "layerwise and cached", "`layerwise` and `cached` cannot be combined",
+         "residual streams are not stored", "use one of the two"),
+        (layerwise and settings.checkpointing, "layerwise and checkpointing",
+         "`layerwise` and `checkpointing` cannot be combined",
+         "a layer that is computed again would read another input", "use one of the two"),
+        (settings.long_share > 0 and settings.cached, "long_share and cached",
+         "`long_share` and `cached` cannot be combined", "predictions are stored of windows of one length",
+         "use one of the two"),
+    ):  # fmt: skip
+        if is_there:
+            raise RecipeError(what, where=where, why=why, remedy=remedy)
+
+
 def check(settings: Healing, device: str) -> None:
     """Refuse settings that cannot work, before anything is loaded.
 
@@ -75,6 +139,7 @@ def check(settings: Healing, device: str) -> None:
             why="`hidden` compares residual streams, and `cached` stores only the source's largest predictions",
             remedy="use one of the two",
         )
+    _contradictions(settings)
     if settings.heldout < 2:
         raise RecipeError(
             "too few windows are held out",

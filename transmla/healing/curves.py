@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ LOG_FILE, PLOT_FILE = "healing.json", "healing.png"
 METRICS = ("divergence", "nats", "source_nats", "recovery", "recovery_error")
 
 
-def healing_curve(log: list[dict[str, Any]], tokens_per_step: int, texts: list[str]) -> dict[str, Any]:
+def healing_curve(log: list[dict[str, Any]], tokens: Callable[[int], int], texts: list[str]) -> dict[str, Any]:
     """The training curve as plain values, for JSON.
 
     log:             `log_history` of the Trainer
-    tokens_per_step: tokens trained on in each optimizer step
+    tokens:          step -> tokens trained on until then
     texts:           names of the texts that held-out windows are taken from
 
     Returns a dict with two lists in the order of the steps. "train" has `step`, `tokens`, `loss` and, where it was
@@ -27,13 +28,12 @@ def healing_curve(log: list[dict[str, Any]], tokens_per_step: int, texts: list[s
     where the model predicted nothing.
     """
     train = [
-        {key: entry[key] for key in ("step", "loss", "grad_norm") if key in entry}
-        | {"tokens": entry["step"] * tokens_per_step}
+        {key: entry[key] for key in ("step", "loss", "grad_norm") if key in entry} | {"tokens": tokens(entry["step"])}
         for entry in log
         if "loss" in entry
     ]
     heldout = [
-        {"step": entry["step"], "tokens": entry["step"] * tokens_per_step}
+        {"step": entry["step"], "tokens": tokens(entry["step"])}
         # of a state that predicts nothing the loss is infinite, for which JSON has no word
         | {"loss": entry["eval_loss"] if math.isfinite(entry["eval_loss"]) else None}
         | {"texts": {text: {key: entry[f"eval_{text}/{key}"] for key in METRICS} for text in texts}}

@@ -16,19 +16,23 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.destination import check_destination, journal_of, remove_journal
 from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
-from transmla.errors import GateError
-from transmla.healing.choice import check, conversion_of, settings_for, source_of
+from transmla.errors import GateError, UnsupportedError
+from transmla.healing.choice import check, check_teacher, conversion_of, settings_for, source_of, with_mix
 from transmla.healing.needs import disk_bytes
+from transmla.healing.pace import multiply_adds, times_floor
 from transmla.healing.prepare import TEXTS, Preparation, is_sharded
 from transmla.healing.result import write_healed
-from transmla.healing.student import halve_frozen, select_trained, teach, with_adapters
-from transmla.healing.train import Schedule, Trained, autocast, distil, learning_rate, schedule
+from transmla.healing.schedule import Schedule, learning_rate, rest_rate, schedule
+from transmla.healing.student import halve_frozen, plain, select_trained, share_frozen, teach, with_adapters
+from transmla.healing.teacher import Judged, OnlineTeacher
+from transmla.healing.train import Trained, autocast, distil
 from transmla.healing.weights import context_of, open_trainable, prepare_weights, weights_of
 from transmla.model.loading import load, open_model
 from transmla.processes import Processes
@@ -57,7 +61,11 @@ class HealReport(Shown):
     rate:          largest step of the optimizer, relative to the size of the row that it changes
     distinct:      different tokens that were trained on; further steps repeat them
     passes:        how often reading each text was begun in order to pack these tokens
+    raised:        texts -> how many measured states were further from the source on it than the start, by more than the
+                   error; these are never written
     seconds:       duration of the whole run
+    tokens_per_second: of the steps of this run, without measuring and saving
+    of_floor:      seconds per token over those of its matrix products at the rate at which the device multiplies
     """
 
     parent: Path
@@ -73,7 +81,10 @@ class HealReport(Shown):
     rate: float
     distinct: int
     passes: dict[str, int]
+    raised: dict[str, int]
     seconds: float
+    tokens_per_second: float
+    of_floor: float
 
     def show(self, console: Console) -> None:
         from transmla.healing.show import show_healing
@@ -115,47 +126,63 @@ def heal(
     source_name = source or source_of(parent)
     options = settings_for(recipe, source_name).with_overrides(**settings)
     check(options, device)
+    options = with_mix(options, tokenizer(converted))
     # everything that is counted in windows depends on the length that they really have
-    options = options.with_overrides(window=min(options.window, context_of(converted.config)))
+    context = context_of(converted.config)
+    options = options.with_overrides(window=min(options.window, context), long_window=min(options.long_window, context))
+    check(options, device)
     target = Path(destination) if destination is not None else parent.with_name(f"{parent.name}-healed")
     source_checkpoint = open_model(source_name)
+    larger = None if options.teacher is None else open_model(options.teacher)
+    if larger is not None:
+        check_teacher(larger, source_checkpoint)
     check_destination(target, disk_bytes(converted, options))
     processes = Processes.current(device)
+    if options.on_policy and is_sharded():
+        raise UnsupportedError(
+            "a sharded model does not write",
+            where="on_policy",
+            why="processes would wait for each other: their texts end at different steps",
+            remedy="use DDP, where every process has the whole model, or leave on_policy out",
+        )
     set_seed(options.seed)
     plan = schedule(options, processes.size)
     own_device = processes.device(device)
-    preparation = Preparation(converted, source_checkpoint, options, plan.num_windows, processes, own_device, tell)
+    preparation = Preparation(
+        converted, source_checkpoint, options, plan.num_windows, processes, own_device, tell, plan.long_windows, larger
+    )
     if processes.first:
         with CheckpointWriter(target) as writer:
             # behind the lock: the journal may be that of a run at work
-            fingerprint = _fingerprint(converted, source_checkpoint, source_name, options, processes)
+            fingerprint = _fingerprint(converted, source_checkpoint, larger, source_name, options, processes)
             work = Journal(target, fingerprint, restart=restart).begin()
             processes.wait()
-            trained, passes = _train(preparation, plan, work, target, device)
+            trained, passes, of_floor = _train(preparation, plan, work, target, device)
             write_healed(
                 writer, work, converted, options, trained, source=source_name, num_processes=processes.size,
                 device=str(own_device), progress=tell,
             )  # fmt: skip
     else:
         processes.wait()  # until process 0 has created the folder
-        trained, passes = _train(preparation, plan, journal_of(target), target, device)
+        trained, passes, of_floor = _train(preparation, plan, journal_of(target), target, device)
     processes.wait()
     return HealReport(
         parent, target, source_name, tuple(trained.before), trained.before, trained.after, trained.tokens, plan.steps,
         trained.best_step, trained.num_trained, trained.rate,
-        min(plan.num_windows, plan.windows_seen) * options.window, passes, time.monotonic() - started,
+        min(plan.num_windows, plan.windows_seen) * options.window, passes,
+        _raised(trained), time.monotonic() - started, trained.clock.rate if trained.clock else 0.0, of_floor,
     )  # fmt: skip
 
 
 def _train(
     preparation: Preparation, plan: Schedule, work: Path, target: Path, device: str
-) -> tuple[Trained, dict[str, int]]:
-    """The trained tensors, and the passes over each text. Every process calls this."""
+) -> tuple[Trained, dict[str, int], float]:
+    """The trained tensors, the passes over each text, and `times_floor`. Every process calls this."""
     settings, processes = preparation.settings, preparation.processes
     if processes.first:
         prepare_weights(preparation.converted, work, preparation.tell)
     processes.wait()
-    train, heldout = preparation.windows(work)
+    train, heldout, long = preparation.windows(work)
     teacher = preparation.teacher(work, train, heldout, autocast(settings.precision, preparation.device))
 
     # Trainer moves the model to its device
@@ -167,32 +194,46 @@ def _train(
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     model: Any = student if settings.lora is None else with_adapters(student, settings.lora)
-    if settings.precision == "bfloat16" and not is_sharded():
-        halve_frozen(student)
-    rate = learning_rate(settings, sum(weight.numel() for weight in model.parameters() if weight.requires_grad))
+    if not is_sharded():
+        if settings.precision == "bfloat16":
+            halve_frozen(student)
+        judge = teacher.judge if isinstance(teacher, Judged) else teacher
+        if isinstance(judge, OnlineTeacher):
+            share_frozen(model, judge.model)
+    num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    rates = learning_rate(settings, num_trained), rest_rate(settings, num_trained)
     try:
         trained = distil(
-            model, settings, plan, rate, work / "checkpoints", device, train, heldout,
+            model, settings, plan, rates, work / "checkpoints", device, train, long, heldout,
             [part.name for part in preparation.texts], processes, preparation.tell,
         )  # fmt: skip
     except GateError:  # what is of no use is not kept to resume from
         if processes.first:
             remove_journal(target)
         raise
+    own_device, dtype = preparation.device, getattr(torch, settings.precision)
+    per_token = multiply_adds(plain(model), getattr(teacher, "model", None))
+    of_floor = times_floor(trained.clock, per_token, dtype, own_device, processes.size) if trained.clock else 0.0
     _require_gain(trained, target, processes)
     packed = json.loads((work / TEXTS).read_text("utf-8"))
-    return trained, {name: one["passes"] for name, one in packed.items()}
+    return trained, {name: one["passes"] for name, one in packed.items()}, of_floor
 
 
 def _require_gain(trained: Trained, target: Path, processes: Processes) -> None:
     """`GateError` unless the best state is nearer to the source and no worse on the text. All processes have the same
     numbers; what is of no use is not kept to resume from."""
-    losses = {entry["step"]: entry["eval_loss"] for entry in trained.log if "eval_loss" in entry}
+    losses = {entry["step"]: entry["eval_score"] for entry in trained.log if "eval_score" in entry}
     text = next(iter(trained.before))
     before, after = trained.before[text], trained.after[text]
     best, error = losses[trained.best_step], after["recovery_error"] / after["recovery"]
-    if not best < losses[0]:
-        why = f"their loss was {losses[0]:.4f} before and {min(losses.values()):.4f} at best"
+    risen = _raised(trained)
+    if math.isinf(best) and risen and len(losses) > 1:
+        worst = max(risen, key=lambda name: risen[name])
+        why = (
+            f"in {risen[worst]} of {len(losses) - 1} states the divergence on {worst} had risen by more than its error"
+        )
+    elif not best < losses[0]:
+        why = f"their score was {losses[0]:.4f} before and {min(losses.values()):.4f} at best"
     elif not after["nats"] <= before["nats"] + error:
         perplexities = f"{math.exp(before['nats']):.3f} to {math.exp(after['nats']):.3f}"
         why = f"the divergence from the source fell, but perplexity rose from {perplexities}, more than its error"
@@ -204,15 +245,25 @@ def _require_gain(trained: Trained, target: Path, processes: Processes) -> None:
         "healing did not help",
         where="the held-out windows",
         why=why,
-        remedy="try a lower --rate, more or other text (--data); nothing was written",
+        remedy="try a lower --rate, more or other text (--data), also of the kind that was lost; nothing was written",
     )
 
 
+def _raised(trained: Trained) -> dict[str, int]:
+    counts = {name: sum(name in names for names in trained.raised.values()) for name in trained.before}
+    return {name: count for name, count in counts.items() if count}
+
+
 def _fingerprint(
-    parent: Source, source_checkpoint: Source, source: str, settings: Healing, processes: Processes
+    parent: Source,
+    source_checkpoint: Source,
+    larger: Source | None,
+    source: str,
+    settings: Healing,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Everything that an unfinished run depends on; if any of it differs, the run cannot be resumed."""
-    texts = [Path(part.name).expanduser() for part in parse_mix(settings.data, "--data")]
+    texts = [Path(part.name).expanduser() for part in parse_mix(settings.data or "", "--data")]
     texts += [Path(name).expanduser() for name in (settings.watch or "").split("+") if name]
     others = {
         "kind": "heal",
@@ -221,6 +272,7 @@ def _fingerprint(
         "config": dict(parent.config),
         "source": source,
         "source_files": file_hashes(source_checkpoint.files()),
+        "teacher_files": {} if larger is None else file_hashes(larger.files()),
         "texts": [file_hashes([path]) for path in texts if path.is_file()],
         "processes": processes.size,
         "versions": computing_versions(),

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.destination import disk_errors, write_whole
 from transmla.checkpoint.provenance import portable
 from transmla.checkpoint.read import Source
+from transmla.devices import narrow_dtype
+from transmla.errors import DataError
 from transmla.healing.student import Teacher, halve_frozen
-from transmla.healing.teacher import CachedTeacher, OnlineTeacher, Precision, record
+from transmla.healing.teacher import CachedTeacher, Judged, OnlineTeacher, Precision, record
 from transmla.healing.windows import Windows, write_windows
 from transmla.model.loading import load_source
 from transmla.processes import Processes
@@ -30,6 +34,7 @@ from transmla.text.documents import Text, mixed, open_text
 from transmla.text.mixes import SELF, Part, parse_mix
 from transmla.text.packing import pack
 from transmla.text.sampling import TEXT_LENGTH, sample_texts
+from transmla.text.sources import is_table
 
 # predictions stored for each token where the recipe does not set top_k
 CACHED_TOP_K = 64
@@ -46,7 +51,8 @@ class Preparation:
     converted:         the converted folder
     source_checkpoint: the source model
     settings:          settings of the run; `window` fits into the model's context
-    num_windows:       different windows to train on
+    num_windows:       different windows to train on;  num_long: long ones
+    larger:            the model that is distilled, where it is not the source
     processes:         the processes of the run
     device:            the device of this process
     tell:              the progress function
@@ -59,31 +65,34 @@ class Preparation:
     processes: Processes
     device: torch.device
     tell: Progress
+    num_long: int = 0
+    larger: Source | None = None
 
     @property
     def texts(self) -> list[Part]:
         """The texts that are measured on: the training mix as one, then each watched text."""
         watched = self.settings.watch.split("+") if self.settings.watch else []
-        return [Part(name) for name in (self.settings.data, *watched)]
+        return [Part(name) for name in (self.settings.mix, *watched)]
 
-    def windows(self, work: Path) -> tuple[Windows, list[Windows]]:
-        """The windows to train on, and the held-out windows of each of `texts`.
+    def windows(self, work: Path) -> tuple[Windows, list[Windows], Windows | None]:
+        """The windows to train on, the held-out windows of each of `texts`, and the long windows to train on at last.
 
         Process 0 packs them into files in `work`; all processes map these into memory. Raises `DataError` for text
         that is missing or too short.
         """
         paths = [work / "train.npy", *(work / f"heldout-{number}.npy" for number in range(len(self.texts)))]
-        if self.processes.first and not all(path.is_file() for path in (*paths, work / TEXTS)):
-            self._pack(work, paths)
+        long = work / "long.npy" if self.num_long else None
+        if self.processes.first and not all(path.is_file() for path in (*paths, work / TEXTS, long or paths[0])):
+            self._pack(work, paths, long)
         self.processes.wait()
         files = [Windows(paths[0])]
         for path in paths[1:]:
             files.append(Windows(path, sum(map(len, files))))
-        return files[0], files[1:]
+        return files[0], files[1:], None if long is None else Windows(long)
 
-    def _pack(self, work: Path, paths: list[Path]) -> None:
+    def _pack(self, work: Path, paths: list[Path], long: Path | None) -> None:
         settings, model_tokenizer = self.settings, tokenizer(self.converted)
-        parts = parse_mix(settings.data, "--data")
+        parts = parse_mix(settings.mix, "--data")
         sampled_share = sum(part.weight for part in parts if part.name == SELF) / sum(part.weight for part in parts)
 
         def sampled() -> list[list[int]]:
@@ -95,10 +104,11 @@ class Preparation:
             with np.load(path, allow_pickle=False) as arrays:
                 return [text.tolist() for text in np.split(arrays["ids"], arrays["ends"][:-1])]
 
-        def opened(part: Part, evaluation: bool) -> Text:
+        def opened(part: Part, evaluation: bool, length: int | None = None) -> Text:
             return open_text(
-                part, model_tokenizer, settings.window, sampled, evaluation=evaluation, begin=settings.begin
-            )
+                part, model_tokenizer, length or settings.window, sampled, evaluation=evaluation, begin=settings.begin,
+                completion_only=settings.completion_only,
+            )  # fmt: skip
 
         texts = [opened(part, evaluation=False) for part in parts]
         heldout_of_each = -(-settings.heldout // len(texts))
@@ -112,13 +122,34 @@ class Preparation:
             write_windows(path, windows, len(windows), settings.window, self.tell, "hold out")
         rows = pack(mixed(texts, settings.seed), settings.window)
         write_windows(paths[0], rows, self.num_windows, settings.window, self.tell, "pack")
+        if long is not None:
+            self._pack_long(texts, parts, opened, long)
         packed = {text.part.name: {"tokens": text.drawn, "passes": text.begun} for text in texts}
         write_whole(work / TEXTS, json.dumps(portable(packed)))
+
+    def _pack_long(self, texts: list[Text], parts: tuple[Part, ...], opened: Callable[..., Text], path: Path) -> None:
+        """Long windows of the same mix, behind the documents that are held out; plain texts in longer pieces."""
+        settings = self.settings
+        longer = [opened(part, evaluation=False, length=settings.long_window) for part in parts]
+        for text, short in zip(longer, texts, strict=True):
+            # pieces are counted in pieces; a long one that holds a held-out token is left out as well
+            whole = is_table(text.part.name) or text.part.name == SELF
+            text.skipped = short.skipped if whole else -(-short.skipped * settings.window // settings.long_window)
+            if next(islice(text.documents(), text.skipped, None), None) is None:
+                raise DataError(
+                    "the text is too short for long windows",
+                    where=text.part.name,
+                    why=f"behind the held-out windows, no piece of {settings.long_window:,} tokens is left",
+                    remedy="use a longer text, or a smaller --long-window",
+                )
+        rows = pack(mixed(longer, settings.seed + 1), settings.long_window)
+        write_windows(path, rows, self.num_long, settings.long_window, self.tell, "pack")
 
     def _sample(self, num_tokens: int, path: Path) -> None:
         """Sample texts from the source into the file `path`: the token ids of all texts, and where each text ends."""
         settings = self.settings
-        model = load_source(self.source_checkpoint, dtype=getattr(torch, settings.precision), device=str(self.device))
+        narrow = narrow_dtype(self.device) if settings.precision == "bfloat16" else None
+        model = load_source(self.source_checkpoint, dtype=narrow or torch.float32, device=str(self.device))
         texts = sample_texts(
             model, num_tokens, min(settings.window, TEXT_LENGTH), seed=settings.seed,
             progress=lambda done, total: self.tell("sample", done, total, "tokens"),
@@ -131,7 +162,8 @@ class Preparation:
     def teacher(self, work: Path, train: Windows, heldout: list[Windows], precision: Precision) -> Teacher:
         """A teacher for all windows: the source model itself or, with `cached`, its predictions stored in `work`.
 
-        Stored predictions are computed now unless an earlier run has finished them. Every process calls this.
+        With a larger model, that is the teacher of training, and the source that of held-out windows. Stored
+        predictions are computed now unless an earlier run has finished them. Every process calls this.
         precision: makes the context in which the source is run, see `transmla.healing.train.autocast`
         """
         settings = self.settings
@@ -139,25 +171,33 @@ class Preparation:
         folder = work / "predictions"
         if settings.cached and (folder / "done").is_file():
             return CachedTeacher(folder, self.device)
-        online = OnlineTeacher(
-            self._source_model(), precision, k=k, temperature=settings.temperature, streams=settings.hidden > 0
-        )
+        streams = settings.hidden > 0 or settings.layerwise > 0
+
+        def online(checkpoint: Source) -> OnlineTeacher:
+            model = self._model(checkpoint)
+            vocabulary = int(self.converted.config.get("text_config", self.converted.config)["vocab_size"])
+            return OnlineTeacher(
+                model, precision, k=k, temperature=settings.temperature, streams=streams, vocabulary=vocabulary
+            )
+
+        judge = online(self.source_checkpoint)
+        teacher = judge if self.larger is None else online(self.larger)
         if not settings.cached:
-            return online
-        for windows in (train, *heldout):
-            record(online, windows, folder, self.processes.mine(len(windows)), self.device, self.tell)
+            return judge if self.larger is None else Judged(teacher, judge)
+        for windows, by in ((train, teacher), *((windows, judge) for windows in heldout)):
+            record(by, windows, folder, self.processes.mine(len(windows)), self.device, self.tell)
         self.processes.wait()
         if self.processes.first:
             write_whole(folder / "done", "")
         return CachedTeacher(folder, self.device)
 
-    def _source_model(self) -> Any:
+    def _model(self, checkpoint: Source) -> Any:
         half = self.settings.precision == "bfloat16"
         if is_sharded():
             dtype = torch.bfloat16 if half else torch.float32
-            model = load_source(self.source_checkpoint, dtype=dtype, device=str(self.device))
+            model = load_source(checkpoint, dtype=dtype, device=str(self.device))
             return _shard(model.requires_grad_(False))
-        model = load_source(self.source_checkpoint, dtype=torch.float32).requires_grad_(False)
+        model = load_source(checkpoint, dtype=torch.float32).requires_grad_(False)
         if half:
             halve_frozen(model)
         return model.to(self.device)

@@ -80,7 +80,7 @@ def write_healed(
     del model
     card = (parent.path / "README.md").read_text("utf-8") if (parent.path / "README.md").is_file() else ""
     writer.write_text("README.md", card.rstrip() + "\n\n" + _card(entry))
-    curve = portable(healing_curve(trained.log, trained.tokens_per_step, list(trained.after)))
+    curve = portable(healing_curve(trained.log, trained.plan.tokens, list(trained.after)))
     writer.write_json(LOG_FILE, curve)
     with disk_errors(writer.partial / PLOT_FILE):
         write_curve(curve, writer.partial / PLOT_FILE)

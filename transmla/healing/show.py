@@ -22,6 +22,9 @@ def show_healing(report: HealReport, console: Console) -> None:
     )
     best = "" if report.best_step == report.steps else f" of {report.steps:,}; later ones were worse"
     facts = columns("", " ")
+    if report.raised:
+        states = ", ".join(f"{count} raised {text}" for text, count in report.raised.items())
+        facts.add_row("states that were passed over", f"{states} by more than the error")
     facts.add_row("trained on", f"{report.tokens:,} tokens, {report.best_step:,} steps{best}")
     if report.distinct < report.tokens:
         facts.add_row("distinct tokens", f"{report.distinct:,}")
@@ -30,6 +33,9 @@ def show_healing(report: HealReport, console: Console) -> None:
         facts.add_row("texts that were repeated", ", ".join(repeated))
     facts.add_row("trained", f"{report.num_trained:,} parameters, steps of at most {report.rate:g} of their size")
     facts.add_row("time", f"{report.seconds:,.0f} s")
+    if report.tokens_per_second:
+        floor = f"{report.of_floor:.1f} times what its matrix products take"
+        facts.add_row("steps", f"{report.tokens_per_second:,.0f} tokens/s, {floor}")
     facts.add_row("written", f"{report.destination}")
     console.print(facts)
 

@@ -26,7 +26,8 @@ Teacher = Callable[[Tensor, Tensor, Tensor], Lesson]
 
 
 class Student(PreTrainedModel):
-    """A converted model whose forward takes a batch of `Windows` and returns losses against its source.
+    """A converted model whose forward takes a batch of `Windows` and returns losses against its source. Without labels
+    it is the language model that it was.
 
     Made by `teach`, which puts this before the class of a loaded model, in place.
 
@@ -43,6 +44,8 @@ class Student(PreTrainedModel):
 
     objective: Objective
     hidden_weight: float
+    # whether every layer learns for itself, from the source's own input of it
+    layerwise: bool = False
     teacher: Teacher
 
     def forward(
@@ -62,7 +65,12 @@ class Student(PreTrainedModel):
         divergence, nats (loss of the model) and source_nats (loss of the source) are means over the tokens of a window
         that have a label.
         """
-        assert position_ids is not None and labels is not None and index is not None
+        if labels is None:  # it is writing
+            plain: Any = super()
+            return plain.forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        assert position_ids is not None and index is not None
+        if self.layerwise and torch.is_grad_enabled():
+            return {"loss": self._layerwise_loss(input_ids, position_ids, self.teacher(input_ids, position_ids, index))}
         out = self.base_model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, output_hidden_states=self.hidden_weight > 0
         )
@@ -95,6 +103,42 @@ class Student(PreTrainedModel):
             "source_nats": lesson.nats(labels),
         }
 
+    def _layerwise_loss(self, input_ids: Tensor, position_ids: Tensor, lesson: Lesson) -> Tensor:
+        """Mean error of the streams behind all layers, each of which reads what the source's layer reads.
+
+        Gradients stay within a layer, and what the layers before have lost does not concern it (RADLADS, 2505.03005).
+        """
+        outputs: dict[int, Tensor] = {}
+
+        def give(number: int) -> Callable[..., Any]:
+            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                stream_BTD = lesson.streams[number]
+                if args:
+                    return (stream_BTD.to(args[0].dtype), *args[1:]), kwargs
+                return args, kwargs | {"hidden_states": stream_BTD.to(kwargs["hidden_states"].dtype)}
+
+            return hook
+
+        def take(number: int) -> Callable[..., None]:
+            def hook(_: Any, __: Any, output: Any) -> None:
+                outputs[number] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        decoder: Any = self.get_decoder()  # type: ignore[no-untyped-call]
+        layers = decoder.layers
+        hooks = [layer.register_forward_pre_hook(give(n), with_kwargs=True) for n, layer in enumerate(layers)]
+        hooks += [layer.register_forward_hook(take(number)) for number, layer in enumerate(layers)]
+        try:
+            out = self.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        finally:
+            for one in hooks:
+                one.remove()
+        # the last stream of the source is behind its final norm
+        found = [outputs[number] for number in range(len(layers) - 1)] + [out.last_hidden_state]
+        pairs = zip(found, lesson.streams[1:], strict=True)
+        return torch.stack([stream_error(own, target) for own, target in pairs]).mean()
+
 
 def teach(model: Any, teacher: Teacher, objective: Objective, hidden_weight: float = 0.0) -> Student:
     """The same model, changed in place to a `Student`.
@@ -113,12 +157,22 @@ def teach(model: Any, teacher: Teacher, objective: Objective, hidden_weight: flo
     return student
 
 
+def plain(model: Any) -> Any:
+    """The `Student` itself, without the wrapper that adapters put around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attention_part(model: Any) -> str:
+    """What is in the names of all parameters of the attention, and of no other."""
+    return f".{getattr(getattr(model, 'config', None), 'attention_module', 'self_attn')}."
+
+
 def select_trained(model: Any, train: str) -> None:
     """Enable gradients for the attention, or for all but embeddings and head ("all").
 
     Gains of the latents are never trained: the matrices on both sides of them can express the same changes.
     """
-    attention = f".{getattr(model.config, 'attention_module', 'self_attn')}."
+    attention = attention_part(model)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     fixed = {id(parameter) for module in ends for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
@@ -132,6 +186,26 @@ def halve_frozen(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.to(torch.bfloat16)
+
+
+def share_frozen(student: Any, source: Any) -> int:
+    """Let the source use the student's own tensors of what both have alike and neither trains; returns bytes that this
+    saves. Where the attention alone is trained, that is nearly the whole model."""
+    frozen = {name: weight for name, weight in plain(student).named_parameters() if not weight.requires_grad}
+    shared: dict[int, torch.nn.Parameter] = {}
+    saved = 0
+    for name, weight in list(source.named_parameters()):
+        own = frozen.get(name)
+        is_alike = own is not None and own.shape == weight.shape and own.dtype == weight.dtype
+        if is_alike and own is not None and torch.equal(own.to(weight.device), weight):
+            shared[id(weight)] = own
+            saved += weight.numel() * weight.element_size()
+    # every name of a tied weight, of which named_parameters gives the first
+    for module in source.modules():
+        for key, weight in list(module._parameters.items()):
+            if weight is not None and id(weight) in shared:
+                module._parameters[key] = shared[id(weight)]
+    return saved
 
 
 def with_adapters(model: Any, rank: int) -> Any:

@@ -51,27 +51,36 @@ class OnlineTeacher:
     k:           number of predictions to keep per token, as `TopK`; None keeps all logits
     temperature: divides the logits before the largest are taken
     streams:     whether to return residual streams as well
+    vocabulary:  number of logits that are wanted; a model that has more of them is cut, one that has fewer gets tokens
+                 that it never predicts
     """
 
     def __init__(
-        self, model: Any, precision: Precision, *, k: int | None = None, temperature: float = 1.0, streams: bool = False
+        self,
+        model: Any,
+        precision: Precision,
+        *,
+        k: int | None = None,
+        temperature: float = 1.0,
+        streams: bool = False,
+        vocabulary: int | None = None,
     ) -> None:
-        self._model, self._precision, self._k, self._temperature = model.eval(), precision, k, temperature
+        self.model, self._precision, self._k, self._temperature = model.eval(), precision, k, temperature
         self._wants_streams = streams
-        self.vocabulary: int = model.config.vocab_size
+        self.vocabulary: int = vocabulary or model.config.vocab_size
 
     @torch.no_grad()
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
         """The source's predictions for the windows `ids_BT`, int64 [B, T]; `index_B` is not used."""
         with self._precision():
-            out = self._model.get_decoder()(
+            out = self.model.get_decoder()(
                 input_ids=ids_BT, position_ids=positions_BT, use_cache=False, output_hidden_states=self._wants_streams
             )
-        normed_ND, head = out.last_hidden_state.flatten(0, 1), head_of(self._model)
+        normed_ND, head = out.last_hidden_state.flatten(0, 1), head_of(self.model)
 
         def logits(some_ND: Tensor) -> Tensor:
             with torch.no_grad(), self._precision():
-                return head.logits(some_ND)
+                return resized(head.logits(some_ND), self.vocabulary)
 
         def predictions(tokens: slice) -> Tensor | TopK:
             logits_NV = logits(normed_ND[tokens])
@@ -82,6 +91,31 @@ class OnlineTeacher:
             return nats_N.view_as(labels_BT).sum(1) / (labels_BT != IGNORED).sum(1).clamp_min(1)
 
         return Lesson(predictions, out.hidden_states or (), nats)
+
+
+def resized(logits_NV: Tensor, vocabulary: int) -> Tensor:
+    """The logits of the first tokens; those that a model does not have are so small that they have no probability."""
+    missing = vocabulary - logits_NV.shape[-1]
+    if missing <= 0:
+        return logits_NV[..., :vocabulary]
+    # finite, since 0 * infinity is not 0
+    return torch.nn.functional.pad(logits_NV, (0, missing), value=torch.finfo(torch.float16).min)
+
+
+class Judged:
+    """A larger model teaches, and the source says how near to it the result is.
+
+    model: the larger one;  judge: the source
+    """
+
+    def __init__(self, teacher: OnlineTeacher, judge: OnlineTeacher) -> None:
+        self._teacher, self.judge = teacher, judge
+        self.model = teacher.model
+
+    def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
+        """The larger model's predictions in training, the source's where nothing is learned."""
+        who = self._teacher if torch.is_grad_enabled() else self.judge
+        return who(ids_BT, positions_BT, index_B)
 
 
 class CachedTeacher:

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,62 +30,16 @@ from transformers import (
 from transmla.checkpoint.destination import disk_errors
 from transmla.errors import GateError
 from transmla.healing.curves import METRICS
+from transmla.healing.on_policy import OnPolicy, forget
+from transmla.healing.pace import Clock
+from transmla.healing.schedule import Schedule
+from transmla.healing.scores import by_text, divergence_at_start
+from transmla.healing.student import attention_part, plain
 from transmla.healing.windows import Windows
 from transmla.processes import Processes
 from transmla.progress import Progress
 from transmla.recipe import Healing
 from transmla.train.adam import LEAST_OF_ADAPTERS, RelativeAdam
-
-# (number of trained parameters, rate for models up to that number); a rate is the largest step of Adam relative to the
-# size of each row. Measured in benchmarks/heal.md
-RATES = ((5e6, 1e-2), (float("inf"), 5e-4))
-STEPS_WANTED, LARGEST_BATCH = 400, 64
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many windows and steps a run takes, from `schedule`.
-
-    num_windows: different windows to train on; further steps repeat them
-    steps:       optimizer steps
-    batch:       windows per step, over all processes
-    accumulated: batches of `micro` windows that each process accumulates gradients over in one step
-    every:       steps between evaluations
-    """
-
-    num_windows: int
-    steps: int
-    batch: int
-    accumulated: int
-    every: int
-
-    @property
-    def windows_seen(self) -> int:
-        """Windows in all steps together, repetitions included."""
-        return self.steps * self.batch
-
-
-def schedule(settings: Healing, num_processes: int) -> Schedule:
-    """The schedule that trains on `settings.tokens` tokens, rounded up to full batches and evaluations.
-
-    A batch is a multiple of what the processes hold at once, which is `micro` windows each.
-    """
-    at_once = settings.micro * num_processes
-    windows_seen = max(1, round(settings.tokens / settings.window))
-    batch = settings.batch or min(LARGEST_BATCH, max(1, windows_seen // STEPS_WANTED))
-    accumulated = math.ceil(batch / at_once)
-    batch = accumulated * at_once
-    steps = math.ceil(windows_seen / batch)
-    every = math.ceil(steps / settings.evaluations)
-    steps = every * math.ceil(steps / every)  # so that the last step is evaluated and saved as well
-    distinct = min(settings.distinct or settings.tokens, settings.tokens)
-    num_windows = max(batch, round(distinct / settings.window))
-    return Schedule(num_windows, steps, batch, accumulated, every)
-
-
-def learning_rate(settings: Healing, num_trained: int) -> float:
-    """The rate of the settings or, if they have none, the one of `RATES` for this number of trained parameters."""
-    return settings.rate or next(rate for limit, rate in RATES if num_trained <= limit)
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -117,7 +71,7 @@ def arguments(settings: Healing, plan: Schedule, rate: float, folder: Path, devi
         save_steps=plan.every,
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model="eval_score",
         greater_is_better=False,
         logging_strategy="steps",
         logging_nan_inf_filter=False,  # it would show the mean of the finite ones instead
@@ -139,10 +93,12 @@ class Trained:
 
     tensors:         trained parameters by name, float32 on the CPU
     log:             `log_history` of the Trainer
-    best_step:       step with the lowest held-out loss, whose weights these are; 0 is the start
+    best_step:       step with the lowest held-out score (scores.py), whose weights these are; 0 is the start
+    raised:          step -> texts whose divergence was larger than at the start, by more than its error
+    clock:           how long the steps of this run took
     num_trained:     number of trained parameters
     rate:            largest step of the optimizer, relative to the size of the row that it changes
-    tokens_per_step: tokens in each step
+    plan:            the schedule, which knows the tokens of each step
     before, after:   `METRICS` of each text before the first step and after `best_step`
     """
 
@@ -151,24 +107,27 @@ class Trained:
     best_step: int
     num_trained: int
     rate: float
-    tokens_per_step: int
+    plan: Schedule
     before: dict[str, dict[str, float]]
     after: dict[str, dict[str, float]]
+    raised: dict[int, list[str]] = field(default_factory=dict)
+    clock: Clock | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens trained on until the best step."""
-        return self.best_step * self.tokens_per_step
+        return self.plan.tokens(self.best_step)
 
 
 def distil(
     student: Any,
     settings: Healing,
     plan: Schedule,
-    rate: float,
+    rates: tuple[float, float],
     folder: Path,
     device: str,
     train: Windows,
+    long: Windows | None,
     heldout: list[Windows],
     names: list[str],
     processes: Processes,
@@ -178,23 +137,37 @@ def distil(
 
     student:  a `Student`, possibly with adapters
     plan:     number of steps and size of batches
-    rate:     largest step of the optimizer, relative to the size of the row that it changes
+    rates:    largest step of the optimizer, relative to the size of the row that it changes: of the attention and
+              adapters, and of what else is trained
     folder:   where checkpoints are kept; training resumes from the newest one
     device:   "cpu" or "cuda"
-    train:    windows to train on
+    train:    windows to train on;  long: those of the last steps
     heldout:  held-out windows of each text;  names: names of these texts
     """
-    callbacks: list[TrainerCallback] = [Told(progress)]
+    clock = Clock(plan.tokens)
+    callbacks: list[TrainerCallback] = [Told(progress), clock]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
+    batches = Batches(student, settings, plan, train, long, folder.parent / "on-policy", processes, progress)
+    if settings.on_policy:
+        callbacks.append(Forgets(batches.own_folder, settings.resample))
+
+    def metrics(evaluation: EvalPrediction) -> dict[str, float]:
+        divergence_N = np.asarray(evaluation.predictions[0], dtype=np.float64)
+        start_N = divergence_at_start(
+            folder.parent / "start.npy", divergence_N, is_start=not trainer.state.global_step, writes=processes.first
+        )
+        return by_text(evaluation, [len(windows) for windows in heldout], names, start_N, settings.cross_entropy)
+
     trainer = Healer(
         model=student,
-        args=arguments(settings, plan, rate, folder, device),
+        args=arguments(settings, plan, rates[0], folder, device),
         train_dataset=train,
         eval_dataset=ConcatDataset(heldout),
-        compute_metrics=lambda evaluation: by_text(evaluation, [len(windows) for windows in heldout], names),
+        compute_metrics=metrics,
         callbacks=callbacks,
     )
+    trainer.batches, trainer.rest_rate = batches, rates[1]
     trainer.remove_callback(PrinterCallback)
     sizes = {name: parameter.numel() for name, parameter in student.named_parameters() if parameter.requires_grad}
     checkpoint = last_checkpoint(folder) if processes.first else None
@@ -208,12 +181,68 @@ def distil(
         for step in (0, best_step)
     )
     tensors = whole_tensors(trainer, set(sizes))
-    tokens_per_step = plan.batch * settings.window
-    return Trained(tensors, log, best_step, sum(sizes.values()), rate, tokens_per_step, before, after)
+    raised = {step: [name for name in names if entry[f"eval_{name}/raised"]] for step, entry in entries.items()}
+    return Trained(tensors, log, best_step, sum(sizes.values()), rates[0], plan, before, after, raised, clock)
+
+
+class Batches:
+    """What each batch of a step really is: windows of text as the Trainer draws them, some of them exchanged for
+    windows that the model wrote (on_policy.py), and long windows in the last steps."""
+
+    def __init__(
+        self,
+        student: Any,
+        settings: Healing,
+        plan: Schedule,
+        train: Windows,
+        long: Windows | None,
+        own_folder: Path,
+        processes: Processes,
+        progress: Progress,
+    ) -> None:
+        self.own_folder, self._plan, self._long, self._processes = own_folder, plan, long, processes
+        self._student = plain(student)
+        self._layerwise_steps = round(settings.layerwise * plan.steps)
+        self._step, self._batch = -1, 0
+        self._own: OnPolicy | None = None
+        if settings.on_policy:
+            per_step = plan.batch // processes.size
+
+            def precision() -> AbstractContextManager[Any]:
+                return autocast(settings.precision, self._student.device)()
+
+            self._own = OnPolicy(self._student, train, settings, per_step, own_folder, processes, precision, progress)
+
+    def batch(self, step: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The next batch of this step. given: the one that the Trainer drew"""
+        self._batch = self._batch + 1 if step == self._step else 0
+        self._step = step
+        self._student.layerwise = step < self._layerwise_steps
+        if self._long is not None and step >= self._plan.short_steps:
+            done = (step - self._plan.short_steps) * self._plan.accumulated + self._batch
+            first = (done * self._processes.size + self._processes.rank) * self._plan.long_rows
+            rows = [self._long[(first + row) % len(self._long)] for row in range(self._plan.long_rows)]
+            device = given["input_ids"].device
+            return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+        return given if self._own is None else self._own.mixed(step, given)
 
 
 class Healer(Trainer):
-    """transformers' Trainer with `RelativeAdam`, whose steps are proportional to the size of the row they change."""
+    """transformers' Trainer with `RelativeAdam`, whose steps are proportional to the size of the row they change.
+
+    batches:   makes each batch of training from the one that was drawn; None: it is as it is
+    rest_rate: rate of what is trained outside the attention; None: that of the arguments
+    """
+
+    batches: Batches | None = None
+    rest_rate: float | None = None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's, on the batch of `batches`."""
+        if self.batches is not None:
+            inputs = self.batches.batch(self.state.global_step, self._prepare_inputs(inputs))
+        found: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return found
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, created on the first call. Adapters start at zero, so they get a least step size."""
@@ -221,8 +250,13 @@ class Healer(Trainer):
             whole: Any = self.model if model is None else model
             trained = [(name, parameter) for name, parameter in whole.named_parameters() if parameter.requires_grad]
             adapters = [parameter for name, parameter in trained if "lora_" in name]
-            weights = [parameter for name, parameter in trained if "lora_" not in name]
-            groups: list[dict[str, Any]] = [{"params": weights}, {"params": adapters, "least": LEAST_OF_ADAPTERS}]
+            part = "" if self.rest_rate is None else attention_part(whole)
+            weights = [parameter for name, parameter in trained if "lora_" not in name and part in name]
+            others = [parameter for name, parameter in trained if "lora_" not in name and part not in name]
+            groups: list[dict[str, Any]] = [
+                {"params": weights}, {"params": adapters, "least": LEAST_OF_ADAPTERS},
+                {"params": others, "lr": self.rest_rate},
+            ]  # fmt: skip
             self.optimizer = RelativeAdam([group for group in groups if group["params"]], lr=self.args.learning_rate)
         return self.optimizer
 
@@ -273,28 +307,16 @@ def whole_tensors(trainer: Trainer, names: set[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def by_text(evaluation: EvalPrediction, counts: list[int], names: list[str]) -> dict[str, float]:
-    """`METRICS` over all held-out windows, and over those of each text with the key prefixed "NAME/".
+class Forgets(TrainerCallback):
+    """A Trainer callback that deletes windows to which a resumed run would not go back."""
 
-    evaluation: divergence, nats and source_nats of each window, in the order of the texts
-    counts:     number of windows of each text;  names: names of the texts
-    """
-    divergence, nats, source_nats = (np.asarray(part, dtype=np.float64) for part in evaluation.predictions)
-    metrics: dict[str, float] = {}
-    start = 0
-    for name, count in zip(["", *(f"{name}/" for name in names)], [sum(counts), *counts], strict=True):
-        part = slice(0, count) if not name else slice(start, start + count)
-        start += count if name else 0
-        gap = source_nats[part] - nats[part]
-        recovery = float(np.exp(gap.mean()))
-        metrics |= {
-            f"{name}divergence": float(divergence[part].mean()),
-            f"{name}nats": float(nats[part].mean()),
-            f"{name}source_nats": float(source_nats[part].mean()),
-            f"{name}recovery": recovery,
-            f"{name}recovery_error": recovery * float(gap.std(ddof=1)) / math.sqrt(count),
-        }
-    return metrics
+    def __init__(self, folder: Path, resample: int) -> None:
+        self._folder, self._resample = folder, resample
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run starts at the checkpoint that was saved last."""
+        if state.is_world_process_zero:
+            forget(self._folder, state.global_step // self._resample)
 
 
 class Told(TrainerCallback):

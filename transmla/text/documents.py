@@ -1,7 +1,7 @@
 """Documents of texts for healing: files, tables and datasets, tokenised and mixed by weight.
 
 A plain text file is one text, in pieces of a window. Rows of tables and datasets are one document each: their `text`,
-or their `messages` through the chat template. A text that ends begins again.
+or their turns through the chat template (chats.py). A text that ends begins again.
 
 Legend: T tokens per window.
 """
@@ -15,12 +15,13 @@ from itertools import islice
 from typing import Any
 
 from transmla.errors import DataError
+from transmla.text import maths
+from transmla.text.chats import Rendered, rendered
 from transmla.text.mixes import SELF, Part
-from transmla.text.packing import pack
-from transmla.text.sources import TEXT_COLUMN, is_table, read_text, rows
+from transmla.text.packing import Answered, pack
+from transmla.text.sources import is_table, read_text, rows
 from transmla.text.windows import begin_tokens
 
-MESSAGES = "messages"
 # characters that are tokenised at once, and read of one text at most
 BLOCK, PLAIN_CHARACTERS = 2**20, 2**31
 
@@ -73,28 +74,40 @@ def open_text(
     *,
     evaluation: bool,
     begin: str = "none",
+    completion_only: bool = False,
 ) -> Text:
     """The documents of one part; what a name means is checked when the first one is drawn.
 
     sampled: for "self", texts that the source has written, as token ids
     begin:   windows of a plain text that start with what the tokenizer puts first: "half", "all" or "none"
+    completion_only: of rows with turns, only answers are learned
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
-    def ended(ids: list[int]) -> list[int]:
-        return ids + end if ids and ids[-1:] != end else ids
+    def tokenised(row: Rendered) -> list[int]:
+        # a template brings its own special tokens
+        options = {"add_special_tokens": not row.is_chat, "verbose": False}
+        if not completion_only or row.answers is None:
+            ids: list[int] = tokenizer(row.text, **options).input_ids
+            return ids + end if ids and ids[-1:] != end else ids
+        # a token that begins before an answer, with the space in front of it, is a part of the answer
+        encoded = tokenizer(row.text, return_offsets_mapping=True, **options)
+        ids, learned = encoded.input_ids, [row.is_answer(stop - 1) for _, stop in encoded.offset_mapping]
+        more = end if ids and ids[-1:] != end else []
+        return Answered(ids + more, learned + learned[-1:] * len(more))
 
     def documents() -> Iterator[list[int]]:
         if part.name == SELF:
             yield from sampled()
+        elif part.name == maths.NAME and getattr(tokenizer, "chat_template", None):
+            for row in maths.rows():
+                yield tokenised(rendered(row, tokenizer, part.name))
         elif not is_table(part.name):
             text = read_text(part.name, PLAIN_CHARACTERS, evaluation=evaluation)
             yield from _begun(_pieces(_tokens_of(text, tokenizer), length), tokenizer, begin)
         else:
-            render = _renderer(tokenizer)
             for row in rows(part.name):
-                text, is_chat = render(row, part.name)  # a template brings its own special tokens
-                yield ended(tokenizer(text, add_special_tokens=not is_chat, verbose=False).input_ids)
+                yield tokenised(rendered(row, tokenizer, part.name))
 
     return Text(part, lambda: (document for document in documents() if len(document) > 1))
 
@@ -135,36 +148,3 @@ def _begun(pieces: Iterator[list[int]], tokenizer: Any, begin: str) -> Iterator[
     for number, piece in enumerate(pieces):
         begins = begin == "all" or number % 2 == 0
         yield prefix + piece[len(prefix) :] if begins else piece
-
-
-def _renderer(tokenizer: Any) -> Callable[[dict[str, Any], str], tuple[str, bool]]:
-    """(row, name of the data) -> its text, and whether that went through the chat template."""
-
-    def render(row: dict[str, Any], name: str) -> tuple[str, bool]:
-        if isinstance(row.get(TEXT_COLUMN), str):
-            return str(row[TEXT_COLUMN]), False
-        if row.get(MESSAGES):
-            if not getattr(tokenizer, "chat_template", None):
-                raise DataError(
-                    "the tokenizer has no chat template",
-                    where=name,
-                    why=f"rows have {MESSAGES}, which a template turns into text",
-                    remedy=f"use data with a `{TEXT_COLUMN}` column, or a model with a chat template",
-                )
-            try:  # in the sandbox of transformers, where a template cannot reach anything but the messages
-                return str(tokenizer.apply_chat_template(row[MESSAGES], tokenize=False)), True
-            except Exception as error:  # whatever a template provokes
-                raise DataError(
-                    "the chat template of the tokenizer fails",
-                    where=name,
-                    why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-                    remedy=f"check the {MESSAGES} of the data, or use data with a `{TEXT_COLUMN}` column",
-                ) from error
-        raise DataError(
-            "a row has no text",
-            where=name,
-            why=f"its columns are {', '.join(sorted(row))}",
-            remedy=f"use data with a `{TEXT_COLUMN}` or a `{MESSAGES}` column",
-        )
-
-    return render

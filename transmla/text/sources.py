@@ -5,6 +5,7 @@ synthetic        what a small model answers to requests of many kinds: stories, 
                  it keeps a conversion from forgetting all that is not an encyclopedia
 continued        how the same model continues pieces of WikiText-2 train, without these pieces
 code             modules of Python's standard library
+maths            worked problems of school mathematics, made by rules (maths.py); with a chat template, as chats
 stories          what stories260k, the model that ships with the package, writes by itself
 wikitext-valid, tinystories-valid   for evaluation only
 FILE             .txt as it is; .jsonl, .json, .parquet, .csv row by row
@@ -20,6 +21,7 @@ from typing import Any
 
 from transmla.errors import DataError
 from transmla.extras import needs
+from transmla.text import maths
 
 TEXT_COLUMN = "text"
 # suffix of a table -> its format, as `datasets` calls it
@@ -47,13 +49,15 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
             why="what a model was calibrated on cannot be used to measure it",
             remedy="calibrate with another text, for example wikitext or self",
         )
+    if name == maths.NAME:
+        return maths.text(max_characters)
     if shipped := (SHIPPED | SHIPPED_VALIDATION).get(name):
         return (resources.files("transmla.data") / shipped).read_text("utf-8")[:max_characters]
     if path.is_file() and path.suffix.lower() not in TABLES:
         return _read_plain(path, max_characters)
     if path.is_file() or ("/" in name and not path.is_dir()):
         return _read_column(name, max_characters)
-    known = SHIPPED | SHIPPED_VALIDATION if evaluation else ("self", *SHIPPED)
+    known = SHIPPED | SHIPPED_VALIDATION if evaluation else ("self", maths.NAME, *SHIPPED)
     raise DataError(
         f"no text {name!r}",
         where=name,

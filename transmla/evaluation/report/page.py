@@ -97,6 +97,7 @@ def _page(results: list[Result], timings: list[Result], drawn: dict[str, tuple[s
         sections.positions(results, shown),
         sections.speed(timings, shown),
         sections.layers(shown),
+        sections.generation(results),
         sections.gates(results),
         sections.provenance(results),
     ]

@@ -244,6 +244,37 @@ def texts_written(results: list[Result]) -> Section | None:
     return Section("What it writes", [], [Table("Continuations of a few prompts", head, rows)], [], quotes)
 
 
+# measure of generated text -> how it is called, and its digits as a percentage; None: a number
+_WRITTEN = {
+    "repeated_2": ("repeated two-token runs", 1), "repeated_4": ("repeated four-token runs", 1),
+    "distinct_1": ("distinct tokens, all texts", 1), "distinct_2": ("distinct two-token runs, all texts", 1),
+    "ended": ("texts that end", 0), "length": ("tokens", None),
+}  # fmt: skip
+
+
+def generation(results: list[Result]) -> Section | None:
+    """Repetition, length and end of what models write behind the same prompts, and what the source accepts of it."""
+    rows = []
+    for result in results:
+        compared = result.content["comparison"] or {}
+        for way, measures in (compared.get("generation") or {}).items():
+            for name, (called, digits) in _WRITTEN.items():
+                row = measures[name]
+                cells = [_percent(row[key], digits) for key in ("source", "model")]
+                difference = _percent(row["difference"], digits, sign="+")
+                rows.append([
+                    result.name, way, called, *cells, f"{difference} ± {_percent(row['standard_error'], digits)}",
+                ])  # fmt: skip
+            if accepted := (compared.get("acceptance") or {}).get(way):
+                value, error = (_percent(accepted[key], 1) for key in ("value", "standard_error"))
+                rows.append([result.name, way, "tokens that the source accepts", "", f"{value} ± {error}", ""])
+    if not rows:
+        return None
+    head = ("model", "text", "measure", "source", "model's", "difference")
+    note = "Likelihood does not show whether a model repeats itself; what it writes does."
+    return Section("Generated text", [note], [Table("Behind the same prompts", head, rows)])
+
+
 def gates(results: list[Result]) -> Section | None:
     """Which gates were passed and which were missed."""
     gates = [
@@ -285,6 +316,12 @@ def _one(shown: dict[str, Picture], name: str) -> list[Picture]:
 
 def _share(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None, digits: int | None, sign: str = "") -> str:
+    if value is None:
+        return "?"
+    return f"{value:{sign}.0f}" if digits is None else f"{value:{sign}.{digits}%}"
 
 
 def _error(value: float | None, digits: int = 3) -> str:

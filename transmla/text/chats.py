@@ -1,0 +1,95 @@
+"""Rows of tables as text: as it is, or turns through the chat template; and which characters are answers.
+
+A row has a `text`; or `messages`, dicts with role and content; or `prompt` and `completion`, both strings or both lists
+of messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transmla.errors import DataError
+from transmla.text.sources import TEXT_COLUMN
+
+MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """is_chat: text is what the chat template made
+    answers: (start, end) of the characters that answer, where the row has turns; None where it has none
+    """
+
+    text: str
+    is_chat: bool = False
+    answers: tuple[tuple[int, int], ...] | None = None
+
+    def is_answer(self, place: int) -> bool:
+        """Whether the character at `place` is a part of an answer."""
+        return any(start <= place < end for start, end in self.answers or ())
+
+
+def rendered(row: dict[str, Any], tokenizer: Any, name: str) -> Rendered:
+    """The text of a row; `DataError` if it has none. name: of the data, for messages"""
+    if isinstance(row.get(TEXT_COLUMN), str):
+        return Rendered(row[TEXT_COLUMN])
+    if row.get(MESSAGES):
+        return _chat(row[MESSAGES], tokenizer, name)
+    prompt, completion = row.get(PROMPT), row.get(COMPLETION)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Rendered(prompt + completion, answers=((len(prompt), len(prompt) + len(completion)),))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _chat([*prompt, *completion], tokenizer, name)
+    raise DataError(
+        "a row has no text",
+        where=name,
+        why=f"its columns are {', '.join(sorted(row))}",
+        remedy=f"use data with a `{TEXT_COLUMN}` or a `{MESSAGES}` column, or with `{PROMPT}` and `{COMPLETION}`",
+    )
+
+
+def _chat(messages: list[dict[str, Any]], tokenizer: Any, name: str) -> Rendered:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template",
+            where=name,
+            why=f"rows have {MESSAGES}, which a template turns into text",
+            remedy=f"use data with a `{TEXT_COLUMN}` column, or a model with a chat template",
+        )
+    text = templated(tokenizer, messages, name)
+    return Rendered(text, True, _answers(messages, text, tokenizer, name))
+
+
+def templated(tokenizer: Any, messages: list[dict[str, Any]], name: str, *, ask: bool = False) -> str:
+    """Messages through the tokenizer's template, with `ask` up to where the answer begins; `DataError` if that fails.
+
+    It runs in the sandbox of transformers, where a template cannot reach anything but the messages.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    except Exception as error:  # whatever a template provokes
+        raise DataError(
+            "the chat template of the tokenizer fails",
+            where=name,
+            why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            remedy=f"check the {MESSAGES} of the data, or use data with a `{TEXT_COLUMN}` column",
+        ) from error
+
+
+def _answers(messages: list[dict[str, Any]], text: str, tokenizer: Any, name: str) -> tuple[tuple[int, int], ...]:
+    """Where the assistant's turns are: behind what the template writes to ask for one, up to what it writes behind it.
+
+    A turn that the template renders differently when others follow (some leave out thoughts) is not taken.
+    """
+    spans = []
+    for number, message in enumerate(messages):
+        if message.get("role") == ASSISTANT:
+            before = ""
+            if number:
+                before = templated(tokenizer, messages[:number], name, ask=True)
+            after = templated(tokenizer, messages[: number + 1], name)
+            if text.startswith(before) and text.startswith(after) and len(before) < len(after):
+                spans.append((len(before), len(after)))
+    return tuple(spans)
