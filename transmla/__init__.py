@@ -9,6 +9,7 @@
     transmla.verify("OUT")                               # is it what was written; returns a Verified
     transmla.export("OUT", "OUT.gguf", type="q8_0")      # for llama.cpp, or with to="vllm" padded for GPU kernels
     transmla.push("OUT", "you/name")                     # to a model hub, with its model card; returns its address
+    transmla.quantise("OUT", "OUT2")                     # a basis that is easy to round; returns a QuantiseReport
     transmla.bench("OUT", against="SRC")                 # speed of prefill and decoding; returns a BenchReport
     transmla.report(["a.json"], "report.html")           # a page with the results of `eval --json`
     transmla.heal("OUT", tokens=10_000_000)              # distil from the source; returns a HealReport
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from transmla.targets.fold import fold as fold
     from transmla.targets.fold import unfold as unfold
     from transmla.targets.push import push as push
+    from transmla.targets.quantise import quantise as quantise
     from transmla.targets.verify import verify as verify
 
 # imported on first use, so that `transmla --help` does not have to wait for torch
@@ -63,6 +65,7 @@ _PUBLIC = {
     "load": "transmla.model.loading",
     "plan": "transmla.conversion.plan",
     "push": "transmla.targets.push",
+    "quantise": "transmla.targets.quantise",
     "register": "transmla.model.loading",
     "report": "transmla.evaluation.report.page",
     "unfold": "transmla.targets.fold",

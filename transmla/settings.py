@@ -123,6 +123,8 @@ def _converted(value: Any, types: tuple[Any, ...]) -> Any:
     """The value as the field holds it: lists as tuples, and integers as floats where a number is meant."""
     if isinstance(value, list):
         value = tuple(value)
+    if isinstance(value, tuple) and any(get_args(kind)[:1] == (float,) for kind in types):
+        return tuple(_converted(entry, (float,)) for entry in value)
     if isinstance(value, dict) and any(get_args(kind)[1:] == (float,) for kind in types):
         return {name: _converted(entry, (float,)) for name, entry in value.items()}
     return float(value) if type(value) is int and float in types else value  # `type is`, because True is an int

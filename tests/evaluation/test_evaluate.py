@@ -66,12 +66,14 @@ def test_all_parts_and_their_comparison(converted: Path, suite: str) -> None:
     assert sorted(set(shape(plain))) == golden.read_text("utf-8").splitlines()
     assert list(plain["model"]["texts"]) == SETTINGS["text"]
     assert plain["model"]["cache_bytes_per_token"] * 2 == plain["source"]["cache_bytes_per_token"]
-    # 8 + 1 and 2 + 1 bits of 32
+    # five layers of 24 values in 8 or 2 bits and 8 in 8, four bytes for the grid of either
     sizes = [row["bytes_per_token"] for row in plain["model"]["quantised"]]
-    assert sizes == [640 * 9 / 32, 640 * 3 / 32]
+    assert sizes == [5 * (24 + 8 + 8), 5 * (6 + 8 + 8)]
+    kinds = [row and row["cache"] for row in plain["source"]["quantised"]]
+    assert kinds == ["KIVI 8 bits", "rotated 8 bits", "KIVI 2 bits", "rotated 2 bits"]
     own = report.perplexity.nats
     assert sum(plain["model"]["quantised"][0]["nats"]) / 3 == pytest.approx(own, abs=0.01)
-    assert sum(plain["model"]["quantised"][1]["nats"]) / 3 > own + 0.02
+    assert sum(plain["model"]["quantised"][1]["nats"]) / 3 > own + 0.002
     assert plain["model"]["positions"]["edges"] == [0, 512]
     agreed = plain["comparison"]["agreement"]
     assert 0 < agreed["kl"]["value"] < 1 and 0.5 < agreed["top1"]["value"] < 1
@@ -91,7 +93,7 @@ def test_an_evaluation_goes_on_where_it_was(
 
     def stopping(model: Any, *args: Any, **kwargs: Any) -> Any:
         measured.append(type(model).__name__)
-        if len(measured) == 6:
+        if len(measured) == 8:
             raise KeyboardInterrupt
         return real(model, *args, **kwargs)
 
@@ -100,8 +102,8 @@ def test_an_evaluation_goes_on_where_it_was(
         transmla.evaluate(converted, "stories260k", suite=suite, kept=kept, **SETTINGS)
     assert kept.is_file()
     again = transmla.evaluate(converted, "stories260k", suite=suite, kept=kept, **SETTINGS)
-    # four of the source and four of the model, none twice but the one that was interrupted
-    assert len(measured) == 9
+    # six of the source and four of the model, none twice but the one that was interrupted
+    assert len(measured) == 11
     assert again.plain() == whole.plain()
 
 
@@ -192,7 +194,14 @@ def test_command_line(converted: Path, tmp_path: Path) -> None:
     words += ["--text", "tinystories-valid", "--text", "wikitext-valid", "--quantised", "4", "--positions", "1"]
     done = CliRunner().invoke(command_line, [*words, "--json", str(out), "--gate", "perplexity=0.99"])
     assert done.exit_code == 5 and "gates missed" in done.stderr
-    for shown in ("4-bit cache", "wikitext-valid", "perplexity by position", "ratio", "gate missed"):
+    for shown in (
+        "KIVI 4 bits cache",
+        "int4 cache",
+        "wikitext-valid",
+        "perplexity by position",
+        "ratio",
+        "gate missed",
+    ):
         assert shown in done.stdout
     assert json.loads(out.read_text())["format"] == 1 and [path.name for path in tmp_path.iterdir()] == ["results.json"]
     done = CliRunner().invoke(command_line, [*words, "--gate", "perplexity=0.1"])

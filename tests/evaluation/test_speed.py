@@ -34,6 +34,31 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(roofline, size, 4096)
 
 
+def test_caches_of_its_own(converted: Path) -> None:
+    kinds = ["latent", "latent-int4"]
+    report = transmla.bench(converted, contexts=(200,), steps=3, repeats=1, caches=kinds, dtype="float32")
+    assert [row.model for row in report.rows] == [str(converted), *(f"{converted}, {kind}" for kind in kinds)]
+    as_usual, exact, packed = (row.cache_bytes_per_token for row in report.rows)
+    # of 200 tokens the newest 72 are exact; of the first 4 there are exact and packed values
+    assert as_usual == 640 and exact == pytest.approx(640, rel=1e-3)
+    assert packed == pytest.approx((128 * 5 * (12 + 8 + 8) + (72 + 4) * 640) / 200, rel=1e-3)
+    words = [
+        "bench",
+        str(converted),
+        "--context",
+        "16",
+        "--steps",
+        "2",
+        "--repeats",
+        "1",
+        "--cache",
+        "latent-int5",
+        "-q",
+    ]
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 4 and "no latent cache of kind" in refused.output
+
+
 def test_rows_of_the_grid(converted: Path) -> None:
     report = transmla.bench(
         converted, "stories260k", contexts=(16, 40, 9000), batches=(1, 3), steps=3, repeats=2, stock=True,
@@ -117,10 +142,10 @@ def test_cost_of_a_step_counts_every_product() -> None:
 def test_a_size_that_does_not_fit_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = speed._fill
 
-    def failing(model: Any, ids: torch.Tensor) -> Any:
+    def failing(model: Any, ids: torch.Tensor, *make: Any) -> Any:
         if len(ids) == 2 and type(model).__name__.startswith("Llama"):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, ids)
+        return real(model, ids, *make)
 
     monkeypatch.setattr(speed, "_fill", failing)
     report = transmla.bench(converted, "stories260k", contexts=(8,), batches=(1, 2), steps=2, repeats=1)

@@ -81,7 +81,7 @@ def test_evaluating(pair: tuple[Path, Path], text_file: Path) -> None:
     # layers with a window do not grow beyond it
     growing = report.source["cache_bytes_per_token"] / report.model["cache_bytes_per_token"]
     assert growing == report.source["cache_bytes_per_token"] / 48 / (1 if windowed(folder) else 3)
-    assert report.model["quantised"][0]["bytes_per_token"] == report.model["cache_bytes_per_token"] * 9 / 32
+    assert report.model["quantised"][0]["bytes_per_token"] == 3 * (12 + 8)
     timed = transmla.bench(folder, source, contexts=(16,), steps=2, repeats=1, dtype="float32")
     assert [row.cache_bytes_per_token for row in timed.rows][1] == 12 * 4 * 3
 

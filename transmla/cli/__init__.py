@@ -18,13 +18,14 @@ from transmla.cli.help import Commands
 from transmla.cli.lists import families_command, recipes_command
 from transmla.cli.plan import plan_command
 from transmla.cli.push import push_command
+from transmla.cli.quantise import quantise_command
 from transmla.cli.report import report_command
 from transmla.cli.verify import verify_command
 
 SECTIONS = {
     "Convert": ("plan", "convert", "heal"),
     "Measure": ("eval", "bench", "report"),
-    "Use": ("doctor", "verify", "generate", "export", "push"),
+    "Use": ("doctor", "verify", "generate", "quantise", "export", "push"),
     "Train it yourself": ("unfold", "fold"),
     "What there is": ("recipes", "families"),
 }
@@ -47,7 +48,8 @@ def main() -> None:
 
 for command in (
     plan_command, convert_command, heal_command, eval_command, bench_command, report_command, doctor_command,
-    verify_command, generate_command, export_command, push_command, unfold_command, fold_command, recipes_command,
+    verify_command, generate_command, quantise_command, export_command, push_command, unfold_command, fold_command,
+    recipes_command,
     families_command,
 ):  # fmt: skip
     main.add_command(command)

@@ -68,6 +68,14 @@ from transmla.recipe import DTYPES
     group="Models",
 )
 @option(
+    "--cache",
+    "caches",
+    multiple=True,
+    metavar="KIND",
+    help="Also time MODEL with a cache of its own: latent, latent-int4, latent-coded3 ...; repeatable.",
+    group="Models",
+)
+@option(
     "--dtype",
     type=click.Choice(DTYPES[1:]),
     default="bfloat16",

@@ -97,7 +97,8 @@ from transmla.recipe import DTYPES
 @option(
     "--quantised",
     metavar="8,4,2",
-    help="Also measure source and model with caches rounded to these numbers of bits.",
+    help="Also measure source and model with packed caches of so many bits per value; numbers like 2.5 are for folders "
+    "of `transmla quantise`.",
     group="What is measured",
 )
 @option(
@@ -185,8 +186,9 @@ def _lists(given: dict[str, Any]) -> dict[str, Any]:
     """Words of eval's options as lists and numbers."""
     given["text"] = list(given["text"]) or None
     given["tasks"] = given["tasks"].split(",") if given["tasks"] else None
-    for name in ("quantised", "needles"):
-        given[name] = integers(given[name], f"--{name}") if given[name] else None
+    given["needles"] = integers(given["needles"], "--needles") if given["needles"] else None
+    if given["quantised"]:
+        given["quantised"] = [number(word, "--quantised", auto=False) for word in given["quantised"].split(",")]
     gates = {}
     for gate in given.pop("gate"):
         name, _, share = gate.partition("=")

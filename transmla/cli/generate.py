@@ -55,6 +55,13 @@ from transmla.recipe import DTYPES
     group="Text",
 )
 @option(
+    "--cache",
+    metavar="KIND",
+    help="Of a converted folder: latent (as computed), latent-int8, -int4, -int3, -int2, or with a folder of `transmla "
+    "quantise` latent-coded3, latent-coded2.5 ... [default: that of transformers]",
+    group="Machine",
+)
+@option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="auto",

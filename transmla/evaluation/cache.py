@@ -22,10 +22,10 @@ def measured_bytes_per_token(model: Any, num_tokens: int = 64) -> float:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors of a transformers cache."""
+    """Bytes of all tensors of a transformers cache, of a `LatentCache` without room for more tokens."""
     return sum(
-        value.numel() * value.element_size()
+        value.nbytes
         for layer in cache.layers
-        for value in vars(layer).values()
-        if isinstance(value, Tensor) and value.is_floating_point()
+        for value in (layer.tensors() if hasattr(layer, "tensors") else vars(layer)).values()
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.uint8)
     )

@@ -95,7 +95,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     include_path: str | None = None,
     limit: int | None = None,
-    quantised: Sequence[int] | None = None,
+    quantised: Sequence[float] | None = None,
     positions: int | None = None,
     needles: Sequence[int] | None = None,
     generation: int | None = None,

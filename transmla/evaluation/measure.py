@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from transmla.checkpoint.destination import write_whole
 from transmla.checkpoint.provenance import portable, read_provenance
@@ -23,13 +24,7 @@ from transmla.evaluation.cache import measured_bytes_per_token
 from transmla.evaluation.generation import WAYS, shipped_prompts, written
 from transmla.evaluation.perplexity import Perplexity, perplexity, text_windows
 from transmla.evaluation.positions import by_position
-from transmla.evaluation.quantised_cache import (
-    bits_per_value,
-    keys_by_channel,
-    latents_by_token,
-    rounding_cache,
-    values_by_token,
-)
+from transmla.evaluation.quantised_cache import RECENT, packed_bytes_per_token, packed_caches
 from transmla.evaluation.smoke import smoke
 from transmla.evaluation.suite import Suite
 from transmla.evaluation.tasks import needles, run_tasks
@@ -156,15 +151,21 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         _require_predictions(found, subject)
         return {"nats": list(found.nats_N), "num_tokens": found.num_tokens, "length": length}
 
-    def quantised(bits: int) -> dict[str, Any]:
+    def quantised(bits: float) -> list[dict[str, Any]]:
         ids_NT = windows_of(suite.texts[0], tokenizer, length, suite.windows, begin)
-        rank = getattr(subject.model.config, "kv_lora_rank", None)
-        key = latents_by_token(bits, rank) if rank else keys_by_channel(bits)
-        found = perplexity(
-            subject.model, ids_NT, unscored=unscored, cache=lambda: rounding_cache(key, values_by_token(bits))
-        )
-        stored = measured_bytes_per_token(subject.model) * bits_per_value(bits) / _bits_of(subject.model)
-        return {"bits": bits, "bytes_per_token": stored, "nats": list(found.nats_N)}
+        # of short windows, less is exact
+        recent = max(1, min(RECENT, length // 8))
+        rows = []
+        for cache, make in packed_caches(subject.model, bits, recent).items():
+            made = _LastOf(make)
+            tell = functools.partial(progress, f"{cache} {Path(name).name}")
+            found = perplexity(
+                subject.model, ids_NT, unscored=unscored, cache=made, chunk=recent,
+                progress=lambda done, total, tell=tell: tell(done, total, ""),  # type: ignore[misc]
+            )  # fmt: skip
+            stored = packed_bytes_per_token(made.last)
+            rows.append({"bits": bits, "cache": cache, "bytes_per_token": stored, "nats": list(found.nats_N)})
+        return rows
 
     def positions() -> dict[str, Any]:
         context = int(subject.model.config.max_position_embeddings)
@@ -207,7 +208,8 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
     if is_converted(Path(name)):
         result["layers"] = read_provenance(Path(name)).get("layers", [])
     if suite.quantised:
-        result["quantised"] = [part(f"{bits} bits", functools.partial(quantised, bits)) for bits in suite.quantised]
+        rows = [part(f"{bits:g} bits", functools.partial(quantised, bits)) for bits in suite.quantised]
+        result["quantised"] = [row for found in rows for row in found or [None]]
     if suite.positions:
         result["positions"] = part("positions", positions)
     if suite.tasks:
@@ -235,11 +237,19 @@ def _require_predictions(found: Perplexity, subject: Subject) -> None:
         )
 
 
+class _LastOf:
+    """Makes caches and keeps the last one, for a look at what it holds."""
+
+    def __init__(self, make: Callable[[], Cache]) -> None:
+        self._make = make
+        self.last: Any = None
+
+    def __call__(self) -> Cache:
+        made = self.last = self._make()
+        return made
+
+
 def _smoke(model: Any, tokenizer: Any) -> dict[str, Any]:
     found = smoke(model, tokenizer)
     texts = [asdict(one) for one in found.continuations]
     return {"repeated": found.repeated, "num_empty": found.num_empty, "continuations": texts}
-
-
-def _bits_of(model: Any) -> int:
-    return int(torch.finfo(model.dtype).bits)

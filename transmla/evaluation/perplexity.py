@@ -70,27 +70,33 @@ def perplexity(
     unscored: int = 1,
     progress: Callable[[int, int], None] | None = None,
     cache: Callable[[], Any] | None = None,
+    chunk: int = 64,
 ) -> Perplexity:
     """Teacher-forced perplexity; the first tokens of each window are not scored.
 
     model: a transformers causal language model
     batch: windows at once; default: 2 on CPUs, elsewhere 16 or as many as fit into memory
     unscored: how many these are, at least 1: the first token has nothing that predicts it
-    cache: makes a cache that the keys and values go through, see quantised_cache.py
+    cache: makes a cache that the keys and values go through, `chunk` tokens at a time: what they attend to is what
+           decoding would attend to, see quantised_cache.py
     Raises `VerificationError` if the model returns NaN.
     """
     if batch is None:
-        batch = 2 if model.device.type == "cpu" else 16
+        # in chunks there are few tokens and few logits of each window at once
+        batch = (2 if cache is None else 8) if model.device.type == "cpu" else 16
     nats: list[float] = []
 
     def run(size: int) -> None:
         for ids_BT in ids_NT[len(nats) :].split(size):
             ids_BT = ids_BT.to(model.device)
             through = {"use_cache": False} if cache is None else {"past_key_values": cache()}
-            logits_BTV = model(ids_BT, **through).logits.float()
-            loss_BT = torch.nn.functional.cross_entropy(
-                logits_BTV[:, :-1].transpose(1, 2), ids_BT[:, 1:], reduction="none"
-            )
+            losses = []
+            for start in range(0, ids_BT.shape[1], ids_BT.shape[1] if cache is None else chunk):
+                end = start + (ids_BT.shape[1] if cache is None else chunk)
+                next_BT = ids_BT[:, start + 1 : end + 1]
+                logits_BTV = model(ids_BT[:, start:end], **through).logits[:, : next_BT.shape[1]].float()
+                losses.append(torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), next_BT, reduction="none"))
+            loss_BT = torch.cat(losses, dim=1)
             nats.extend(loss_BT[:, unscored - 1 :].mean(1).tolist())
             if progress is not None:
                 progress(len(nats), len(ids_NT))

@@ -1,73 +1,148 @@
-"""Caches that hold rounded values, to measure what a quantised cache costs in quality.
+"""Caches of packed integers, to measure what they cost in quality and hold in memory.
 
-A simulation: values are rounded to the grid that a quantised cache would store, and computed with in the model's dtype.
-Every cached token is rounded; real implementations keep the newest ones exact, which is a little kinder.
+A converted model has caches of its own (`LatentCache`). For sources, the two ways that are best known stand here, under
+the same rules: the first and the newest tokens stay exact, scales are counted, and what is stored is really packed.
 
-Legend: B batch, G key/value heads (1 for a latent), T tokens, d values per head.
+Legend: B batch, G key/value heads, T tokens, N tokens that are packed at once, d values per head.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-# values that share one scale and one zero point, 16 bits each
-GROUP = 32
+from transmla.maths.coding import lloyd_max, spread_basis
+from transmla.model.modeling_transmla import GroupCode, TransformCode
+
+# first and newest tokens of a text that stay exact, in every cache that is measured
+SINK, RECENT = 4, 64
+Packed = dict[str, Tensor]
 
 
-def bits_per_value(bits: int) -> float:
-    """Stored bits per cached value, scale and zero point included."""
-    return bits + 2 * 16 / GROUP
+class Code(Protocol):
+    """Packs keys or values [B, G, N, d] of N neighbouring tokens."""
+
+    def encode(self, x_BGNd: Tensor) -> Packed: ...
+
+    def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor: ...
 
 
-def rounded(x: Tensor, bits: int, dim: int) -> Tensor:
-    """`x` on an asymmetric grid of 2^bits levels per group of `GROUP` neighbours along `dim`.
+class GridCode:
+    """An asymmetric grid of 2^bits levels per group of 32: with `by_channel`, neighbours in time share one, since
+    channels of keys differ in size (KIVI, 2402.02750); else neighbouring channels of a token do."""
 
-    A last group that is not full has a grid of its own.
+    def __init__(self, size: int, bits: int, *, by_channel: bool) -> None:
+        self._code, self._by_channel = GroupCode(size, 0, bits), by_channel
+
+    def encode(self, x_BGNd: Tensor) -> Packed:
+        return self._code.encode(x_BGNd.transpose(2, 3) if self._by_channel else x_BGNd)
+
+    def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        x_BGNd = self._code.decode(packed, dtype)
+        return x_BGNd.transpose(2, 3) if self._by_channel else x_BGNd
+
+
+class RotatedCode:
+    """A random rotation of each head, its norm for every token, and the levels that are best for a normal distribution
+    (TurboQuant, 2504.19874)."""
+
+    def __init__(self, size: int, bits: int) -> None:
+        normal = torch.special.ndtri((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000)
+        levels, _ = lloyd_max(normal, torch.ones_like(normal), 2**bits)
+        self._rotation_dd = spread_basis(size).float()
+        self._code = TransformCode([0.0] * size, [1.0] * size, [bits] * size, {bits: levels.float().tolist()})
+
+    def encode(self, x_BGNd: Tensor) -> Packed:
+        return self._code.encode(x_BGNd.float() @ self._rotation_dd.to(x_BGNd.device))
+
+    def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        x_BGNd = self._code.decode(packed, torch.float32)
+        return (x_BGNd @ self._rotation_dd.T.to(x_BGNd.device)).to(dtype)
+
+
+class PackedLayer(DynamicLayer):
+    """Keys and values of one layer: the first tokens exact, then packed ones, then the newest exact."""
+
+    def __init__(self, key: Code, value: Code, recent: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._key, self._value, self._recent = key, value, recent
+        self.packed: list[tuple[Packed, Packed]] = []
+        self.num_packed = self.batch = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, G, T, d], those that were packed as they come back."""
+        keys, values = super().update(key_states, value_states)
+        found = []
+        for which, (exact, code) in enumerate(((keys, self._key), (values, self._value))):
+            parts = [code.decode(block[which], exact.dtype) for block in self.packed]
+            found.append(torch.cat([exact[:, :, :SINK], *parts, exact[:, :, SINK:]], dim=2))
+        step = self._recent
+        oldest = slice(SINK, SINK + step)
+        while keys.shape[2] >= SINK + 2 * step:
+            self.packed.append((self._key.encode(keys[:, :, oldest]), self._value.encode(values[:, :, oldest])))
+            keys, values = (torch.cat([x[:, :, :SINK], x[:, :, SINK + step :]], dim=2) for x in (keys, values))
+            self.num_packed += step
+        self.keys, self.values = keys, values
+        self.batch = len(keys)
+        return found[0], found[1]
+
+    def get_seq_length(self) -> int:
+        """Tokens of each text."""
+        return int(super().get_seq_length()) + self.num_packed
+
+    def packed_tensors(self) -> list[Tensor]:
+        """What is stored of the packed tokens."""
+        return [tensor for block in self.packed for half in block for tensor in half.values()]
+
+
+def packed_caches(model: Any, bits: float, recent: int = RECENT) -> dict[str, Callable[[], Cache]]:
+    """Makers of the caches of a model that have about so many bits per value, by name.
+
+    bits: whole numbers are those of the integers alone, scales come on top; in a coded cache, all bits are counted
+    recent: newest tokens that stay exact
     """
-    parts = [_rounded_group(part, bits, dim) for part in x.split(GROUP, dim=dim)]
-    return torch.cat(parts, dim=dim)
+    config = model.config
+    whole = int(bits) if bits == int(bits) else None
+    if hasattr(model, "latent_cache"):
+        kinds = [f"int{whole}"] if whole is not None else []
+        if getattr(config, "latent_code", None) is not None:
+            kinds.append(f"coded{bits:g}")
+        return {kind: lambda kind=kind: model.latent_cache(kind, sink=SINK, recent=recent) for kind in kinds}  # type: ignore[misc]
+    if whole is None:
+        return {}
+    text_config = config.get_text_config(decoder=True)
+    heads = text_config.num_attention_heads
+    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+
+    def by_channel() -> Cache:
+        key, value = GridCode(recent, whole, by_channel=True), GridCode(size, whole, by_channel=False)
+        return _of(lambda: PackedLayer(key, value, recent))
+
+    def rotated() -> Cache:
+        code = RotatedCode(size, whole)
+        return _of(lambda: PackedLayer(code, code, recent))
+
+    def _of(layer: Callable[[], PackedLayer]) -> Cache:
+        return Cache(layers=[layer() for _ in range(text_config.num_hidden_layers)])
+
+    return {f"KIVI {whole} bits": by_channel, f"rotated {whole} bits": rotated}
 
 
-def _rounded_group(x: Tensor, bits: int, dim: int) -> Tensor:
-    wide = x.float()
-    low, high = wide.amin(dim, keepdim=True), wide.amax(dim, keepdim=True)
-    # scale and zero point are stored in half precision
-    low = low.half().float()
-    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-7).half().float().clamp_min(1e-7)
-    return (((wide - low) / scale).round().clamp(0, 2**bits - 1) * scale + low).to(x.dtype)
-
-
-def keys_by_channel(bits: int) -> Callable[[Tensor], Tensor]:
-    """Keys [B, G, T, d]: neighbours in time share a grid, since channels differ in size (KIVI, 2402.02750)."""
-    return lambda x: rounded(x, bits, dim=-2)
-
-
-def values_by_token(bits: int) -> Callable[[Tensor], Tensor]:
-    """Values [B, G, T, d]: neighbouring channels of one token share a grid."""
-    return lambda x: rounded(x, bits, dim=-1) if x.shape[-1] else x
-
-
-def latents_by_token(bits: int, rank: int) -> Callable[[Tensor], Tensor]:
-    """What latent attention caches [B, 1, T, r + e]: the latent like values, the rotary key behind it like keys."""
-
-    def both(x: Tensor) -> Tensor:
-        latent, rotary = x.split([rank, x.shape[-1] - rank], dim=-1)
-        return torch.cat([rounded(latent, bits, dim=-1), rounded(rotary, bits, dim=-2)], dim=-1)
-
-    return both
-
-
-def rounding_cache(key: Callable[[Tensor], Tensor], value: Callable[[Tensor], Tensor]) -> Cache:
-    """A cache for one forward pass over a text, to be given as past_key_values; whole groups of tokens at once."""
-
-    class Layer(DynamicLayer):
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            kept: tuple[Tensor, Tensor] = super().update(key(key_states), value(value_states), *args, **kwargs)
-            return kept
-
-    return Cache(layer_class_to_replicate=Layer)
+def packed_bytes_per_token(cache: Any) -> float:
+    """Bytes of the packed tensors of a cache over the tokens in them, all layers together; NaN if none is packed."""
+    found = 0.0
+    for layer in cache.layers:
+        if not layer.num_packed:
+            return math.nan
+        if isinstance(layer, PackedLayer):
+            tensors, batch = layer.packed_tensors(), layer.batch
+        else:
+            stored = layer.tensors()
+            tensors, batch = [stored[name] for name in layer.packed], len(layer.exact)
+        found += sum(tensor.nbytes for tensor in tensors) / (batch * layer.num_packed)
+    return found

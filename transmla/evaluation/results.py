@@ -125,7 +125,8 @@ def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = (
             found = [(f"{name}, as stored", group, one["cache_bytes_per_token"], perplexity_of(one, text))]
             for row in filter(None, one.get("quantised", [])):
                 nats = Perplexity(tuple(row["nats"]), 0)
-                found.append((f"{name}, {row['bits']} bits", f"{group}, quantised", row["bytes_per_token"], nats))
+                label = row.get("cache", f"{row['bits']} bits")
+                found.append((f"{name}, {label}", f"{group}, quantised", row["bytes_per_token"], nats))
             for label, kind, size, nats in found:
                 compared = ratio(nats, base)
                 shown = f"{label} ({of})" if of and group == "converted" else label

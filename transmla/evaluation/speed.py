@@ -9,10 +9,11 @@ Legend: B batch, S cached tokens.
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from transmla.checkpoint.provenance import commit, portable, versions
 from transmla.devices import usable
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import cache_bytes
 from transmla.evaluation.roofline import Rates, machine_rates, step_cost, wait
+from transmla.model.generation import own_cache
 from transmla.model.loading import is_converted, load, load_any
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
@@ -95,6 +97,7 @@ def bench(
     steps: int = 16,
     repeats: int = 3,
     stock: bool = False,
+    caches: Sequence[str] = (),
     dtype: str = "bfloat16",
     device: str = "cpu",
     progress: Progress | None = None,
@@ -105,10 +108,12 @@ def bench(
     contexts: cached tokens per text;  batches: texts at once. A grid until memory ends: sizes that do not fit are named
     steps:    decoding steps per timing;  repeats: timings, after one that warms up
     stock:    also the stock transformers class of a converted folder
+    caches:   also a converted folder with these caches of its own, as "latent-int4"
     """
     tell = progress or silent
     where, number_format = usable(device), getattr(torch, dtype)
     models = _loaded(model, against, stock, number_format, where)
+    makers = _caches(models, str(model), caches)
     longest = min(int(one.config.max_position_embeddings) for one in models.values())
     if min(contexts) > longest:
         raise GeometryError(
@@ -125,7 +130,7 @@ def bench(
     rows: list[Timing] = []
     for number, (batch, context) in enumerate((batch, context) for batch in batches for context in sizes):
         tell("bench", number, len(batches) * len(sizes), f"batch {batch}, context {context:,}")
-        rows += _measured(models, batch, context, steps, repeats, where, rates)
+        rows += _measured(models, makers, batch, context, steps, repeats, where, rates)
     tell("bench", len(batches) * len(sizes), len(batches) * len(sizes), "")
     setting = {
         "dtype": dtype, "device": device, "device_name": _device_name(where), "threads": torch.get_num_threads(),
@@ -159,8 +164,25 @@ def _loaded(
     return models
 
 
+def _caches(models: dict[str, Any], name: str, kinds: Sequence[str]) -> dict[str, Callable[[], Cache]]:
+    """What makes the cache of each model; the converted one comes once more for each of its own caches."""
+    makers: dict[str, Callable[[], Cache]] = dict.fromkeys(models, DynamicCache)
+    for kind in kinds:
+        models[f"{name}, {kind}"] = models[name]
+        makers[f"{name}, {kind}"] = functools.partial(own_cache, models[name], kind, name)
+        makers[f"{name}, {kind}"]()
+    return makers
+
+
 def _measured(
-    models: dict[str, Any], batch: int, context: int, steps: int, repeats: int, device: torch.device, rates: Rates
+    models: dict[str, Any],
+    makers: dict[str, Callable[[], Cache]],
+    batch: int,
+    context: int,
+    steps: int,
+    repeats: int,
+    device: torch.device,
+    rates: Rates,
 ) -> list[Timing]:
     """One row per model; a model whose cache does not fit has a row that says so."""
     vocabulary = min(one.config.vocab_size for one in models.values())
@@ -175,7 +197,7 @@ def _measured(
             torch.cuda.reset_peak_memory_stats(device)
         try:
             started = time.perf_counter()
-            caches[name] = _fill(model, ids_BS[:, :context])
+            caches[name] = _fill(model, ids_BS[:, :context], makers[name])
             wait(device)
             first[name] = time.perf_counter() - started
         except (MemoryError, RuntimeError) as error:
@@ -222,15 +244,15 @@ def _measured(
 
 
 @torch.inference_mode()
-def _fill(model: Any, ids_BS: torch.Tensor) -> DynamicCache:
-    cache = DynamicCache()
+def _fill(model: Any, ids_BS: torch.Tensor, make: Callable[[], Cache] = DynamicCache) -> Cache:
+    cache = make()
     for chunk in torch.split(ids_BS, PREFILL_CHUNK, dim=1):
         model(chunk, past_key_values=cache, logits_to_keep=1)
     return cache
 
 
 @torch.inference_mode()
-def _decode(model: Any, cache: DynamicCache, ids_BT: torch.Tensor, device: torch.device) -> float:
+def _decode(model: Any, cache: Cache, ids_BT: torch.Tensor, device: torch.device) -> float:
     wait(device)
     started = time.perf_counter()
     for token_B1 in torch.split(ids_BT, 1, dim=1):

@@ -18,7 +18,8 @@ class Suite:
     texts:     files, dataset ids, shipped texts; windows of `length` tokens each, the first `windows` of a text
     begin:     the begin token takes the place of each window's first token, so that the same tokens are scored
     agreement: KL and agreement of the first choice with the source, on the first text
-    quantised: bits of rounded caches that are measured beside the model's own, of source and model, on the first text
+    quantised: bits per value of packed caches that are measured beside the model's own, on the first text: two kinds of
+               the source's, those of the model
     positions: windows over the whole context, for perplexity by position, on the first text
     tasks:     of lm-eval;  limit: documents of each, 0 for all;  include_path: folder of more task files
     needles:   context lengths of RULER's needle test;  samples: needles per length
@@ -34,7 +35,7 @@ class Suite:
     length: int = 0
     begin: bool = False
     agreement: bool = False
-    quantised: tuple[int, ...] = ()
+    quantised: tuple[float, ...] = ()
     positions: int = 0
     tasks: tuple[str, ...] = ()
     limit: int = 0
@@ -79,8 +80,8 @@ def _objection(key: str, value: Any) -> str | None:
             return f"there is no gate {unknown[0]!r}; gates are {', '.join(GATES)}"
         if not all(0 < share <= 2 for share in value.values()):
             return "a gate is a share of the source, like 0.95"
-    if key == "quantised" and any(bits not in (2, 3, 4, 8) for bits in value):
-        return "bits are 2, 3, 4 or 8"
+    if key == "quantised" and any(not 0.5 <= bits <= 8 or bits in (1, 5, 6, 7) for bits in value):
+        return "bits are 2, 3, 4 or 8, and for a folder that is prepared also numbers between, like 2.5"
     if key == "generation" and value < 0:
         return "generation is a number of tokens"
     if key == "windows" and value < 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from transmla.errors import TransmlaError
+from transmla.errors import TransmlaError, UnsupportedError
 from transmla.model.loading import load_any, load_tokenizer
 
 
@@ -23,6 +23,7 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     chat: bool = False,
+    cache: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
 ) -> Iterator[str]:
@@ -34,14 +35,18 @@ def generate(
     top_p:          probability mass to sample from
     seed:           seed of the sampling
     chat:           treat the prompt as a user's message and put it into the model's chat template
+    cache:          kind of latent cache of a converted model: "latent", "latent-int8", "latent-coded3" ..., see
+                    `LatentCache`; by default the one of transformers
     dtype:          a torch dtype or its name; "auto" keeps the dtype of the weights
     device:         where the model is run
 
-    Raises `SourceError` if the model is not found, `UnsupportedError` if it cannot be loaded, and `TransmlaError` if
-    the device is not available, generation fails, or `chat` is set and the model has no chat template.
+    Raises `SourceError` if the model is not found, `UnsupportedError` if it cannot be loaded or has no such cache, and
+    `TransmlaError` if the device is not available, generation fails, or `chat` is set and the model has no chat
+    template.
     """
     tokenizer = load_tokenizer(model)
     loaded = load_any(model, dtype=dtype, device=device)
+    through = {} if cache is None else {"past_key_values": own_cache(loaded, cache, str(model))}
     inputs = _inputs(tokenizer, prompt, chat).to(loaded.device)
     streamer = _Pieces(tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
@@ -53,7 +58,7 @@ def generate(
         try:
             with torch.no_grad():
                 torch.manual_seed(seed)
-                loaded.generate(**inputs, **options)
+                loaded.generate(**inputs, **options, **through)
         except Exception as error:
             failures.append(error)
             streamer.end()
@@ -104,6 +109,30 @@ class _Pieces:
         if len(text) > len(self._text):
             self._queue.put(text[len(self._text) :])
             self._text = text
+
+
+def own_cache(loaded: Any, kind: str, model: str) -> Any:
+    """An empty cache; `UnsupportedError` if the model has none of that kind."""
+    if not hasattr(loaded, "latent_cache"):
+        raise UnsupportedError(
+            "only converted models have a latent cache",
+            where="--cache",
+            why=f"{model} caches keys and values",
+            remedy="convert it, or leave out --cache",
+        )
+    prefix, _, name = kind.partition("-")
+    try:
+        if prefix != "latent":
+            raise ValueError(f"{kind!r} does not begin with latent")
+        return loaded.latent_cache(name or "exact")
+    except ValueError as error:
+        raise UnsupportedError(
+            f"the model has no cache {kind!r}",
+            where="--cache",
+            why=str(error),
+            remedy="use latent, latent-int8, latent-int4, latent-int3 or latent-int2; with a folder of "
+            "`transmla quantise` also latent-coded4, latent-coded2.5 ...",
+        ) from error
 
 
 def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:

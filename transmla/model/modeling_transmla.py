@@ -3,18 +3,21 @@
 This file is self-contained: it is copied into each converted folder, and `auto_map` of config.json names it. So it
 is one file with several parts:
 
+LatentCache              a cache that grows in place, exact or as packed integers
 CachedLatent             attention over a cache of `kv_lora_rank + qk_rope_head_dim` values per token, nothing expanded
 DeepseekV3ForCausalLM    parameters, their names and results of transformers' deepseek_v3, with that cache
 UnfoldedForCausalLM      the same for training, without the folded norm
 TransmlaForCausalLM ...  a source's own class, with latent attention in place of its own
 
 Shape legend: B batch, T query tokens, S cached tokens, D hidden_size, H num_attention_heads, r kv_lora_rank,
-e qk_rope_head_dim, n qk_nope_head_dim, v v_head_dim.
+e qk_rope_head_dim, k = r + e, n qk_nope_head_dim, v v_head_dim, N tokens that are packed or unpacked at once.
 """
 
 import copy
 import functools
-from collections.abc import Callable
+import heapq
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as stock
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
@@ -73,6 +76,516 @@ class LatentGain(nn.Module):
         return latent_BTr * self.weight
 
 
+# values of one token that share a scale and a zero point, float16 each
+GROUP = 32
+# bits of a rotary key in the formats int2 to int8
+ROTARY_BITS = 8
+# neighbours in importance that get the same number of bits: what they add to a token is whole bytes
+DEALT_TOGETHER = 8
+# bits of what one token has of its own in the coded formats: the root of its mean square, float16
+GAIN_BITS = 16
+# packed tokens that attention unpacks at once
+BLOCK = 2048
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers below 2^bits in uint8 [..., x] as bytes [..., y]; 3 bits are two and one, 5 are four and one, and so on.
+
+    The last byte of each part is filled up with zeros.
+    """
+    parts = []
+    for size in _parts(bits):
+        part = codes & (2**size - 1)
+        codes = codes >> size if size < 8 else codes
+        part = nn.functional.pad(part, (0, -part.shape[-1] % (8 // size)))
+        # values that share a byte are a whole part of the row apart: unpacked, each part is one piece
+        places = part.unflatten(-1, (8 // size, -1)).unbind(-2)
+        packed = places[0].clone()
+        for place, value in enumerate(places[1:], 1):
+            packed |= value << (size * place)
+        parts.append(packed)
+    return torch.cat(parts, dim=-1)
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first `count` integers that `pack` was given, uint8 [..., count]."""
+    found, shift, start = None, 0, 0
+    for size in _parts(bits):
+        width = packed_width(count, size)
+        part = packed[..., start : start + width]
+        if size < 8:
+            places = [(part >> (size * place)) & (2**size - 1) for place in range(8 // size)]
+            part = torch.cat(places, dim=-1)[..., :count]
+        found = part if found is None else found | (part << shift)
+        shift, start = shift + size, start + width
+    assert found is not None
+    return found
+
+
+def _parts(bits: int) -> list[int]:
+    return [size for size in (8, 4, 2, 1) if bits & size]
+
+
+def packed_width(count: int, bits: int) -> int:
+    """Bytes that `pack` makes of `count` integers."""
+    return sum(-(-count * size // 8) for size in _parts(bits))
+
+
+class GroupCode:
+    """Latents on a grid of 2^bits levels per group of 32 values of a token, rotary keys on one of 2^8.
+
+    Per group a float16 scale and a float16 zero point. Nothing has to be known of the model.
+    """
+
+    # of the coordinates in what `decode` gives if that is asked for: as they are
+    order: torch.Tensor | None = None
+
+    def __init__(self, rank: int, rope: int, bits: int) -> None:
+        # number of values, groups and bits of each part
+        parts = ((rank, bits), (rope, max(bits, ROTARY_BITS)))
+        self.parts = [(size, -(-size // GROUP), part_bits) for size, part_bits in parts if size]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one text and layer."""
+        return sum(4 * groups + packed_width(size, bits) for size, groups, bits in self.parts)
+
+    def encode(self, x_BNk: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Packed integers [B, N, bytes], and scales and zero points [B, N, 2 groups]."""
+        codes, scales = [], []
+        for part, (size, groups, bits) in zip(
+            x_BNk.split([size for size, _, _ in self.parts], dim=-1), self.parts, strict=True
+        ):
+            # a group that is not full is filled up with its last value
+            last = part[..., -1:].expand(*part.shape[:-1], groups * GROUP - size)
+            wide = torch.cat((part, last), dim=-1).float().unflatten(-1, (groups, -1))
+            low = wide.amin(-1, keepdim=True).half()
+            step = ((wide.amax(-1, keepdim=True) - low.float()) / (2**bits - 1)).clamp_min(1e-7).half()
+            found = ((wide - low.float()) / step.float()).round().clamp(0, 2**bits - 1)
+            codes.append(pack(found.flatten(-2)[..., :size].to(torch.uint8), bits))
+            scales += [step[..., 0], low[..., 0]]
+        return {"codes": torch.cat(codes, dim=-1), "scales": torch.cat(scales, dim=-1)}
+
+    def decode(self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False) -> torch.Tensor:
+        """[B, N, k]"""
+        found, at, scale = [], 0, 0
+        scales = packed["scales"].to(dtype)
+        for size, groups, bits in self.parts:
+            width = packed_width(size, bits)
+            codes = unpack(packed["codes"][..., at : at + width], bits, size).to(dtype)
+            step, low = scales[..., scale : scale + groups], scales[..., scale + groups : scale + 2 * groups]
+            if size == groups * GROUP:
+                codes = codes.unflatten(-1, (groups, -1)).mul_(step[..., None]).add_(low[..., None]).flatten(-2)
+            else:
+                step, low = (part.repeat_interleave(GROUP, dim=-1)[..., :size] for part in (step, low))
+                codes = codes.mul_(step).add_(low)
+            found.append(codes)
+            at, scale = at + width, scale + 2 * groups
+        return torch.cat(found, dim=-1)
+
+
+class TransformCode:
+    """Every coordinate has bits of its own, by its importance, and levels that fit how its values are distributed.
+
+    The folder is prepared for it (`transmla quantise`): its latents are in a basis in which they are uncorrelated and
+    errors of the coordinates add up. What is stored of a token beside the integers is the root of its mean square.
+
+    mean, deviation: of each coordinate [k];  bits: of each coordinate, of which some may be 0
+    levels:          ascending, of a coordinate of deviation 1, by bits
+    """
+
+    def __init__(
+        self, mean: list[float], deviation: list[float], bits: list[int], levels: dict[int, list[float]]
+    ) -> None:
+        order = sorted(range(len(bits)), key=lambda place: -bits[place])
+        self.runs: list[tuple[int, int]] = []  # bits and number of coordinates
+        for place in order:
+            if self.runs and self.runs[-1][0] == bits[place]:
+                self.runs[-1] = (bits[place], self.runs[-1][1] + 1)
+            else:
+                self.runs.append((bits[place], 1))
+        self.order = torch.tensor(order)
+        self.back = self.order.argsort()
+        self._mean, self._deviation = torch.tensor(mean), torch.tensor(deviation)
+        self._levels = {size: torch.tensor(values) for size, values in levels.items()}
+        self._tables: dict[torch.dtype, Any] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one text and layer."""
+        return GAIN_BITS // 8 + sum(packed_width(count, bits) for bits, count in self.runs)
+
+    def _on(self, device: torch.device) -> None:
+        if self._mean.device != device:
+            for name in ("order", "back", "_mean", "_deviation"):
+                setattr(self, name, getattr(self, name).to(device))
+            self._levels = {size: values.to(device) for size, values in self._levels.items()}
+            self._tables = {}
+
+    def _in(self, dtype: torch.dtype) -> tuple[dict[int, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Levels by bits, mean and deviation in a dtype, made once."""
+        if dtype not in self._tables:
+            levels = {bits: values.to(dtype) for bits, values in self._levels.items()}
+            self._tables[dtype] = levels, self._mean.to(dtype), self._deviation.to(dtype)
+        return self._tables[dtype]
+
+    def encode(self, x_BNk: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Packed integers [B, N, bytes], and the gain [B, N, 1]."""
+        self._on(x_BNk.device)
+        z_BNk = (x_BNk.float() - self._mean) / self._deviation
+        gain_BN1 = z_BNk.square().mean(-1, keepdim=True).sqrt().clamp(1e-4, 6e4).half()
+        z_BNk = (z_BNk / gain_BN1.float())[..., self.order]
+        codes, start = [], 0
+        for bits, count in self.runs:
+            if bits:
+                levels = self._levels[bits]
+                found = torch.bucketize(z_BNk[..., start : start + count].contiguous(), (levels[1:] + levels[:-1]) / 2)
+                codes.append(pack(found.to(torch.uint8), bits))
+            start += count
+        return {"codes": torch.cat(codes, dim=-1), "scales": gain_BN1}
+
+    def decode(self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False) -> torch.Tensor:
+        """[B, N, k]; ordered: with the coordinates in the order of their bits, which saves the most expensive step"""
+        codes, gain = packed["codes"], packed["scales"].to(dtype)
+        self._on(codes.device)
+        levels, mean, deviation = self._in(dtype)
+        parts, at = [], 0
+        for bits, count in self.runs:
+            if not bits:
+                parts.append(gain.new_zeros((*gain.shape[:-1], count)))
+                continue
+            width = packed_width(count, bits)
+            found = unpack(codes[..., at : at + width], bits, count)
+            # as fast as it gets: a flat index of 32 bits
+            values = torch.index_select(levels[bits], 0, found.flatten().int())
+            parts.append(values.view(found.shape))
+            at += width
+        z_BNk = torch.cat(parts, dim=-1).mul_(gain)
+        if ordered:
+            return z_BNk.mul_(deviation[self.order]).add_(mean[self.order])
+        return z_BNk[..., self.back].mul_(deviation).add_(mean)
+
+
+def dealt_bits(importance: list[list[float]], distortion: list[float], average: float) -> list[list[int]]:
+    """Bits of every coordinate of every layer, so that a token has `average` bits per value with all that is stored.
+
+    importance: of each layer and coordinate, what it adds to the loss if nothing is stored of it
+    distortion: share of that which is left with 0, 1, 2 ... bits; falling and convex
+    Each bit goes where it helps most; neighbours in importance get the same, so that no byte is filled up.
+    """
+    groups: list[tuple[int, list[int], float]] = []
+    for layer, values in enumerate(importance):
+        order = sorted(range(len(values)), key=lambda place: -values[place])
+        for start in range(0, len(order), DEALT_TOGETHER):
+            members = order[start : start + DEALT_TOGETHER]
+            groups.append((layer, members, sum(values[place] for place in members)))
+    size = sum(len(values) for values in importance)
+    left = int(average * size / 8 + 1e-6) - len(importance) * GAIN_BITS // 8
+    dealt = [0] * len(groups)
+    gains = [(-weight * (distortion[0] - distortion[1]), number) for number, (_, _, weight) in enumerate(groups)]
+    heapq.heapify(gains)
+    while left > 0 and gains:
+        _, number = heapq.heappop(gains)
+        dealt[number] += 1
+        left -= 1
+        if dealt[number] + 1 < len(distortion):
+            gain = groups[number][2] * (distortion[dealt[number]] - distortion[dealt[number] + 1])
+            heapq.heappush(gains, (-gain, number))
+    bits = [[0] * len(values) for values in importance]
+    for (layer, members, _), count in zip(groups, dealt, strict=True):
+        for place in members:
+            bits[layer][place] = count
+    return bits
+
+
+class LatentLayer(CacheLayerMixin):
+    """The cache of one layer: packed tokens, behind them the newest ones exact, and the first ones exact as well.
+
+    A prefix of all tokens is packed; how long it is depends on the number of tokens alone, not on how they came.
+
+    code:     packs tokens; None: all are exact
+    sink:     first tokens of each text that stay exact;  recent: newest tokens that do, and up to as many more, until
+              that many are packed together
+    capacity: tokens that there is room for from the start, and no more than that; None: it grows
+    """
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, code: Any, sink: int, recent: int, capacity: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.code, self.sink, self.recent, self.capacity = code, sink, recent, capacity
+        self.step = max(1, recent)
+        self.num_packed = self.num_exact = 0
+        # [B, capacity, ...] each
+        self.packed: dict[str, torch.Tensor] = {}
+        self.exact: torch.Tensor | None = None
+        # exact values [B, sink, k] of the first tokens among the packed ones, and the place of the first of them
+        self.sinks: torch.Tensor | None = None
+        self.first: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """For tokens like these [B, 1, T, k]."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, _, _, width = key_states.shape
+        self.exact = key_states.new_empty(batch, 0, width)
+        if self.first is None:
+            self.first = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.is_initialized = True
+
+    def begin(self, mask: torch.Tensor | None) -> None:
+        """Learn from the first mask [B, ., T, S] where each text begins, behind the padding on its left."""
+        if self.get_seq_length() == 0 and mask is not None and mask.dim() == 4:
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            self.first = seen.flatten(1, 2).any(1).int().argmax(-1)
+
+    def append(self, key_B1Tk: torch.Tensor) -> None:
+        """Add tokens, exact for now."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_B1Tk, key_B1Tk)
+        if self.capacity is not None and self.get_seq_length() + key_B1Tk.shape[2] > self.capacity:
+            raise ValueError(f"this cache was made for {self.capacity} tokens")
+        assert self.exact is not None
+        wanted = self.num_exact + key_B1Tk.shape[2]
+        # with a code there is little to copy, and all of it is packed soon
+        room = self.capacity if self.code is None else wanted
+        self.exact = _grown(self.exact, self.num_exact, wanted, room)
+        self.exact[:, self.num_exact : wanted] = key_B1Tk[:, 0]
+        self.num_exact = wanted
+
+    def settle(self) -> None:
+        """Pack what need not be exact any longer."""
+        if self.code is None or self.num_exact < self.recent + self.step:
+            return
+        assert self.exact is not None and self.first is not None
+        count = (self.num_exact - self.recent) // self.step * self.step
+        x_BNk = self.exact[:, :count]
+        self._keep_sinks(x_BNk)
+        for name, part in self.code.encode(x_BNk).items():
+            buffer = self.packed.get(name, part[:, :0])
+            buffer = _grown(buffer, self.num_packed, self.num_packed + count, self.capacity)
+            buffer[:, self.num_packed : self.num_packed + count] = part
+            self.packed[name] = buffer
+        self.exact = self.exact[:, count : self.num_exact].clone()
+        self.num_packed, self.num_exact = self.num_packed + count, self.num_exact - count
+
+    def _keep_sinks(self, x_BNk: torch.Tensor) -> None:
+        if not self.sink:
+            return
+        assert self.first is not None
+        if self.sinks is None:
+            self.sinks = x_BNk.new_zeros(len(x_BNk), self.sink, x_BNk.shape[-1])
+        at_BK = self.first[:, None] + torch.arange(self.sink, device=x_BNk.device) - self.num_packed
+        inside_BK = (at_BK >= 0) & (at_BK < x_BNk.shape[1])
+        taken = x_BNk.gather(1, at_BK.clamp(0, x_BNk.shape[1] - 1)[..., None].expand(-1, -1, x_BNk.shape[-1]))
+        self.sinks = torch.where(inside_BK[..., None], taken, self.sinks)
+
+    def blocks(self, size: int = BLOCK, ordered: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+        """The place of the first token and [B, 1, N, k] of each piece of the cache; one is unpacked at a time.
+
+        ordered: with the coordinates in the order of the code
+        """
+        order = self.code.order if ordered and self.code is not None else None
+        for start in range(0, self.num_packed, size):
+            end = min(start + size, self.num_packed)
+            part = {name: buffer[:, start:end] for name, buffer in self.packed.items()}
+            x_BNk = self.code.decode(part, self.dtype, order is not None)
+            yield start, self._with_sinks(x_BNk, start, order)[:, None]
+        if self.num_exact:
+            assert self.exact is not None
+            x_BNk = self.exact[:, : self.num_exact]
+            yield self.num_packed, (x_BNk if order is None else x_BNk[..., order])[:, None]
+
+    def _with_sinks(self, x_BNk: torch.Tensor, start: int, order: torch.Tensor | None) -> torch.Tensor:
+        if self.sinks is None:
+            return x_BNk
+        assert self.first is not None
+        size = x_BNk.shape[1]
+        at_BK = self.first[:, None] + torch.arange(self.sink, device=x_BNk.device) - start
+        inside_BK = (at_BK >= 0) & (at_BK < size)
+        # what is elsewhere goes into a token behind the block
+        places = torch.where(inside_BK, at_BK, size)[..., None].expand(-1, -1, x_BNk.shape[-1])
+        if start > 0 and not bool(inside_BK.any()):
+            return x_BNk
+        sinks = self.sinks if order is None else self.sinks[..., order]
+        return nn.functional.pad(x_BNk, (0, 0, 0, 1)).scatter_(1, places, sinks)[:, :size]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys unpacked at once, for classes that cannot read blocks; the values are a part of them."""
+        if value_states.shape[-1]:
+            raise ValueError("this cache holds latents; the class that is running caches something else")
+        self.append(key_states)
+        keys = [block for _, block in self.blocks()]
+        self.settle()
+        key = keys[0] if len(keys) == 1 else torch.cat(keys, dim=2)
+        return key, key[..., :0]
+
+    def get_seq_length(self) -> int:
+        """Tokens of each text."""
+        return self.num_packed + self.num_exact
+
+    def get_max_length(self) -> int:
+        """-1: it grows."""
+        return self.capacity or -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a call with so many tokens attends to, and the place of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.num_packed = self.num_exact = 0
+        self.packed, self.exact, self.sinks, self.first = {}, None, None, None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, given as a negative number. The `recent` ones come back without a trace; of what is
+        packed the rest stays packed."""
+        if tokens_to_remove > 0:
+            raise ValueError("pass the number of tokens to remove as a negative number")
+        count = min(-tokens_to_remove, self.get_seq_length())
+        exact = min(count, self.num_exact)
+        self.num_exact -= exact
+        self.num_packed -= count - exact
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Texts in another order, or some of them several times."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only these texts."""
+        if self.exact is None:
+            return
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each text so many times."""
+        if self.exact is not None:
+            self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        assert self.exact is not None and self.first is not None
+        self.exact, self.first = change(self.exact), change(self.first)
+        self.packed = {name: change(buffer) for name, buffer in self.packed.items()}
+        self.sinks = None if self.sinks is None else change(self.sinks)
+
+    def offload(self) -> None:
+        """To the memory of the CPU."""
+        if self.exact is not None:
+            self._map(lambda tensor: tensor.cpu())
+
+    def prefetch(self) -> None:
+        """Back to the device."""
+        if self.exact is not None:
+            self._map(lambda tensor: tensor.to(self.device))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is stored, by name, without room for more."""
+        if self.exact is None or self.first is None:
+            return {}
+        found = {"exact": self.exact[:, : self.num_exact], "first": self.first}
+        found |= {name: buffer[:, : self.num_packed] for name, buffer in self.packed.items()}
+        return found if self.sinks is None else found | {"sinks": self.sinks}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """What `tensors` gave."""
+        self.reset()
+        packed = {name: value.clone() for name, value in tensors.items() if name not in ("exact", "first", "sinks")}
+        exact = tensors["exact"]
+        self.lazy_initialization(exact[:, None], exact[:, None])
+        self.exact, self.first, self.sinks = exact.clone(), tensors["first"].clone(), tensors.get("sinks")
+        self.packed = packed
+        self.num_exact = exact.shape[1]
+        self.num_packed = next(iter(packed.values())).shape[1] if packed else 0
+
+
+def _grown(buffer: torch.Tensor, used: int, wanted: int, capacity: int | None) -> torch.Tensor:
+    """[B, tokens, ...] with room for `wanted` tokens: the same, or a copy of the used part with a quarter more room."""
+    if buffer.shape[1] >= wanted:
+        return buffer
+    room = max(wanted, capacity or wanted + wanted // 4 // BLOCK * BLOCK)
+    larger = buffer.new_empty((buffer.shape[0], room, *buffer.shape[2:]))
+    larger[:, :used] = buffer[:, :used]
+    return larger
+
+
+class LatentCache(Cache):
+    """A cache for the classes of this file, as `past_key_values` of a forward or of `generate`.
+
+    config: of the model
+    kind:   "exact": as computed;  "int8", "int4", "int3" or "int2": `GroupCode`;  "coded4", "coded2.5" or another
+            number: `TransformCode` with so many bits per cached value, all included, if the folder is prepared for it
+    sink, recent: first and newest tokens that stay exact, see `LatentLayer`
+    max_length: tokens to make room for from the start; without it, the cache grows
+    """
+
+    def __init__(
+        self, config: Any, kind: str = "exact", sink: int = 4, recent: int = 64, max_length: int | None = None
+    ) -> None:
+        self.kind, self.sink, self.recent = kind, sink, recent
+        codes = _codes(config, kind)
+        super().__init__(layers=[LatentLayer(code, sink, recent, max_length) for code in codes])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of one text over all layers, once a token is packed."""
+        layers: list[Any] = self.layers
+        if layers[0].code is None:
+            if layers[0].exact is None:
+                raise ValueError("an exact cache knows its size when it holds something")
+            return float(sum(layer.exact[0, :1].nbytes for layer in layers))
+        return float(sum(layer.code.bytes_per_token for layer in layers))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All of it as named tensors, for a file; `from_state` is the inverse."""
+        header = {"kind": self.kind, "sink": self.sink, "recent": self.recent}
+        found = {"header": torch.tensor(list(json.dumps(header).encode()), dtype=torch.uint8)}
+        layers: list[Any] = self.layers
+        for index, layer in enumerate(layers):
+            found |= {f"{index}.{name}": value.contiguous() for name, value in layer.tensors().items()}
+        return found
+
+    @classmethod
+    def from_state(cls, config: Any, tensors: dict[str, torch.Tensor]) -> "LatentCache":
+        """The cache that `state_dict` was called on; config: of the same model."""
+        made = cls(config, **json.loads(bytes(tensors["header"].tolist())))
+        layers: list[Any] = made.layers
+        for index, layer in enumerate(layers):
+            own = {name.split(".")[1]: value for name, value in tensors.items() if name.split(".")[0] == str(index)}
+            if own:
+                layer.load(own)
+        return made
+
+
+def _codes(config: Any, kind: str) -> list[Any]:
+    """A code for each layer."""
+    count, rank, rope = config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim
+    if kind == "exact":
+        return [None] * count
+    if kind in ("int8", "int4", "int3", "int2"):
+        return [GroupCode(rank, rope, int(kind.removeprefix("int")))] * count
+    if not kind.startswith("coded"):
+        raise ValueError(
+            f"there is no latent cache of kind {kind!r}: exact, int8, int4, int3, int2, coded4, coded2.5 ..."
+        )
+    prepared = getattr(config, "latent_code", None)
+    if prepared is None:
+        raise ValueError(f"this folder is not prepared for {kind!r}: transmla quantise FOLDER OUT prepares it")
+    layers = prepared["layers"]
+    average, width = float(kind.removeprefix("coded")), rank + rope
+    if not GAIN_BITS / width < average <= 8:
+        raise ValueError(f"{kind!r}: a coded cache has more than {GAIN_BITS / width:g} and at most 8 bits per value")
+    levels = {bits: values for bits, values in enumerate(prepared["levels"]) if bits}
+    dealt = dealt_bits([layer["importance"] for layer in layers], prepared["distortion"], average)
+    return [
+        TransformCode(layer["mean"], layer["deviation"], bits, levels)
+        for layer, bits in zip(layers, dealt, strict=True)
+    ]
+
+
 class CachedLatent:
     """Attention over a cache of latents, for modules that `project` hidden states to queries and what is cached.
 
@@ -112,6 +625,18 @@ class CachedLatent:
         key_B1Sk = key_B1Tk
         # the name that older classes give the cache
         past_key_values = kwargs.pop("layer_past", past_key_values)
+        layer = self.latent_layer(past_key_values)
+        if layer is not None:
+            layer.begin(attention_mask)
+            if self.config._attn_implementation == "sdpa" and layer.get_seq_length() and not self.training:
+                layer.append(key_B1Tk)
+                if layer.num_packed:
+                    out_BTHv = self.over_blocks(q_nope_BHTn, q_rot_BHTe, layer, attention_mask)
+                    layer.settle()
+                    return self.o_proj(out_BTHv.flatten(2)), None
+                ((_, key_B1Sk),) = layer.blocks()
+                layer.settle()
+                past_key_values = None
         if past_key_values is not None:
             # the values are a slice of the keys, so the cache gets a tensor of zero width for them
             # static caches of older releases need to be told where to write, newer ones count themselves
@@ -123,6 +648,76 @@ class CachedLatent:
         else:
             out_BTHv, weights = self.decompressed(q_nope_BHTn, q_rot_BHTe, key_B1Sk, attention_mask, **kwargs)
         return self.o_proj(out_BTHv.flatten(2)), weights
+
+    def latent_layer(self, cache: Any) -> Any:
+        """The layer of a `LatentCache`; None for any other cache. It may come from another copy of this file."""
+        layers = getattr(cache, "layers", ())
+        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        return layer if type(layer).__name__ == LatentLayer.__name__ else None
+
+    def over_blocks(
+        self, q_nope_BHTn: torch.Tensor, q_rot_BHTe: torch.Tensor, layer: LatentLayer, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output of the heads [B, T, H, v], with one block of the cache unpacked at a time.
+
+        Maxima and sums of the softmax are corrected from block to block (Milakov and Gimelshein, 1805.02867).
+        """
+        rank, num_queries, expanded = self.kv_lora_rank, q_nope_BHTn.shape[2], self.expanded_width
+        order: torch.Tensor | None = None
+        absorbs = type(self.kv_b_proj) is nn.Linear and num_queries * (2 * rank - expanded) < rank * expanded
+        if absorbs:
+            w_uk_Hnr, w_uv_Hvr = self.up_projections()
+            # all heads are rows of one text: [B, 1, H * T, k]
+            query = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope_BHTn, w_uk_Hnr), q_rot_BHTe), dim=-1)
+            query = query.flatten(1, 2)[:, None]
+            # keys may come in any order that the queries have as well
+            order = layer.code.order
+            query = query if order is None else query[..., order]
+            mask = _mask_of_rows(mask, q_nope_BHTn.shape[1])
+        else:
+            query = torch.cat((q_nope_BHTn, q_rot_BHTe), dim=-1)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        top: Any = None
+        total = attended = top
+        for start, key_B1Nk in layer.blocks(ordered=absorbs):
+            key, value = (key_B1Nk, key_B1Nk) if absorbs else self.expand(key_B1Nk)
+            scores = (query @ key.transpose(-1, -2)).to(wide) * self.scaling
+            if self.softcap is not None:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
+            bias = None if mask is None else _additive(mask[..., start : start + key.shape[2]], wide)
+            if bias is not None:
+                scores = scores + bias
+            peak = scores.amax(-1, keepdim=True)
+            new_top = peak if top is None else torch.maximum(top, peak)
+            weights = (scores - new_top).exp_()
+            part, part_total = (weights.to(value.dtype) @ value).to(wide), weights.sum(-1, keepdim=True)
+            if top is None:
+                attended, total = part, part_total
+            else:
+                kept = (top - new_top).exp_()
+                attended, total = attended * kept + part, total * kept + part_total
+            top = new_top
+        assert attended is not None and total is not None
+        heads = (attended / total).to(query.dtype)
+        if not absorbs:
+            return heads.transpose(1, 2)
+        latents = heads if order is None else heads[..., layer.code.back]
+        heads_BHTr = latents[..., :rank].reshape(len(heads), -1, num_queries, rank)
+        return torch.einsum("bhtr,hvr->bthv", heads_BHTr, w_uv_Hvr)
+
+    def up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights of kv_b_proj for keys [H, n, r] and values [H, v, r]."""
+        w_Hxr = self.kv_b_proj.weight.view(-1, self.expanded_width, self.kv_lora_rank)
+        return w_Hxr[:, : self.qk_nope_head_dim], w_Hxr[:, self.qk_nope_head_dim :]
+
+    def expand(self, key_B1Sk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, H, S, n + e] and values [B, H, S, v] of all heads."""
+        batch, _, num_keys, _ = key_B1Sk.shape
+        latent_BSr = key_B1Sk[:, 0, :, : self.kv_lora_rank]
+        expanded_BHSx = self.kv_b_proj(latent_BSr).view(batch, num_keys, -1, self.expanded_width).transpose(1, 2)
+        k_rot_BHSe = key_B1Sk[..., self.kv_lora_rank :].expand(-1, expanded_BHSx.shape[1], -1, -1)
+        key_BHSq = torch.cat((expanded_BHSx[..., : self.qk_nope_head_dim], k_rot_BHSe), dim=-1)
+        return key_BHSq, expanded_BHSx[..., self.qk_nope_head_dim :]
 
     @property
     def expanded_width(self) -> int:
@@ -166,8 +761,7 @@ class CachedLatent:
         The keys' half of kv_b_proj is applied to the queries and the values' half to the output, so that nothing is
         expanded for cached tokens (DeepSeek-V2, 2405.04434, section 2.1.2). All H * T queries attend to one key.
         """
-        w_Hxr = self.kv_b_proj.weight.view(-1, self.expanded_width, self.kv_lora_rank)
-        w_uk_Hnr, w_uv_Hvr = w_Hxr[:, : self.qk_nope_head_dim], w_Hxr[:, self.qk_nope_head_dim :]
+        w_uk_Hnr, w_uv_Hvr = self.up_projections()
         q_latent_BHTr = torch.einsum("bhtn,hnr->bhtr", q_nope_BHTn, w_uk_Hnr)
         q_BHTk = torch.cat((q_latent_BHTr, q_rot_BHTe), dim=-1)
         num_heads, num_queries = q_BHTk.shape[1:3]
@@ -207,12 +801,7 @@ class CachedLatent:
 
         Keys and values of all heads are expanded from the latent first.
         """
-        batch, _, num_keys, _ = key_B1Sk.shape
-        latent_BSr = key_B1Sk[:, 0, :, : self.kv_lora_rank]
-        expanded_BHSx = self.kv_b_proj(latent_BSr).view(batch, num_keys, -1, self.expanded_width).transpose(1, 2)
-        k_rot_BHSe = key_B1Sk[..., self.kv_lora_rank :].expand(-1, expanded_BHSx.shape[1], -1, -1)
-        key_BHSq = torch.cat((expanded_BHSx[..., : self.qk_nope_head_dim], k_rot_BHSe), dim=-1)
-        value_BHSv = expanded_BHSx[..., self.qk_nope_head_dim :]
+        key_BHSq, value_BHSv = self.expand(key_B1Sk)
         query_BHTq = torch.cat((q_nope_BHTn, q_rot_BHTe), dim=-1)
         attend: Attention = stock.eager_attention_forward
         if self.config._attn_implementation == "eager":
@@ -343,7 +932,25 @@ def _products(
     return weights_B1RS @ key_B1Sk[..., :rank], weights_B1RS
 
 
-class DeepseekV3ForCausalLM(stock.DeepseekV3ForCausalLM):
+class LatentGeneration:
+    """`generate` with `cache_implementation="latent"`, "latent-int4", "latent-coded3" ...: see `LatentCache`."""
+
+    config: Any
+
+    def latent_cache(self, kind: str = "exact", **settings: Any) -> LatentCache:
+        """An empty cache for this model; settings: sink, recent, max_length"""
+        return LatentCache(self.config, kind, **settings)
+
+    def generate(self, *args: Any, cache_implementation: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers, which would refuse names of caches that it does not know."""
+        if cache_implementation is not None and cache_implementation.partition("-")[0] == "latent":
+            kwargs["past_key_values"] = self.latent_cache(cache_implementation.partition("-")[2] or "exact")
+        elif cache_implementation is not None:
+            kwargs["cache_implementation"] = cache_implementation
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+class DeepseekV3ForCausalLM(LatentGeneration, stock.DeepseekV3ForCausalLM):
     """The stock model with `LatentAttention`.
 
     It has the name of the stock class on purpose: save_pretrained writes the class name to `architectures`, by which
@@ -631,7 +1238,7 @@ class TransmlaModel(ExchangedModel):
     _auto_class = "AutoModel"
 
 
-class TransmlaForCausalLM(ExchangedModel, GenerationMixin):
+class TransmlaForCausalLM(LatentGeneration, ExchangedModel, GenerationMixin):
     """With the source's head."""
 
     auto = AutoModelForCausalLM
@@ -647,6 +1254,7 @@ class TransmlaForSequenceClassification(ExchangedModel):
 
 __all__ = [
     "DeepseekV3ForCausalLM",
+    "LatentCache",
     "TransmlaConfig",
     "TransmlaForCausalLM",
     "TransmlaForSequenceClassification",

@@ -80,6 +80,8 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
         "latent_norm_folded": False,
         "rms_norm_eps": config.get("unfolded_rms_norm_eps", EPS),
     }
+    # measured on weights that are about to be trained
+    unfolded_config.pop("latent_code", None)
     query_rank = unfolded_config.pop("unfolded_q_lora_rank", None)
     if query_rank is not None:
         unfolded_config |= {"q_lora_rank": query_rank or None, "query_bias": True}

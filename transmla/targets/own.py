@@ -207,7 +207,8 @@ def write_own(
         writer.add_as(name, state[name], getattr(torch, stored))
         progress("write", number + 1, len(names), "")
     writer.close_shards()
-    writer.write_json("config.json", parent.config)
+    # what a coded cache has to know was measured on other weights
+    writer.write_json("config.json", {key: value for key, value in parent.config.items() if key != "latent_code"})
     writer.write_text(MODELING_FILE, modeling_source())
     copy_companions(parent, writer.partial)
     write_provenance(writer, **sections)

@@ -1,0 +1,295 @@
+"""Packed caches against a naive one: all tokens as floats, those rounded that the real one has packed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
+
+from tests.model.folders import LAYERS, RANK, ROPE, VOCAB, write_folder
+from tests.model.test_attention import relative
+from tests.model.test_cache import generate
+from transmla.model.loading import load
+from transmla.model.modeling_transmla import GroupCode, LatentCache, dealt_bits, pack, packed_width, unpack
+
+Load = Callable[..., Any]
+WIDTH = RANK + ROPE
+LEVELS = {1: [-0.8, 0.8], 2: [-1.5, -0.45, 0.45, 1.5], 3: [-2.2, -1.3, -0.76, -0.25, 0.25, 0.76, 1.3, 2.2]}
+
+
+def prepared() -> dict[str, Any]:
+    """What `transmla quantise` writes into a config: here with uneven importance, in an arbitrary basis."""
+    generator = torch.Generator().manual_seed(3)
+    layers = [
+        {
+            "mean": (0.1 * torch.randn(WIDTH, generator=generator)).tolist(),
+            "deviation": (0.5 + torch.rand(WIDTH, generator=generator)).tolist(),
+            "importance": torch.rand(WIDTH, generator=generator).pow(3).tolist(),
+        }
+        for _ in range(LAYERS)
+    ]
+    distortion = [1.0, 0.36, 0.12, 0.035]
+    return {"layers": layers, "levels": [[0.0], *LEVELS.values()], "distortion": distortion}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder: Path = write_folder(tmp_path_factory.mktemp("packed") / "tiny", latent_code=prepared())
+    return load(folder, dtype=torch.float64)
+
+
+class NaiveLayer(DynamicLayer):
+    """Everything as floats; a token is rounded once so many newer ones have come that it was packed."""
+
+    def __init__(self, code: Any, sink: int, recent: int, first: list[int]) -> None:
+        super().__init__()
+        self.code, self.sink, self.recent, self.first, self.packed = code, sink, recent, first, 0
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        whole, empty = super().update(key, value)
+        shown = whole.clone()
+        for text in range(len(whole)):
+            for token in range(self.packed):
+                if not self.first[text] <= token < self.first[text] + self.sink:
+                    one = whole[text : text + 1, 0, token : token + 1]
+                    shown[text, 0, token] = self.code.decode(self.code.encode(one), whole.dtype)[0, 0]
+        while whole.shape[2] - self.packed >= self.recent + max(1, self.recent):
+            self.packed += max(1, self.recent)
+        return shown, empty
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.packed = min(self.packed, self.get_seq_length())
+
+
+def naive(real: LatentCache, first: list[int]) -> Cache:
+    layers: list[Any] = real.layers
+    return Cache(layers=[NaiveLayer(layer.code, real.sink, real.recent, first) for layer in layers])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_come_back_from_whole_bytes(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    for count in (1, 2, 7, 8, 13, 32, 96):
+        codes = torch.randint(2**bits, (3, 5, count), generator=generator, dtype=torch.uint8)
+        packed = pack(codes, bits)
+        assert packed.shape == (3, 5, packed_width(count, bits)) and torch.equal(unpack(packed, bits, count), codes)
+        if count % 8 == 0:
+            assert packed.shape[-1] * 8 == count * bits
+        other = codes.clone()
+        other[1, 2, count // 2] ^= 1
+        assert not torch.equal(pack(other, bits), packed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_grouped_values_are_the_nearest_of_their_grid(bits: int) -> None:
+    code = GroupCode(40, 8, bits)
+    x = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(1)) * 3 + 1
+    x[1, 1, 3] = 50.0
+    x[0, 2] = 0.25
+    found = code.decode(code.encode(x), torch.float32)
+    for start, end, size in ((0, 32, bits), (32, 40, bits), (40, 48, 8)):
+        for part, rounded in zip(x[..., start:end].flatten(0, 1), found[..., start:end].flatten(0, 1), strict=True):
+            low = float(part.min().half())
+            step = max(float(torch.tensor((float(part.max()) - low) / (2**size - 1)).half()), 1.2e-7)
+            grid = low + step * torch.arange(2**size)
+            nearest = grid[(part[:, None] - grid).abs().argmin(1)]
+            assert torch.allclose(rounded, nearest, atol=1e-5)
+    assert code.bytes_per_token == 32 * bits // 8 + bits + 8 + 3 * 4
+
+
+def test_bits_go_where_they_help_most() -> None:
+    importance = [[8.0] * 8 + [0.1] * 8, [1.0] * 16]
+    distortion = [4.0**-bits for bits in range(9)]
+    bits = dealt_bits(importance, distortion, 3.0)
+    assert sum(map(sum, bits)) + 2 * 16 == 3 * 32
+    assert bits[0][0] > bits[1][0] >= bits[0][8] and len(set(bits[0][:8])) == 1
+
+    def loss(dealt: list[list[int]]) -> float:
+        return sum(
+            w * distortion[b] for ws, bs in zip(importance, dealt, strict=True) for w, b in zip(ws, bs, strict=True)
+        )
+
+    equal = [[2] * 16, [2] * 16]
+    assert sum(map(sum, equal)) == sum(map(sum, bits)) and loss(bits) < 0.7 * loss(equal)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(12))
+def test_any_shape_mask_and_chunking_is_the_naive_cache(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    kind = ("int8", "int4", "int3", "int2", "coded2.5", "coded2")[seed % 6]
+    batch, length, sink, recent = draw(1, 4), draw(40, 70), draw(0, 6), (0, 1, 5, 16)[draw(0, 4)]
+    ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
+    pads = [draw(0, 9) if seed % 2 else 0 for _ in range(batch)]
+    mask = torch.ones_like(ids)
+    for text, pad in enumerate(pads):
+        mask[text, :pad] = 0
+    real = model.latent_cache(kind, sink=sink, recent=recent, max_length=length if seed % 3 == 0 else None)
+    reference, at, others = naive(real, pads), 0, 0.0
+    strange = naive(model.latent_cache("int2", sink=0, recent=0), pads)
+    while at < length:
+        size = min(length - at, (1, 1, 3, 30)[draw(0, 4)] if at else draw(10, 20))
+        call = {
+            "attention_mask": mask[:, : at + size],
+            "position_ids": mask.cumsum(1).sub(1).clamp_min(0)[:, at : at + size],
+        }
+        found, wanted, wrong = (
+            model(ids[:, at : at + size], past_key_values=cache, **call).logits for cache in (real, reference, strange)
+        )
+        seen = mask[:, at : at + size].bool()
+        assert relative(found[seen], wanted[seen]) < 1e-7, (kind, at, size)
+        others = max(others, float(relative(found[seen], wrong[seen])))
+        at += size
+        if at > 25 and draw(0, 5) == 0:
+            removed = draw(1, 12)
+            for cache in (real, reference, strange):
+                cache.crop(-removed)
+            at -= removed
+        if at > 25 and draw(0, 5) == 0:
+            order = torch.randperm(batch, generator=generator)
+            ids, mask, pads = ids[order], mask[order], [pads[text] for text in order]
+            for cache in (real, reference, strange):
+                cache.reorder_cache(order)
+            for layer in (*reference.layers, *strange.layers):
+                layer.first = pads
+    assert others > 1e-2, "rounding changes nothing, the test sees nothing"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["exact", "int8", "int3", "coded2.5"])
+def test_stored_bytes_are_what_is_said(model: Any, kind: str) -> None:
+    ids = torch.randint(3, VOCAB, (2, 200), generator=torch.Generator().manual_seed(2))
+    sizes = []
+    for length in (136, 200):
+        cache = model.latent_cache(kind, recent=16)
+        model(ids[:, :length], past_key_values=cache)
+        tensors = [tensor for layer in cache.layers for tensor in layer.tensors().values()]
+        sizes.append(sum(tensor.nbytes for tensor in tensors))
+        held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        assert held <= 1.3 * sizes[-1], "there is much more in memory than is used"
+    assert (sizes[1] - sizes[0]) / (2 * 64) == cache.bytes_per_token
+    if kind == "exact":
+        assert cache.bytes_per_token == LAYERS * WIDTH * 8
+    if kind == "int3":
+        assert cache.bytes_per_token == LAYERS * (-(-RANK * 2 // 8) + -(-RANK // 8) + ROPE + 8)
+    if kind == "coded2.5":
+        assert cache.bytes_per_token <= LAYERS * WIDTH * 2.5 / 8
+
+
+@torch.no_grad()
+def test_one_block_is_unpacked_at_a_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(3, VOCAB, (2, 90), generator=torch.Generator().manual_seed(2))
+    cache = model.latent_cache("int4", recent=0)
+    model(ids[:, :70], past_key_values=cache)
+    state = cache.state_dict()
+    unpacked = []
+    decode = GroupCode.decode
+
+    def watched(self: Any, packed: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
+        unpacked.append(packed["codes"].shape[1])
+        return decode(self, packed, *args)
+
+    monkeypatch.setattr(GroupCode, "decode", watched)
+    blocks = type(cache.layers[0]).blocks
+    wanted = model(ids[:, 70:], past_key_values=LatentCache.from_state(model.config, state)).logits
+    monkeypatch.setattr(type(cache.layers[0]), "blocks", lambda self, ordered: blocks(self, 16, ordered))
+    found = model(ids[:, 70:], past_key_values=cache).logits
+    assert unpacked == [70] * LAYERS + [16, 16, 16, 16, 6] * LAYERS
+    assert relative(found, wanted) < 1e-7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["exact", "int4", "coded2.5"])
+def test_a_prefix_is_kept_in_a_file_and_goes_on(model: Any, kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    ids = torch.randint(3, VOCAB, (1, 60), generator=torch.Generator().manual_seed(4))
+    cache = model.latent_cache(kind, sink=2, recent=8)
+    model(ids[:, :40], past_key_values=cache)
+    save_file(cache.state_dict(), tmp_path / "prefix.safetensors")
+    again = LatentCache.from_state(model.config, load_file(tmp_path / "prefix.safetensors"))
+    again.batch_repeat_interleave(2)
+    wanted = model(ids[:, 40:], past_key_values=cache).logits
+    assert relative(model(ids[:, 40:].repeat(2, 1), past_key_values=again).logits, wanted.repeat(2, 1, 1)) < 1e-12
+    again.reset()
+    assert again.get_seq_length() == 0 and not any(layer.tensors() for layer in again.layers)
+
+
+def greedy(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return generate(model, ids, max_new_tokens=12, min_new_tokens=12, **kwargs)
+
+
+def test_generate_reads_the_packed_cache(model: Any) -> None:
+    ids = torch.randint(3, VOCAB, (2, 90), generator=torch.Generator().manual_seed(7))
+    for beams in (1, 3):
+        wanted = naive(model.latent_cache("int2", sink=1, recent=8), [0] * 2 * beams)
+        found = greedy(model, ids, num_beams=beams, past_key_values=model.latent_cache("int2", sink=1, recent=8))
+        assert torch.equal(found, greedy(model, ids, num_beams=beams, past_key_values=wanted))
+    default = greedy(model, ids, cache_implementation="latent-int2")
+    assert torch.equal(default, greedy(model, ids, past_key_values=model.latent_cache("int2")))
+    exact = greedy(model, ids)
+    assert torch.equal(greedy(model, ids, cache_implementation="latent"), exact)
+    assert torch.equal(greedy(model, ids, cache_implementation="static", disable_compile=True), exact)
+    coarse = greedy(model, ids, past_key_values=model.latent_cache("int2", sink=0, recent=0))
+    assert not torch.equal(coarse, exact), "rounding changes nothing, the test sees nothing"
+
+
+def test_padding_changes_nothing(model: Any) -> None:
+    """With no newest tokens exact, a padded text has the same tokens packed as the text alone."""
+    ids = torch.randint(3, VOCAB, (1, 30), generator=torch.Generator().manual_seed(8))
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), ids], dim=1)
+    both = torch.cat([padded, torch.randint(3, VOCAB, (1, 37), generator=torch.Generator().manual_seed(9))])
+    mask = (both != 0).long()
+    cache = model.latent_cache("int2", sink=3, recent=0)
+    settings = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    found = model.generate(both, attention_mask=mask, past_key_values=cache, **settings)
+    alone = greedy(model, ids, past_key_values=model.latent_cache("int2", sink=3, recent=0))
+    assert torch.equal(found[0, 37:], alone[0, 30:40])
+    others = model.latent_cache("int2", sink=0, recent=0)
+    assert not torch.equal(found, model.generate(both, attention_mask=mask, past_key_values=others, **settings))
+
+
+def test_rejected_drafts_leave_no_trace(model: Any) -> None:
+    ids = torch.randint(3, VOCAB, (1, 80), generator=torch.Generator().manual_seed(10))
+    alone = greedy(model, ids, past_key_values=model.latent_cache("int8", recent=24))
+    drafted = greedy(
+        model,
+        ids,
+        past_key_values=model.latent_cache("int8", recent=24),
+        prompt_lookup_num_tokens=3,
+        max_matching_ngram_size=1,
+    )
+    assert torch.equal(drafted, alone)
+    with pytest.raises(ValueError, match="negative"):
+        model.latent_cache().layers[0].crop(3)
+
+
+def test_what_cannot_be_is_said(model: Any, ours: Load) -> None:
+    with pytest.raises(ValueError, match="no latent cache of kind 'int5'"):
+        model.latent_cache("int5")
+    with pytest.raises(ValueError, match="at most 8 bits"):
+        model.latent_cache("coded0.1")
+    with pytest.raises(ValueError, match="transmla quantise"):
+        ours().latent_cache("coded3")
+    cache = model.latent_cache("int4", max_length=10)
+    with pytest.raises(ValueError, match="made for 10 tokens"), torch.no_grad():
+        model(torch.ones(1, 11, dtype=torch.long), past_key_values=cache)
+
+
+def test_the_class_that_a_folder_brings(model: Any) -> None:
+    """With transformers alone; a cache may come from either copy of the file."""
+    folder = model.config._name_or_path
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
+    assert type(remote).__module__ != type(model).__module__
+    ids = torch.randint(3, VOCAB, (2, 90), generator=torch.Generator().manual_seed(7))
+    wanted = greedy(model, ids, cache_implementation="latent-int2")
+    assert torch.equal(greedy(remote, ids, cache_implementation="latent-int2"), wanted)
+    assert torch.equal(greedy(remote, ids, past_key_values=model.latent_cache("int2")), wanted)

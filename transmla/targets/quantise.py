@@ -1,0 +1,306 @@
+"""`transmla quantise`: a converted folder whose latents are easy to round, and what a coded cache has to know of them.
+
+The function of the model stays: per layer, the rows of kv_a_proj_with_mqa are multiplied by an invertible map, and
+kv_b_proj by its inverse. So the folder has the form that it had, and runs wherever it ran.
+
+Shape legend: r kv_lora_rank, e qk_rope_head_dim, k = r + e, T tokens, S samples, B batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transmla.checkpoint.companions import copy_companions, tokenizer
+from transmla.checkpoint.provenance import read_provenance, write_provenance
+from transmla.checkpoint.read import Source, open_source
+from transmla.checkpoint.write import CheckpointWriter, check_destination
+from transmla.devices import narrow_dtype
+from transmla.errors import UnsupportedError
+from transmla.maths.coding import coding_basis, lloyd_max, spread_basis
+from transmla.maths.fold import EPS, latent_scale
+from transmla.model.loading import load
+from transmla.model.modeling_transmla import UnfoldedConfig
+from transmla.progress import Progress, silent
+from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
+from transmla.targets.stock import MODELING_FILE, modeling_source
+from transmla.text.windows import calibration_tokens
+
+BASES = ("coded", "spread")
+MIX = "wikitext:2+synthetic+code"
+WINDOW = 512
+# first tokens, which stay exact and are unlike all others
+SINK = 4
+# tokens of which levels are fitted, and values of these
+LEVEL_TOKENS, LEVEL_VALUES = 2048, 1_000_000
+MAX_BITS = 8
+
+
+@dataclass(frozen=True)
+class QuantiseReport:
+    """What `quantise` has written.
+
+    spread:     by layer, the arithmetic over the geometric mean of what the coordinates are worth: the factor by which
+                dealt bits lower the error
+    distortion: share of the variance that is left with 0 .. 8 bits
+    relative_error: of the logits of the written folder
+    """
+
+    path: Path
+    tokens: int
+    spread: tuple[float, ...]
+    distortion: tuple[float, ...]
+    relative_error: float
+
+
+@dataclass
+class Seen:
+    """Means over the tokens of one layer [k, k] and [k] but for the first of a text, and what was cached [T, k]."""
+
+    square_kk: Tensor
+    gradient_kk: Tensor
+    sum_k: Tensor
+    count: int = 0
+    samples: list[Tensor] = field(default_factory=list)
+    peak: float = 0.0
+
+    @classmethod
+    def of(cls, width: int, device: torch.device) -> Seen:
+        """Nothing yet."""
+        square_kk, gradient_kk = torch.zeros(2, width, width, dtype=torch.float64, device=device)
+        return cls(square_kk, gradient_kk, torch.zeros(width, dtype=torch.float64, device=device))
+
+    def add(self, key_Tk: Tensor, gradient_Tk: Tensor) -> None:
+        """One text, from its start."""
+        self.samples.append(key_Tk.cpu())
+        key_Tk, gradient_Tk = key_Tk[SINK:].double(), gradient_Tk[SINK:].double()
+        self.square_kk += key_Tk.T @ key_Tk
+        self.gradient_kk += gradient_Tk.T @ gradient_Tk
+        self.sum_k += key_Tk.sum(0)
+        self.count += len(key_Tk)
+
+    def finish(self) -> None:
+        """Sums become means."""
+        for name in ("square_kk", "gradient_kk", "sum_k"):
+            setattr(self, name, getattr(self, name).cpu() / self.count)
+
+
+def quantise(
+    model: str | Path,
+    out: str | Path,
+    *,
+    text: str = MIX,
+    tokens: int = 16384,
+    basis: str = "coded",
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> QuantiseReport:
+    """Write the converted folder `model` to the new folder `out` with latents in a basis for rounding.
+
+    text:   whose statistics are taken, a mix of texts;  tokens: how many
+    basis:  "coded" for caches with dealt bits (latent-coded3), "spread" for those with the same number for every value,
+            as engines have
+    device: where the model runs, forward and backward, in bfloat16 if that is fast there
+    seed:   of the predictions whose gradients say what an error costs, and of the rotation of "spread"
+    progress: called as progress(stage, done, total, remark)
+
+    Raises `UnsupportedError` for a folder that is no converted one or in the form for training, `SourceError` if it
+    cannot be read, `DataError` for text that is missing or too short, `DestinationError` if `out` exists or cannot be
+    written, and `VerificationError` if the result computes something else; then nothing is written.
+    """
+    tell = progress or silent
+    source = open_source(Path(model))
+    config = dict(source.config)
+    if config.get("model_type") == UnfoldedConfig.model_type:
+        raise UnsupportedError(
+            "the form for training has no cache to prepare",
+            where=str(model),
+            why="its next training step would change what was measured",
+            remedy="fold it first: transmla fold TRAINED OUT",
+        )
+    loaded = load(model, dtype=torch.float32, device=device)
+    cutter = tokenizer(source)
+    window = min(WINDOW, int(loaded.config.max_position_embeddings))
+    ids_NT = calibration_tokens(text, cutter, tokens, window).ids_NT
+    check_destination(Path(out), sum(info.num_bytes for info in source.tensors.values()))
+    with CheckpointWriter(Path(out)) as writer:
+        witness_1T = ids_NT[-1:, :WITNESS_TOKENS].to(device)
+        with torch.no_grad():
+            wanted_TV = loaded(witness_1T, use_cache=False).logits[0].double().cpu()
+        seen = _observe(loaded.to(narrow_dtype(loaded.device) or torch.float32), ids_NT, seed, tell)
+        attention = _attention_prefix(config)
+        del loaded
+        maps, codes, spread = code_bases(seen, int(config["kv_lora_rank"]), basis, seed)
+        levels, distortion = code_levels(seen, maps, codes)
+        _write(source, writer, attention, maps, seen)
+        code = {
+            "basis": basis,
+            "layers": [{name: _short(values) for name, values in layer.items()} for layer in codes],
+            "levels": [_short(values) for values in levels],
+            "distortion": _short(torch.tensor(distortion)),
+        }
+        writer.write_json("config.json", config | {"latent_code": code})
+        writer.write_text(MODELING_FILE, modeling_source())
+        copy_companions(source, writer.partial)
+        if (source.path / "README.md").is_file():
+            writer.copy_file(source.path / "README.md")
+        sections = read_provenance(source.path)
+        sections.pop("format")
+        made = {"text": text, "tokens": ids_NT.numel(), "window": window, "basis": basis, "seed": seed}
+        write_provenance(writer, **sections | {"quantised_for": made})
+        error = _verify(writer.partial, witness_1T, wanted_TV, device)
+        writer.commit()
+    return QuantiseReport(Path(out), ids_NT.numel(), spread, tuple(distortion), error)
+
+
+def _observe(model: Any, ids_NT: Tensor, seed: int, progress: Progress) -> list[Seen]:
+    """Moments of what each layer caches, and of the gradients of the model's own predictions with respect to it.
+
+    The gradients' second moment is the Fisher information: half of it is what a small error costs in divergence.
+    """
+    width = int(model.config.kv_lora_rank) + int(model.config.qk_rope_head_dim)
+    attentions = [module for module in model.modules() if hasattr(module, "kv_a_proj_with_mqa")]
+    seen = [Seen.of(width, model.device) for _ in attentions]
+    keys: dict[int, Tensor] = {}
+
+    def watch(index: int, attention: Any) -> None:
+        project = attention.project
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            q_nope, q_rot, key_B1Tk = project(*args, **kwargs)
+            keys[index] = key_B1Tk
+            key_B1Tk.retain_grad()
+            return q_nope, q_rot, key_B1Tk
+
+        attention.project = watched
+
+    for index, attention in enumerate(attentions):
+        watch(index, attention)
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
+    for number, ids_T in enumerate(ids_NT):
+        logits_TV = model(ids_T[None].to(model.device), use_cache=False).logits[0].float()
+        drawn_T1 = torch.multinomial(logits_TV.detach().softmax(-1).cpu(), 1, generator=generator)
+        torch.nn.functional.cross_entropy(logits_TV, drawn_T1[:, 0].to(model.device), reduction="sum").backward()
+        model.get_input_embeddings().weight.grad = None
+        for index, layer in enumerate(seen):
+            gradient = keys[index].grad
+            assert gradient is not None
+            layer.add(keys[index].detach()[0, 0], gradient[0, 0])
+        progress("measure latents", number + 1, len(ids_NT), "")
+    for layer in seen:
+        layer.finish()
+    return seen
+
+
+def code_bases(
+    seen: list[Seen], rank: int, basis: str, seed: int
+) -> tuple[list[tuple[Tensor, Tensor]], list[dict[str, Tensor]], tuple[float, ...]]:
+    """By layer: the map of the latent and its inverse; mean, deviation, importance of what is cached then; spread."""
+    maps, codes, spread = [], [], []
+    for layer in seen:
+        mean_k = layer.sum_k
+        covariance_kk = layer.square_kk - torch.outer(mean_k, mean_k)
+        map_rr, inverse_rr, variances_r = coding_basis(layer.gradient_kk[:rank, :rank], covariance_kk[:rank, :rank])
+        spread.append(float(variances_r.mean() / variances_r.clamp_min(1e-30).log().mean().exp()))
+        if basis == "spread":
+            rotation_rr = spread_basis(rank, seed)
+            map_rr, inverse_rr = rotation_rr @ map_rr, inverse_rr @ rotation_rr.T
+        # a latent of unit mean square, as conversion makes it
+        factor = float((rank / (map_rr @ layer.square_kk[:rank, :rank] @ map_rr.T).trace()).sqrt())
+        map_rr, inverse_rr = map_rr * factor, inverse_rr / factor
+        full_kk = torch.block_diag(map_rr, torch.eye(len(mean_k) - rank, dtype=torch.float64))
+        variance_k = (full_kk @ covariance_kk @ full_kk.T).diagonal().clamp_min(1e-20)
+        back_kk = torch.block_diag(inverse_rr, torch.eye(len(mean_k) - rank, dtype=torch.float64))
+        cost_k = (back_kk.T @ layer.gradient_kk @ back_kk).diagonal()
+        maps.append((map_rr, inverse_rr))
+        codes.append(
+            {"mean": full_kk @ mean_k, "deviation": variance_k.sqrt(), "importance": (variance_k * cost_k).clamp_min(0)}
+        )
+    return maps, codes, tuple(spread)
+
+
+def code_levels(
+    seen: list[Seen], maps: list[tuple[Tensor, Tensor]], codes: list[dict[str, Tensor]]
+) -> tuple[list[Tensor], list[float]]:
+    """Levels for 0 to 8 bits, of all coordinates together, and the distortion that each leaves."""
+    values, weights = [], []
+    for layer, (map_rr, _), code in zip(seen, maps, codes, strict=True):
+        rank = len(map_rr)
+        # first tokens may have latents far larger than all others
+        for x_Tk in layer.samples:
+            layer.peak = max(layer.peak, float((x_Tk[:, :rank].double() @ map_rr.T).square().mean(1).max()))
+        x_Sk = torch.cat([x_Tk[SINK:] for x_Tk in layer.samples])[:LEVEL_TOKENS].double()
+        u_Sk = torch.cat([x_Sk[:, :rank] @ map_rr.T, x_Sk[:, rank:]], dim=1)
+        z_Sk = (u_Sk - code["mean"]) / code["deviation"]
+        gain_S1 = z_Sk.square().mean(1, keepdim=True).sqrt().clamp_min(1e-4)
+        values.append((z_Sk / gain_S1).flatten())
+        weights.append(gain_S1.square().expand_as(z_Sk).flatten())
+    values_S, weights_S = torch.cat(values), torch.cat(weights)
+    step = max(1, len(values_S) // LEVEL_VALUES)
+    found = [lloyd_max(values_S[::step], weights_S[::step], 2**bits) for bits in range(MAX_BITS + 1)]
+    found[0] = torch.zeros(1), 1.0
+    return [levels for levels, _ in found], [error for _, error in found]
+
+
+def _short(values: Tensor) -> list[float]:
+    """Six digits, which is more than they are known to."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _attention_prefix(config: dict[str, Any]) -> str:
+    """What the names of attention tensors begin with, with a place for the number of the layer."""
+    base, module = config.get("base_module", "model"), config.get("attention_module", "self_attn")
+    return f"{base}.layers.{{}}.{module}."
+
+
+def _write(
+    source: Source, writer: CheckpointWriter, attention: str, maps: list[tuple[Tensor, Tensor]], seen: list[Seen]
+) -> None:
+    """All tensors, with the map in those that write and read the latent."""
+    changed: dict[str, Tensor] = {}
+    names = set(source.tensors)
+    for index, (map_rr, inverse_rr) in enumerate(maps):
+        prefix, rank = attention.format(index), len(map_rr)
+
+        def read(name: str, prefix: str = prefix) -> Tensor:
+            return source.read(prefix + name, dtype=torch.float32).double()
+
+        scale = 1.0
+        if (norm := f"{prefix}kv_a_layernorm.weight") in names:
+            # the norm multiplies by weight / sqrt(eps), and stays that far from being one
+            map_rr = map_rr * (read("kv_a_layernorm.weight") / math.sqrt(EPS))
+            scale = latent_scale(seen[index].peak)
+            changed[norm] = torch.full((rank,), math.sqrt(EPS) / scale, dtype=torch.float64)
+        for name in ("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"):
+            if prefix + name in names:
+                rows = read(name)
+                changed[prefix + name] = torch.cat([scale * map_rr @ rows[:rank], rows[rank:]])
+        changed[f"{prefix}kv_b_proj.weight"] = read("kv_b_proj.weight") @ inverse_rr
+    for name, info in source.tensors.items():
+        stored = getattr(torch, info.dtype)
+        writer.add_as(name, changed[name] if name in changed else source.read(name), stored)
+    writer.close_shards()
+
+
+@torch.no_grad()
+def _verify(folder: Path, witness_1T: Tensor, wanted_TV: Tensor, device: str) -> float:
+    from transformers import DeepseekV3ForCausalLM
+
+    source = open_source(folder)
+    if source.config.get("model_type") == "deepseek_v3":
+        loaded: Any = DeepseekV3ForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+        loaded = loaded.to(device).eval()
+    else:
+        loaded = load(folder, dtype=torch.float32, device=device)
+    found_TV = loaded(witness_1T, use_cache=False).logits[0].double().cpu()
+    stored = str(source.config["dtype"])
+    return compare_logits(folder, found_TV, wanted_TV, stored)
