@@ -3,10 +3,10 @@
     python benchmarks/wide.py WORK --layers 2 --tokens 8192 --out benchmarks/results/wide/NAME.json
     python benchmarks/wide.py WORK ... --checkout OTHER      # another checkout of transmla, for a comparison
 
-A checkpoint of the recipe's shape is made in WORK, layer by layer, of random lively weights (rows of length about 1),
-in bfloat16 shards of one layer each; then it is converted in a process of its own, whose resident memory is read all
-the time. Random weights say nothing of quality, but a regression that fits noise is seen all the same: errors of each
-layer on the windows that it was fitted to, and on held-out ones.
+A checkpoint of the recipe's shape is made in WORK, layer by layer, of random lively weights (rows of length about 1, of
+queries and keys 2), in bfloat16 shards of one layer each; then it is converted in a process of its own, whose resident
+memory is read all the time. Random weights say nothing of quality, but a regression that fits noise is seen all the
+same: errors of each layer on the windows that it was fitted to, and on held-out ones.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ def _lively(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
     weight = torch.empty(shape)
     if name.endswith("norm.weight"):
         return weight.normal_(1.0, 0.3, generator=generator).bfloat16()
-    return weight.normal_(0.0, 0.05 if "embed" in name else shape[-1] ** -0.5, generator=generator).bfloat16()
+    if "embed" in name:
+        return weight.normal_(0.0, 0.05, generator=generator).bfloat16()
+    # scores of attention with a deviation of 4: a mean over all tokens would be nothing but rounding
+    size = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+    return weight.normal_(0.0, size * shape[-1] ** -0.5, generator=generator).bfloat16()
 
 
 def watched(command: list[str], environment: dict[str, str], log: Path) -> dict[str, Any]:

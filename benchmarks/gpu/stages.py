@@ -688,7 +688,7 @@ def convert_8b(run: Run) -> dict[str, Any]:
         _free()
         torch.cuda.reset_peak_memory_stats() if run.cuda else None
     found: dict[str, Any] = {"layers": layers}
-    given: dict[str, Any] = {"latent": 512, "rope": 64, "window": 2048, "theta": 5e5}
+    given: dict[str, Any] = {"latent": 512, "rope": 64, "window": 2048, "tokens": 180224, "theta": 5e5}
     if run.tiny:
         given = {"latent": 48, "rope": 16, "window": 64, "tokens": 1024, "theta": 5e5}
     report = transmla.convert(
@@ -702,13 +702,15 @@ def convert_8b(run: Run) -> dict[str, Any]:
 
 @torch.no_grad()
 def _enliven(model: Any) -> None:
-    """Weights at which every part of a layer matters: rows of length about 1, norms around 1."""
+    """Weights at which every part of a layer matters: rows of length about 1, of queries and keys 2, norms around 1."""
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight"):
             weight.normal_(1.0, 0.3)
         else:
-            weight.normal_(0.0, weight.shape[-1] ** -0.5 if "embed" not in name else 0.05)
+            # scores of attention with a deviation of 4: a mean over all tokens would be nothing but rounding
+            size = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+            weight.normal_(0.0, size * weight.shape[-1] ** -0.5 if "embed" not in name else 0.05)
 
 
 _STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
