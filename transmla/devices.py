@@ -29,8 +29,10 @@ def usable(name: str | torch.device, dtype: torch.dtype = torch.float32) -> torc
     return device
 
 
-def best() -> str:
-    """ "cuda" where torch finds a GPU, else "cpu"."""
+def named(name: str) -> str:
+    """The name of a device; for "auto", "cuda" where torch finds a GPU, else "cpu"."""
+    if name != "auto":
+        return name
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -32,16 +32,14 @@ def option(*names: str, group: str = OTHERS, **kwargs: Any) -> Callable[[Any], A
 
 
 def found_device(_: click.Context, __: click.Parameter, name: str) -> str:
-    if name != "auto":
-        return name
-    from transmla.devices import best
+    from transmla.devices import named
 
-    return best()
+    return named(name)
 
 
 device = option(
     "--device",
-    default="cpu",
+    default="auto",
     metavar="DEVICE",
     callback=found_device,
     help="Where to compute: cpu, cuda, cuda:1; auto: a GPU if there is one.",

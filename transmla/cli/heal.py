@@ -280,7 +280,7 @@ class Count(click.ParamType[int]):
     "--device",
     type=click.Choice(("cpu", "cuda", "auto")),
     callback=found_device,
-    default="cpu",
+    default="auto",
     help="Where to compute; auto: a GPU if there is one.",
     group="Machine",
 )

@@ -35,7 +35,7 @@ from transmla.conversion.split import SplitTrial, choose_split
 from transmla.conversion.theta import choose_theta
 from transmla.conversion.verify import Verification, Witness, verify
 from transmla.conversion.write import write_companions, write_weights
-from transmla.devices import free_bytes
+from transmla.devices import free_bytes, named
 from transmla.geometry import latent_candidates
 from transmla.maths.closed_form import ClosedForm
 from transmla.model.source import SourceModel
@@ -98,7 +98,7 @@ def convert(
     destination: str | Path | None = None,
     *,
     recipe: str | Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     offload: float | None = None,
     block_layers: int | None = None,
     restart: bool = False,
@@ -114,7 +114,7 @@ def convert(
     destination: new folder; default NAME-mla-LATENT-ROPE in the working directory (NAME-mla-auto, NAME-mla-TOTAL
                  where sizes are searched for). Nothing is overwritten
     recipe:      path or name of a recipe; its values give way to the settings
-    device:      where the arithmetic runs
+    device:      where the arithmetic runs; "auto": a GPU if there is one
     offload:     GiB that calibration activations may take in the memory of a process; if they need more, they go
                  into a file beside the destination. Default: half of the free memory
     block_layers: layers that are distilled at once; default: all that fit into half of the free memory
@@ -127,6 +127,7 @@ def convert(
     Raises the errors of `transmla.errors`; the destination exists only if all went well. A conversion that was
     interrupted leaves its finished steps in DESTINATION.partial, and the same call continues from there.
     """
+    device = named(device)
     started = time.monotonic()
     planned = plan(source, recipe=recipe, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from transmla.checkpoint.provenance import FILE_NAME, commit, portable, portable_name, read_provenance, versions
-from transmla.devices import usable
+from transmla.devices import named, usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.compare import Gate, comparison, judged
@@ -101,7 +101,7 @@ def evaluate(
     generation: int | None = None,
     gates: dict[str, float] | None = None,
     dtype: str = "bfloat16",
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
     kept: str | Path | None = None,
     reuse: str | Path | None = None,
@@ -129,6 +129,7 @@ def evaluate(
         tasks=_tuple(tasks), include_path=include_path, limit=limit, quantised=_tuple(quantised), positions=positions,
         needles=_tuple(needles), generation=generation, gates=gates,
     )  # fmt: skip
+    device = named(device)
     usable(device)
     tell = progress or silent
     skipped: list[Skipped] = []

@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import Cache, DynamicCache
 
 from transmla.checkpoint.provenance import commit, portable, versions
-from transmla.devices import usable
+from transmla.devices import named, usable
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import cache_bytes
 from transmla.evaluation.roofline import Rates, machine_rates, step_cost, wait
@@ -99,7 +99,7 @@ def bench(
     stock: bool = False,
     caches: Sequence[str] = (),
     dtype: str = "bfloat16",
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> BenchReport:
     """Time a model, and its source in the same run.
@@ -111,6 +111,7 @@ def bench(
     caches:   also a converted folder with these caches of its own, as "latent-int4"
     """
     tell = progress or silent
+    device = named(device)
     where, number_format = usable(device), getattr(torch, dtype)
     models = _loaded(model, against, stock, number_format, where)
     makers = _caches(models, str(model), caches)

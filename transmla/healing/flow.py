@@ -23,6 +23,7 @@ from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
+from transmla.devices import named
 from transmla.errors import GateError, UnsupportedError
 from transmla.healing.choice import check, check_teacher, conversion_of, settings_for, source_of, with_mix
 from transmla.healing.needs import disk_bytes
@@ -98,7 +99,7 @@ def heal(
     *,
     source: str | None = None,
     recipe: str | Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     restart: bool = False,
     progress: Any = None,
     **settings: Any,
@@ -110,7 +111,7 @@ def heal(
     source:      the source model; by default the one that the provenance file of `model` names
     recipe:      name or file of the recipe whose table [heal] is used; by default the installed recipe of that source,
                  if there is one
-    device:      "cpu" or "cuda"; under `accelerate launch` each process takes a device of its own
+    device:      "cpu", "cuda", or "auto": a GPU if there is one; under `accelerate launch` each process takes its own
     restart:     delete an unfinished run to the same destination instead of resuming it
     settings:    any field of `transmla.recipe.Healing`: tokens, data, train, rate, lora, watch ...
     progress:    called as progress(stage, done, total, remark)
@@ -119,6 +120,7 @@ def heal(
     the model on the held-out windows; then nothing is written. An interrupted run leaves DESTINATION.partial, and the
     same call resumes it.
     """
+    device = named(device)
     started = time.monotonic()
     tell = progress or silent
     parent = Path(model) if model is not None else conversion_of(recipe)

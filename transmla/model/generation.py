@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from transmla.devices import named
 from transmla.errors import TransmlaError, UnsupportedError
 from transmla.model.loading import load_any, load_tokenizer
 
@@ -25,7 +26,7 @@ def generate(
     chat: bool = False,
     cache: str | None = None,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Iterator[str]:
     """The continuation of `prompt`, piece by piece while it is generated.
 
@@ -45,6 +46,7 @@ def generate(
     template.
     """
     tokenizer = load_tokenizer(model)
+    device = named(device)
     loaded = load_any(model, dtype=dtype, device=device)
     through = {} if cache is None else {"past_key_values": own_cache(loaded, cache, str(model))}
     inputs = _inputs(tokenizer, prompt, chat).to(loaded.device)

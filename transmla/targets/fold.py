@@ -19,6 +19,7 @@ from transmla.checkpoint.companions import copy_companions, tokenizer
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance, write_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
+from transmla.devices import named
 from transmla.errors import UnsupportedError
 from transmla.maths.attention import with_one
 from transmla.maths.fold import (
@@ -102,7 +103,7 @@ def fold(
     *,
     text: str = "wikitext",
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> Path:
     """Write the unfolded folder `model`, trained or not, in the stock form to the new folder `out`; return its path.
@@ -118,7 +119,7 @@ def fold(
     """
     source = open_unfolded(Path(model))
     with _writer(source, Path(out)) as writer:
-        fold_into(writer, source, text=text, dtype=dtype, device=device, progress=progress or silent)
+        fold_into(writer, source, text=text, dtype=dtype, device=named(device), progress=progress or silent)
         writer.commit()
     return Path(out)
 

@@ -20,7 +20,7 @@ from transmla.checkpoint.companions import copy_companions, tokenizer
 from transmla.checkpoint.provenance import read_provenance, write_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
-from transmla.devices import narrow_dtype
+from transmla.devices import named, narrow_dtype
 from transmla.errors import UnsupportedError
 from transmla.maths.coding import coding_basis, lloyd_max, spread_basis
 from transmla.maths.fold import EPS, latent_scale
@@ -97,7 +97,7 @@ def quantise(
     text: str = MIX,
     tokens: int = 16384,
     basis: str = "coded",
-    device: str = "cpu",
+    device: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> QuantiseReport:
@@ -124,6 +124,7 @@ def quantise(
             why="its next training step would change what was measured",
             remedy="fold it first: transmla fold TRAINED OUT",
         )
+    device = named(device)
     loaded = load(model, dtype=torch.float32, device=device)
     cutter = tokenizer(source)
     window = min(WINDOW, int(loaded.config.max_position_embeddings))
