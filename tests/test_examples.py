@@ -33,12 +33,12 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if cell["cell_type"] == "code":
             assert not cell["outputs"], "is committed without output"
             exec("".join(cell["source"]), names)
-    assert str(names["report"]) and "8-bit cache" in str(names["found"])
+    assert str(names["report"]) and "int8 cache" in str(names["found"])
 
 
 def test_compare_frontier(folder: Path) -> None:
     printed = run(folder, "compare_frontier.py", "--sizes", "24+8,10+6", "--windows", "2", "--refine", "off")
-    assert "mla-24-8, as stored" in printed and "mla-10-6, 4 bits" in printed
+    assert "mla-24-8, as stored" in printed and "mla-10-6, int4" in printed
     assert (folder / "frontier" / "frontier.png").stat().st_size > 10_000
 
 

@@ -12,7 +12,7 @@ from tests.evaluation.test_report import TEXT, result
 from tests.families import MakeSource
 from transmla.conversion.card import shown
 from transmla.errors import DataError
-from transmla.text.documents import _renderer
+from transmla.text.chats import rendered
 
 __all__ = ["result"]  # the fixture
 
@@ -70,5 +70,5 @@ def test_templates_stay_in_their_sandbox(lively: MakeSource, tmp_path: Path, tem
     words.chat_template = TEMPLATES[template]
     target = tmp_path / "touched"
     with pytest.raises(DataError, match="the chat template of the tokenizer fails"):
-        _renderer(words)({"messages": [{"role": "user", "content": str(target)}]}, "rows")
+        rendered({"messages": [{"role": "user", "content": str(target)}]}, words, "rows")
     assert not target.exists()

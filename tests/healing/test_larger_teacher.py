@@ -112,6 +112,7 @@ def test_healing_with_all_of_it(lively: MakeSource, text_file: Path, tmp_path: P
         window=64, theta=100.0,
     )  # fmt: skip
     common: dict[str, Any] = {
+        "source": str(source),
         "data": str(text_file), "tokens": 3072, "window": 64, "batch": 2, "heldout": 2, "evaluations": 2, "rate": 2e-2,
         "precision": "float32", "long_share": 0.25, "long_window": 128, "train": "all", "rate_rest": 1e-3,
     }  # fmt: skip

@@ -111,19 +111,25 @@ def test_prompts_are_beginnings_or_turns_and_are_not_learned(model: Any, train: 
 
 
 @pytest.fixture(scope="module")
-def converted(lively: MakeSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(lively: MakeSource) -> str:
+    return str(lively())
+
+
+@pytest.fixture(scope="module")
+def converted(source: str, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own") / "mla"
     transmla.convert(
-        str(lively()), folder, latent=12, rope=4, refine="off", calibration=str(text_file), tokens=1024, window=64,
+        source, folder, latent=12, rope=4, refine="off", calibration=str(text_file), tokens=1024, window=64,
         theta=100.0,
     )  # fmt: skip
     return folder
 
 
 def test_it_heals_on_its_own_text_and_goes_on_after_a_kill(
-    converted: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted: Path, source: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {
+        "source": source,
         "data": str(text_file), "tokens": 6144, "window": 64, "batch": 2, "heldout": 4, "evaluations": 4, "rate": 2e-2,
         "precision": "float32", "on_policy": 0.5, "on_policy_tokens": 24, "resample": 8,
     }  # fmt: skip

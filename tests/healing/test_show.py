@@ -14,7 +14,8 @@ def test_all_numbers_at_80_columns() -> None:
     texts = ("wikitext:2+code", "tinystories-valid")
     report = HealReport(
         Path("out"), Path("out-healed"), "source", texts, dict.fromkeys(texts, MEASURED),
-        dict.fromkeys(texts, MEASURED | {"divergence": 0.0408}), 1000, 10, 10, 100, 0.01, 1000, {}, 1.0,
+        dict.fromkeys(texts, MEASURED | {"divergence": 0.0408}), 1000, 10, 10, 100, 0.01, 1000, {}, {}, 1.0,
+        200.0, 2.5,
     )  # fmt: skip
     for width in (80, 100):
         written = io.StringIO()

@@ -151,6 +151,8 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_with(tmp_path: Path) -> No
     assert last_checkpoint(tmp_path) is None
     for step, text in ((8, '{"global_step": 8}'), (100, '{"global_step": 100}'), (108, '{"glob'), (116, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (tmp_path / f"checkpoint-{step}" / name).touch()
         if text is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")

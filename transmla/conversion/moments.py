@@ -182,7 +182,8 @@ def attended(
     query_Hdd = (q_HTd.transpose(1, 2) @ q_HTd).double()
     attended_DD = attended_kk
     if of_tokens:
-        attended_DD = (x_hat_TD.T @ (attended_kk.to(x_hat_TD) @ x_hat_TD)).double()
+        x_hat_TD = x_hat_TD.double()
+        attended_DD = x_hat_TD.T @ (attended_kk @ x_hat_TD)
     return _Attended(
         query_Hdd, importance_GR.flatten(), distance_GRS.flatten(0, 1), received_T, attended_DD / num_heads
     )

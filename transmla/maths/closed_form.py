@@ -129,6 +129,8 @@ def fit_layer(
     )
     # key errors count by the attention that tokens receive, value errors by what they add up to under attention
     attended_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
+    if gqa.biased:
+        attended_DD = attended_DD / attended_DD[-1, -1]  # attention sums to one, but for rounding
     mean_D = attended_DD[-1]
     if gqa.biased:  # what all tokens share is left to the bias of the output
         attended_DD = attended_DD - torch.outer(mean_D, mean_D)
