@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transmla
 from transmla.cli import main
+from transmla.cli.frame import source_of
 
 
 def run(*args: str | Path) -> Result:
@@ -193,6 +194,15 @@ def test_the_source_is_found_in_the_provenance(converted: Path, tmp_path: Path) 
     found = run("eval", converted, *given)
     assert "against stories260k" in found.stderr
     assert json.loads(found.stdout)["source"]["name"] == "stories260k"
+    # a folder is looked for beside the result as well, wherever the command runs
+    here = tmp_path / "here"
+    shutil.copytree(converted, here)
+    shutil.copytree(str(resources.files("transmla.data") / "stories260k"), tmp_path / "my-model")
+    for name in ("my-model", "./elsewhere/my-model"):
+        content = json.loads((here / "transmla.json").read_text())
+        content["source"] |= {"name": name, "revision": None}
+        (here / "transmla.json").write_text(json.dumps(content))
+        assert Path(source_of(str(here), None) or "") == tmp_path / "my-model"
     alone = run("eval", converted, "--against", "none", *given)
     assert json.loads(alone.stdout)["source"] is None
     moved = tmp_path / "moved"

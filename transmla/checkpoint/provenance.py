@@ -58,6 +58,17 @@ def _portable(name: str) -> str:
     return Path(name).name
 
 
+def named_source(folder: Path) -> str:
+    """The source that the provenance file of a converted folder names, as a path if one of that name lies beside the
+    folder; errors of `read_provenance`."""
+    name = str(read_provenance(folder)["source"]["name"])
+    beside = folder.absolute().parent / Path(name).name
+    is_path = "/" not in name or name.startswith(("./", "../", "~"))
+    if is_path and not Path(name).expanduser().exists() and beside.exists():
+        return str(beside)
+    return name
+
+
 def commit() -> str | None:
     """Of the work tree that this program runs from, with "+" if files were changed; None for an installed package."""
     folder = Path(__file__).parents[2]

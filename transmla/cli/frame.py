@@ -188,15 +188,14 @@ def source_of(model: str, against: str | None) -> str | None:
         return against
     from pathlib import Path
 
-    from transmla.checkpoint.provenance import FILE_NAME, read_provenance
+    from transmla.checkpoint.provenance import FILE_NAME, named_source, read_provenance
     from transmla.checkpoint.resolve import resolve
 
     if not (Path(model) / FILE_NAME).is_file():
         return None
-    found = read_provenance(Path(model))["source"]
-    name = str(found["name"])
+    name = named_source(Path(model))
     try:
-        resolve(name, found.get("revision"), headers_only=True)
+        resolve(name, read_provenance(Path(model))["source"].get("revision"), headers_only=True)
     except TransmlaError:
         click.echo(
             f"note: its source, {name}, is not here; without --against there is nothing to compare with", err=True

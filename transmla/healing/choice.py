@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.companions import tokenizer
-from transmla.checkpoint.provenance import read_provenance
+from transmla.checkpoint.provenance import named_source
 from transmla.checkpoint.read import Source
 from transmla.conversion.flow import default_destination
 from transmla.conversion.plan import plan
@@ -38,10 +38,7 @@ def source_of(parent: Path) -> str:
 
     Raises `SourceError` if it is not on this machine.
     """
-    name = str(read_provenance(parent)["source"]["name"])
-    beside = parent.absolute().parent / name
-    if "/" not in name and not Path(name).exists() and beside.exists():
-        return str(beside)
+    name = named_source(parent)
     try:
         open_model(name)
     except SourceError as error:
