@@ -49,6 +49,15 @@ def test_convert_and_serve(folder: Path) -> None:
     assert printed.splitlines()[-1].strip()
 
 
+def test_quantised_cache(folder: Path) -> None:
+    """Fewer bytes from cache to cache, and the exact one is what the model computes."""
+    printed = run(folder, "quantised_cache.py", "--tokens", "8192", "--new-tokens", "80")
+    rows = [line.split() for line in printed.splitlines() if "bytes per token" in line]
+    assert [row[0] for row in rows] == ["exact", "int8", "int4", "coded4", "coded3"]
+    sizes = [float(row[1]) for row in rows]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 320
+
+
 def test_heal_with_trl(folder: Path) -> None:
     pytest.importorskip("trl")
     if not (folder / "served").is_dir():

@@ -293,3 +293,13 @@ def test_the_class_that_a_folder_brings(model: Any) -> None:
     wanted = greedy(model, ids, cache_implementation="latent-int2")
     assert torch.equal(greedy(remote, ids, cache_implementation="latent-int2"), wanted)
     assert torch.equal(greedy(remote, ids, past_key_values=model.latent_cache("int2")), wanted)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_float16_cannot_hold_saturates(bits: int) -> None:
+    """Scales and zero points are float16: a value beyond 65,504 must not make its group infinite."""
+    code = GroupCode(32, 8, bits)
+    x = torch.randn(1, 1, 40, generator=torch.Generator().manual_seed(1))
+    x[..., 3], x[..., 35] = 1e5, -1e9
+    found = code.decode(code.encode(x), torch.float32)
+    assert found.isfinite().all() and found[..., 3] > 6e4 and found[..., 35] < -6e4

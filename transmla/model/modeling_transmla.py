@@ -76,6 +76,7 @@ class LatentGain(nn.Module):
         return latent_BTr * self.weight
 
 
+FLOAT16_MAX = 65504.0
 # values of one token that share a scale and a zero point, float16 each
 GROUP = 32
 # bits of a rotary key in the formats int2 to int8
@@ -159,8 +160,10 @@ class GroupCode:
             # a group that is not full is filled up with its last value
             last = part[..., -1:].expand(*part.shape[:-1], groups * GROUP - size)
             wide = torch.cat((part, last), dim=-1).float().unflatten(-1, (groups, -1))
-            low = wide.amin(-1, keepdim=True).half()
-            step = ((wide.amax(-1, keepdim=True) - low.float()) / (2**bits - 1)).clamp_min(1e-7).half()
+            # what float16 cannot hold saturates, and is not infinity
+            low = wide.amin(-1, keepdim=True).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+            spread = wide.amax(-1, keepdim=True) - low.float()
+            step = (spread / (2**bits - 1)).clamp(1e-7, FLOAT16_MAX).half()
             found = ((wide - low.float()) / step.float()).round().clamp(0, 2**bits - 1)
             codes.append(pack(found.flatten(-2)[..., :size].to(torch.uint8), bits))
             scales += [step[..., 0], low[..., 0]]

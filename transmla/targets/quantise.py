@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from transmla.checkpoint.companions import copy_companions, tokenizer
@@ -27,6 +28,7 @@ from transmla.maths.fold import EPS, latent_scale
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.progress import Progress, silent
+from transmla.tables import Shown
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
 from transmla.targets.stock import MODELING_FILE, modeling_source
 from transmla.text.windows import calibration_tokens
@@ -42,7 +44,7 @@ MAX_BITS = 8
 
 
 @dataclass(frozen=True)
-class QuantiseReport:
+class QuantiseReport(Shown):
     """What `quantise` has written.
 
     spread:     by layer, the arithmetic over the geometric mean of what the coordinates are worth: the factor by which
@@ -56,6 +58,11 @@ class QuantiseReport:
     spread: tuple[float, ...]
     distortion: tuple[float, ...]
     relative_error: float
+
+    def show(self, console: Console) -> None:
+        from transmla.targets.show_quantise import show_quantised
+
+        show_quantised(self, console)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.hashes import fresh_sha256
@@ -17,6 +18,7 @@ from transmla.checkpoint.store import first_few
 from transmla.errors import TransmlaError, UnsupportedError
 from transmla.model.loading import CONVERTED, load
 from transmla.progress import Progress, silent
+from transmla.tables import Shown
 from transmla.targets.comparison import WITNESS_TOKENS, fault_of
 from transmla.targets.own import MODEL_TYPE, own_tensors
 from transmla.targets.stock import expected_tensors, flat_rotary
@@ -35,11 +37,16 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verified(Shown):
     """What `verify` found: one check each of hashes, shapes, values, tokenizer and forward."""
 
     model: Path
     checks: tuple[Check, ...]
+
+    def show(self, console: Console) -> None:
+        from transmla.targets.show_verify import show_verified
+
+        show_verified(self, console)
 
     @property
     def passed(self) -> bool:
