@@ -52,7 +52,7 @@ def test_convert_and_serve(folder: Path) -> None:
 def test_quantised_cache(folder: Path) -> None:
     """Fewer bytes from cache to cache, and the exact one is what the model computes."""
     printed = run(folder, "quantised_cache.py", "--tokens", "8192", "--new-tokens", "80")
-    rows = [line.split() for line in printed.splitlines() if "bytes per token" in line]
+    rows = [line.split() for line in printed.splitlines() if "bytes per token  ..." in line]
     assert [row[0] for row in rows] == ["exact", "int8", "int4", "coded4", "coded3"]
     sizes = [float(row[1]) for row in rows]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 320
