@@ -18,17 +18,32 @@ from transmla.cli.frame import as_json, command, device, emit, errors, option, q
     metavar="TEXT",
     default="wikitext:2+synthetic+code",
     help="Text whose statistics are taken, as for convert --calibration.",
+    group="Calibration text",
 )
-@option("--tokens", type=click.IntRange(min=1024), default=16384, metavar="N", help="Tokens of it.")
+@option(
+    "--tokens",
+    type=click.IntRange(min=1024),
+    default=16384,
+    metavar="N",
+    help="Tokens of it.",
+    group="Calibration text",
+)
+@option(
+    "--seed",
+    type=int,
+    default=0,
+    help="Of the sampled predictions, and of the rotation.",
+    group="Calibration text",
+)
 @option(
     "--basis",
     type=click.Choice(("coded", "spread")),
     default="coded",
+    group="Result",
     help="coded: for caches that deal bits by importance (generate --cache latent-coded3); spread: a rotation of it, "
     "for caches that give every value the same, as those of engines.",
 )
 @device
-@option("--seed", type=int, default=0, help="Of the sampled predictions, and of the rotation.")
 @as_json
 @quiet
 def quantise_command(model: str, out: str, json_file: str | None, quiet: bool, **given: Any) -> None:
