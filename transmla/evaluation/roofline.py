@@ -8,12 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 # sides of a square product, elements of a copied block
 PRODUCT, BLOCK = 2048, 2**26
+# seconds of a product after which no larger one is tried
+ENOUGH = 0.02
 # a GPU is done with those before it has well begun
 GPU_PRODUCT, GPU_BLOCK = 8192, 2**29
 
@@ -28,13 +31,24 @@ class Rates:
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Best of a few square products, and of a few copies of a block that no cache holds."""
-    side, values = (PRODUCT, BLOCK) if device.type == "cpu" else (GPU_PRODUCT, GPU_BLOCK)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    values = BLOCK if device.type == "cpu" else GPU_BLOCK
     # both written before: the first touch of new memory costs more than the copy
     block, copied = (torch.zeros(values, dtype=dtype, device=device) for _ in range(2))
-    product = min(seconds(lambda: a @ b, device) for _ in range(5))
     copy = min(seconds(lambda: copied.copy_(block), device) for _ in range(5))
-    return Rates(side**3 / product, 2 * values * block.element_size() / copy)
+    return Rates(product_rate(device, dtype), 2 * values * block.element_size() / copy)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds per second of square products, best of five; of small ones where a CPU has to emulate the dtype and
+    would take minutes for those that keep others busy."""
+    most = PRODUCT if device.type == "cpu" else GPU_PRODUCT
+    side = min(most, 256) if device.type == "cpu" else most
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        taken = min(seconds(partial(torch.matmul, a, b), device) for _ in range(5))
+        if side >= most or taken > ENOUGH:
+            return float(side**3 / taken)
+        side *= 2
 
 
 def step_cost(model: Any, batch: int, context: int, cached_bytes: float) -> tuple[float, float]:

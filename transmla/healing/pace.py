@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from transmla.evaluation.roofline import GPU_PRODUCT, PRODUCT, seconds, step_cost
+from transmla.evaluation.roofline import product_rate, step_cost
 
 
 class Clock(TrainerCallback):
@@ -50,7 +50,6 @@ def multiply_adds(student: Any, teacher: Any | None) -> float:
 
 def times_floor(clock: Clock, per_token: float, dtype: torch.dtype, device: torch.device, num_processes: int) -> float:
     """Seconds per token over what the products of it take at the device's own rate, best of five square ones."""
-    side = PRODUCT if device.type == "cpu" else GPU_PRODUCT
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    rate = side**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
-    return num_processes / clock.rate / (per_token / rate) if clock.rate else 0.0
+    if not clock.rate:
+        return 0.0
+    return num_processes / clock.rate / (per_token / product_rate(device, dtype))
