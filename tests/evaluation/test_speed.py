@@ -119,6 +119,14 @@ def test_the_machine_s_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == roofline.Rates(64**3 / 4.0, 2 * 4096 * 4 / 2.0)
 
 
+def test_products_that_are_emulated_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sides are doubled from 256 until a product takes long enough to be timed, or is as large as they get."""
+    monkeypatch.setattr(roofline, "PRODUCT", 1024)
+    for taken, side in ((0.5, 256), (1e-3, 1024)):
+        monkeypatch.setattr(roofline, "seconds", lambda call, device, taken=taken: taken)
+        assert roofline.product_rate(torch.device("cpu"), torch.float32) == side**3 / taken
+
+
 def test_cost_of_a_step_counts_every_product() -> None:
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
     seen = 0

@@ -31,11 +31,12 @@ class Rates:
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Best of a few square products, and of a few copies of a block that no cache holds."""
+    rate = product_rate(device, dtype)
     values = BLOCK if device.type == "cpu" else GPU_BLOCK
     # both written before: the first touch of new memory costs more than the copy
     block, copied = (torch.zeros(values, dtype=dtype, device=device) for _ in range(2))
     copy = min(seconds(lambda: copied.copy_(block), device) for _ in range(5))
-    return Rates(product_rate(device, dtype), 2 * values * block.element_size() / copy)
+    return Rates(rate, 2 * values * block.element_size() / copy)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
