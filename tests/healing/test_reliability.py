@@ -17,8 +17,10 @@ from tests.families import MakeSource
 from transmla.checkpoint.destination import JOURNAL, lock_partial
 from transmla.errors import DestinationError, GateError
 from transmla.healing.needs import disk_bytes
+from transmla.healing.prepare import packed_texts
 from transmla.healing.train import Told, last_checkpoint
 from transmla.healing.weights import open_trainable
+from transmla.healing.windows import Windows
 from transmla.recipe import Healing
 
 SETTINGS: dict[str, Any] = {
@@ -145,3 +147,10 @@ def test_a_checkpoint_that_was_being_removed_is_none(tmp_path: Path, gone: str |
         (tmp_path / "checkpoint-4" / gone).unlink()
     assert last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{2 if gone else 4}")
     assert (tmp_path / "checkpoint-4").exists() == (gone is None)
+
+
+def test_a_journal_that_cannot_be_read_back_is_a_clear_error(tmp_path: Path) -> None:
+    for read in (lambda: Windows(tmp_path / "train.npy"), lambda: packed_texts(tmp_path)):
+        with pytest.raises(DestinationError) as caught:
+            read()
+        assert caught.value.exit_code == 8 and str(tmp_path) in caught.value.where

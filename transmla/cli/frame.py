@@ -31,17 +31,10 @@ def option(*names: str, group: str = OTHERS, **kwargs: Any) -> Callable[[Any], A
     return click.option(*names, cls=Option, group=group, show_default=True, **kwargs)
 
 
-def found_device(_: click.Context, __: click.Parameter, name: str) -> str:
-    from transmla.devices import named
-
-    return named(name)
-
-
 device = option(
     "--device",
     default="auto",
     metavar="DEVICE",
-    callback=found_device,
     help="Where to compute: cpu, cuda, cuda:1; auto: a GPU if there is one.",
     group="Machine",
 )

@@ -12,7 +12,6 @@ from transmla.cli.frame import (
     command,
     emit,
     errors,
-    found_device,
     is_first_process,
     option,
     quiet,
@@ -279,7 +278,6 @@ class Count(click.ParamType[int]):
 @option(
     "--device",
     type=click.Choice(("cpu", "cuda", "auto")),
-    callback=found_device,
     default="auto",
     help="Where to compute; auto: a GPU if there is one.",
     group="Machine",

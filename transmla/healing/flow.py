@@ -5,7 +5,6 @@ Unfinished work lies in a journal beside the destination, so an interrupted run 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from transmla.checkpoint.companions import tokenizer
-from transmla.checkpoint.destination import check_destination, journal_of, remove_journal
+from transmla.checkpoint.destination import check_destination, disk_errors, journal_of, remove_journal
 from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
@@ -28,7 +27,7 @@ from transmla.errors import GateError, UnsupportedError
 from transmla.healing.choice import check, check_teacher, conversion_of, settings_for, source_of, with_mix
 from transmla.healing.needs import disk_bytes
 from transmla.healing.pace import multiply_adds, times_floor
-from transmla.healing.prepare import TEXTS, Preparation, is_sharded
+from transmla.healing.prepare import Preparation, is_sharded, packed_texts
 from transmla.healing.result import write_healed
 from transmla.healing.schedule import Schedule, learning_rate, rest_rate, schedule
 from transmla.healing.student import halve_frozen, plain, select_trained, share_frozen, teach, with_adapters
@@ -188,7 +187,8 @@ def _train(
     teacher = preparation.teacher(work, train, heldout, autocast(settings.precision, preparation.device))
 
     # Trainer moves the model to its device
-    unfolded: Any = load(weights_of(preparation.converted, work), dtype=torch.float32)
+    with disk_errors(work):
+        unfolded: Any = load(weights_of(preparation.converted, work), dtype=torch.float32)
     student = teach(unfolded, teacher, Objective(settings.temperature, settings.cross_entropy), settings.hidden)
     select_trained(student, settings.train)
     if settings.checkpointing:
@@ -217,8 +217,7 @@ def _train(
     per_token = multiply_adds(plain(model), getattr(teacher, "model", None))
     of_floor = times_floor(trained.clock, per_token, dtype, own_device, processes.size) if trained.clock else 0.0
     _require_gain(trained, target, processes)
-    packed = json.loads((work / TEXTS).read_text("utf-8"))
-    return trained, {name: one["passes"] for name, one in packed.items()}, of_floor
+    return trained, {name: one["passes"] for name, one in packed_texts(work).items()}, of_floor
 
 
 def _require_gain(trained: Trained, target: Path, processes: Processes) -> None:

@@ -44,6 +44,14 @@ MOST_SAMPLED = 4_000_000
 TEXTS = "texts.json"
 
 
+def packed_texts(work: Path) -> dict[str, dict[str, int]]:
+    """Tokens drawn of each text of the training mix, and how often it was begun; `DestinationError` if that cannot be
+    read."""
+    with disk_errors(work / TEXTS):
+        found: dict[str, dict[str, int]] = json.loads((work / TEXTS).read_text("utf-8"))
+    return found
+
+
 @dataclass(frozen=True)
 class Preparation:
     """Prepares the windows and the teacher of one healing run.

@@ -18,7 +18,7 @@ from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.conversion.card import shown
 from transmla.healing.curves import LOG_FILE, PLOT_FILE, healing_curve, write_curve
-from transmla.healing.prepare import TEXTS
+from transmla.healing.prepare import packed_texts
 from transmla.healing.student import with_adapters
 from transmla.healing.train import Trained
 from transmla.healing.weights import is_own, weights_of
@@ -27,6 +27,8 @@ from transmla.progress import Progress
 from transmla.recipe import Healing
 from transmla.targets.fold import fold_into, open_unfolded
 from transmla.targets.own import write_own
+
+_GENERATION = "generation_config.json"
 
 
 def write_healed(
@@ -58,7 +60,7 @@ def write_healed(
         "parent": {"name": parent.path.name, "files": file_hashes(sorted(parent.path.glob("*.safetensors")))},
         "source": source,
         "settings": asdict(settings),
-        "texts": json.loads((work / TEXTS).read_text("utf-8")),
+        "texts": packed_texts(work),
         "rate": trained.rate,
         "trained_parameters": trained.num_trained,
         "processes": num_processes,
@@ -71,7 +73,8 @@ def write_healed(
     entry = portable(entry)
     provenance = read_provenance(parent.path)
     sections = provenance | {"healed": [*provenance.get("healed", []), entry]}
-    model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
+    with disk_errors(work):
+        model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
     if is_own(parent):
         sections.pop("format", None)
         write_own(writer, parent, model, sections, device, progress)
@@ -98,8 +101,12 @@ def _write_folded(
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(work / "unfolded", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
         model.save_pretrained(str(folder))
-        # save_pretrained rewrites some keys of the config, so the original is put back
-        shutil.copyfile(work / "unfolded" / "config.json", folder / "config.json")
+        # save_pretrained rewrites some keys of the config, and default generation settings where it could not read
+        # those of the folder, so the originals are put back
+        (folder / _GENERATION).unlink(missing_ok=True)
+        for name in ("config.json", _GENERATION):
+            if (work / "unfolded" / name).is_file():
+                shutil.copyfile(work / "unfolded" / name, folder / name)
         (folder / FILE_NAME).write_text(json.dumps(sections, indent=2) + "\n", encoding="utf-8")
     dtype = str(parent.config.get("dtype") or parent.config.get("torch_dtype") or "float32")
     fold_into(writer, open_unfolded(folder), text="wikitext", dtype=dtype, device=device, progress=progress)

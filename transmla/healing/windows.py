@@ -23,14 +23,15 @@ from transmla.progress import Progress
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """A dataset of windows, read from a file that `write_windows` has written.
+    """A dataset of windows, read from a file that `write_windows` has written; `DestinationError` if it cannot be.
 
     path:  the file
     first: number of its first window, where the windows of several files are numbered in sequence
     """
 
     def __init__(self, path: Path, first: int = 0) -> None:
-        self._rows_N3T = np.load(path, mmap_mode="r")
+        with disk_errors(path):
+            self._rows_N3T = np.load(path, mmap_mode="r")
         self._first = first
 
     def __len__(self) -> int:
