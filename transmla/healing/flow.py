@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from transmla.checkpoint.companions import tokenizer
-from transmla.checkpoint.destination import check_destination, disk_errors, journal_of, remove_journal
+from transmla.checkpoint.destination import check_destination, journal_of, remove_journal
 from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
@@ -187,8 +187,7 @@ def _train(
     teacher = preparation.teacher(work, train, heldout, autocast(settings.precision, preparation.device))
 
     # Trainer moves the model to its device
-    with disk_errors(work):
-        unfolded: Any = load(weights_of(preparation.converted, work), dtype=torch.float32)
+    unfolded: Any = load(weights_of(preparation.converted, work), dtype=torch.float32)
     student = teach(unfolded, teacher, Objective(settings.temperature, settings.cross_entropy), settings.hidden)
     select_trained(student, settings.train)
     if settings.checkpointing:

@@ -73,8 +73,7 @@ def write_healed(
     entry = portable(entry)
     provenance = read_provenance(parent.path)
     sections = provenance | {"healed": [*provenance.get("healed", []), entry]}
-    with disk_errors(work):
-        model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
+    model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
     if is_own(parent):
         sections.pop("format", None)
         write_own(writer, parent, model, sections, device, progress)

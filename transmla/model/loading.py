@@ -16,6 +16,7 @@ from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.provenance import FILE_NAME
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import resolve
+from transmla.checkpoint.store import source_errors
 from transmla.devices import usable
 from transmla.errors import SourceError, UnsupportedError
 from transmla.model.modeling_transmla import (
@@ -61,7 +62,7 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
     device: where the model is put; ignored if `kwargs` has a `device_map`
     kwargs: passed on to `from_pretrained`; attn_implementation is "sdpa" by default
 
-    Raises `SourceError` if the folder does not exist or its config cannot be read, `UnsupportedError` if it is not a
+    Raises `SourceError` if the folder does not exist or a file of it cannot be read, `UnsupportedError` if it is not a
     converted model, and `TransmlaError` if the device is not available.
     """
     folder = Path(model)
@@ -69,7 +70,8 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
         device = usable(device)
     model_class = CONVERTED[_checked_type(folder)]
     kwargs.setdefault("attn_implementation", "sdpa")
-    loaded = model_class.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **kwargs)
+    with source_errors(folder):
+        loaded = model_class.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **kwargs)
     if "device_map" not in kwargs:
         loaded.to(device)
     # from_pretrained leaves the model in evaluation mode

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from transmla.checkpoint.destination import disk_errors
 from transmla.errors import VerificationError
 
 # Relative error of logits that the dtype of the stored weights explains, with a wide margin: measured 1e-4 (float32),
@@ -54,3 +57,13 @@ def fault_of(logits_TV: Tensor) -> str:
     if logits_TV.shape[-1] > 1 and bool((logits_TV.amax(-1) == logits_TV.amin(-1)).all()):
         return "the same for every token of the vocabulary"
     return ""
+
+
+def load_stock(folder: Path, device: str) -> Any:
+    """The stock class of transformers with the weights of a folder that was just written, float32, in evaluation mode;
+    `DestinationError` if it cannot be read back."""
+    from transformers import DeepseekV3ForCausalLM
+
+    with disk_errors(folder):
+        loaded: Any = DeepseekV3ForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    return loaded.to(device).eval()

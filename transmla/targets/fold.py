@@ -34,7 +34,7 @@ from transmla.maths.fold import (
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
 from transmla.progress import Progress, silent
-from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
+from transmla.targets.comparison import WITNESS_TOKENS, compare_logits, load_stock
 from transmla.targets.export import open_converted
 from transmla.targets.stock import ARCHITECTURE, MODELING_FILE, expected_tensors, flat_rotary, modeling_source
 from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
@@ -260,9 +260,6 @@ def _observe(
 @torch.no_grad()
 def _verify(folder: Path, witness_1T: Tensor, wanted_TV: Tensor, device: str) -> None:
     """The written folder through the stock class, against the unfolded model."""
-    from transformers import DeepseekV3ForCausalLM
-
-    loaded: Any = DeepseekV3ForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
-    found_TV = loaded.to(device).eval()(witness_1T.to(device), use_cache=False).logits[0].double().cpu()
+    found_TV = load_stock(folder, device)(witness_1T.to(device), use_cache=False).logits[0].double().cpu()
     stored = json.loads((folder / "config.json").read_text("utf-8"))["dtype"]
     compare_logits(folder, found_TV, wanted_TV, stored)

@@ -29,7 +29,7 @@ from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
-from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
+from transmla.targets.comparison import WITNESS_TOKENS, compare_logits, load_stock
 from transmla.targets.stock import MODELING_FILE, modeling_source
 from transmla.text.windows import calibration_tokens
 
@@ -301,14 +301,9 @@ def _write(
 
 @torch.no_grad()
 def _verify(folder: Path, witness_1T: Tensor, wanted_TV: Tensor, device: str) -> float:
-    from transformers import DeepseekV3ForCausalLM
-
     source = open_source(folder)
-    if source.config.get("model_type") == "deepseek_v3":
-        loaded: Any = DeepseekV3ForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
-        loaded = loaded.to(device).eval()
-    else:
-        loaded = load(folder, dtype=torch.float32, device=device)
+    is_stock = source.config.get("model_type") == "deepseek_v3"
+    loaded = load_stock(folder, device) if is_stock else load(folder, dtype=torch.float32, device=device)
     found_TV = loaded(witness_1T, use_cache=False).logits[0].double().cpu()
     stored = str(source.config["dtype"])
     return compare_logits(folder, found_TV, wanted_TV, stored)
