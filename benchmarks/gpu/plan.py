@@ -32,11 +32,12 @@ class Stage:
 
 STAGES = (
     Stage("environment", "versions, rates of the machine", 12, 60, 5),
-    Stage("tests", "tests with a `cuda` variant", 75, 180, 30),
-    Stage("own-form", "own form: logits and generation against the CPU", 30, 90, 20),
-    Stage("kernels", "attention alone: decoding and prefill", 20, 60, 15),
-    Stage("speed-8b", "decoding and prefill, 4 layers of the 8B shape", 75, 150, 30),
-    Stage("convert-8b", "converting 2 layers of the 8B shape", 60, 150, 40),
+    Stage("tests", "tests with a `cuda` variant", 60, 150, 30),
+    Stage("own-form", "own form: logits and generation against the CPU", 30, 60, 20),
+    Stage("heal-rate", "steps of healing, SmolLM2's shape: ways to run them, and where the time goes", 70, 130, 30),
+    Stage("convert-8b", "converting 2 layers of the 8B shape", 60, 130, 40),
+    Stage("speed-8b", "decoding and prefill, 4 layers of the 8B shape", 60, 90, 30),
+    Stage("kernels", "attention alone: decoding and prefill", 20, 50, 15),
     Stage("convert-96-32", "SmolLM2 at 96 + 32, --refine full", 230, 300, 150, source=True),
     Stage("speed", "decoding and prefill, SmolLM2", 50, 90, 25, source=True, after="convert-96-32"),
     Stage("heal", "healing as long as there is time", 300, 360, 120, source=True, after="convert-96-32"),

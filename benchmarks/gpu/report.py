@@ -97,7 +97,7 @@ def _kernels(result: dict[str, Any]) -> list[str]:
 def _speed(result: dict[str, Any]) -> list[str]:
     rows = []
     for one in result["rows"]:
-        name = one["model"] + (f", {one['kernel']}" if one["kernel"] else "")
+        name = ", ".join([one["model"], *(one[key] for key in ("kernel", "cache") if one.get(key))])
         times = f" x{one['ms'] / one['floor_ms']:.1f}" if "ms" in one else ""
         measured = (_number(one.get("ms", one.get("failed"))), _number(one.get("floor_ms")) + times)
         peak = f"{one['peak'] / 2**30:.1f} GiB" if one.get("peak") else ""
@@ -112,6 +112,21 @@ def _graphs(result: dict[str, Any]) -> list[str]:
         for one in result["rows"]
     ]  # fmt: skip
     return _table(("model", "batch", "way", "ms a step", "s before the first"), rows)
+
+
+def _heal_rate(result: dict[str, Any]) -> list[str]:
+    rows = [
+        (one["way"], f"{one['tokens_per_second']:,.0f}", f"x{one['of_floor']:.1f}", f"{one['peak'] / 2**30:.1f} GiB")
+        if one.get("peak")
+        else (one["way"], _number(one.get("tokens_per_second", one.get("failed"))), _number(one.get("of_floor")), "")
+        for one in result["rows"]
+    ]
+    lines = _table(("way", "tokens a second", "times the floor of its products", "peak"), rows)
+    for one in (result["rows"][0], result["rows"][-1]):
+        if "kernels" in one:
+            kernels = [(f"`{name}`", f"{calls:,}", _number(ms)) for name, calls, ms in one["kernels"][:12]]
+            lines += ["", f"A step, {one['way']}:", "", *_table(("kernel", "calls", "ms"), kernels)]
+    return lines
 
 
 def _conversion(result: dict[str, Any]) -> list[str]:
@@ -137,9 +152,10 @@ _SECTIONS = {
     "environment": _environment,
     "tests": _tests,
     "own-form": _own_form,
-    "kernels": _kernels,
-    "speed-8b": _speed,
+    "heal-rate": _heal_rate,
     "convert-8b": _conversion,
+    "speed-8b": _speed,
+    "kernels": _kernels,
     "convert-96-32": _conversion,
     "speed": _speed,
     "heal": _conversion,

@@ -6,6 +6,7 @@ Legend: B batch, S cached tokens, T query tokens, H heads.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from plan import cache_bytes, expanded_bytes, extrapolated, healing_tokens, texts
+from rates import heal_rates
 from transformers import DeepseekV3ForCausalLM as StockForCausalLM
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
@@ -41,6 +43,8 @@ from transmla.targets.stock import deepseek_v3_config
 ROOT = Path(__file__).resolve().parents[2]
 # (latent, rotary) of the 8B shape: two ways to spend 576 values
 SHAPES = ((512, 64), (448, 128))
+# latent caches of our class that are timed beside the growing one of transformers
+CACHES = ("exact", "int8", "int4")
 
 
 @dataclass
@@ -111,8 +115,6 @@ def _finite(value: Any) -> Any:
 
 def environment(run: Run) -> dict[str, Any]:
     """Rates of the machine, and what is missing there."""
-    import importlib.util
-
     wanted = ("accelerate", "gguf", "jsonschema", "matplotlib", "psutil", "rich", "click", "pytest", "datasets", "peft")
     found: dict[str, Any] = {"missing": [name for name in wanted if importlib.util.find_spec(name) is None]}
     found["rates"] = vars(machine_rates(run.device, run.dtype))
@@ -138,6 +140,8 @@ def tests(run: Run) -> dict[str, Any]:
         "no:cacheprovider",
     ]
     options += ["-p", "no:benchmark", "-p", "no:randomly"]
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-n", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *where],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "4"}, capture_output=True, text=True,
@@ -225,10 +229,15 @@ def _free() -> None:
 
 @contextmanager
 def _forced(kernel: str | None) -> Iterator[None]:
-    """Absorbed attention by this kernel, whatever `_kernel` would choose."""
+    """Absorbed attention by this kernel, whatever `_kernel` would choose; "heads" knows no mask."""
     chosen = own._kernel
+
+    def forced(q_BHTk: torch.Tensor, key_B1Sk: torch.Tensor, mask: torch.Tensor | None) -> str:
+        fits = kernel is not None and (kernel != "heads" or (mask is None and q_BHTk.shape[2] == 1))
+        return str(kernel) if fits else chosen(q_BHTk, key_B1Sk, mask)
+
     if kernel is not None:
-        own._kernel = lambda *_: kernel
+        own._kernel = forced
     try:
         yield
     finally:
@@ -382,8 +391,22 @@ def filled_cache(model: Any, batch: int, context: int) -> DynamicCache:
 
 
 @torch.inference_mode()
-def decoding(run: Run, model: Any, batch: int, context: int, rates: Rates) -> dict[str, Any]:
-    """Steps of one token: median, slowest and fastest of three runs of eight, in milliseconds, beside the roofline."""
+def filled_latent_cache(model: Any, kind: str, batch: int, context: int) -> Any:
+    """The same as a cache of our class, of numbers as it stores them."""
+    cache: Any = own.LatentCache(model.config, kind)
+    width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    for layer in cache.layers:
+        layer.append(torch.randn(batch, 1, context, width, device=model.device, dtype=model.dtype))
+        layer.settle()
+    return cache
+
+
+@torch.inference_mode()
+def decoding(run: Run, model: Any, batch: int, context: int, rates: Rates, kind: str | None = None) -> dict[str, Any]:
+    """Steps of one token: median, slowest and fastest of three runs of eight, in milliseconds, beside the roofline.
+
+    kind: of a `LatentCache`; None: transformers' growing cache
+    """
     steps, repeats = (2, 1) if run.tiny else (8, 3)
     itemsize = torch.empty(0, dtype=run.dtype).element_size()
     needed = 2 * cache_bytes(model.config, batch, context, itemsize)  # a growing cache is copied in each step
@@ -392,7 +415,7 @@ def decoding(run: Run, model: Any, batch: int, context: int, rates: Rates) -> di
     if run.cuda and needed > torch.cuda.mem_get_info()[0] * 0.95:
         return {"failed": f"needs about {needed / 2**30:.0f} GiB"}
     torch.cuda.reset_peak_memory_stats() if run.cuda else None
-    cache = filled_cache(model, batch, context)
+    cache = filled_cache(model, batch, context) if kind is None else filled_latent_cache(model, kind, batch, context)
     token = torch.zeros(batch, 1, dtype=torch.long, device=run.device)
 
     def decode() -> None:
@@ -459,10 +482,14 @@ def _speed(run: Run, makers: dict[str, Callable[[], Any]], contexts: list[int], 
         cells += [("prefill", batch, size, None) for size in prompts for batch in (1, 16) if batch * size <= 2**17]
         if name.startswith("own"):
             sizes = [(1, contexts[-1]), (16, contexts[min(1, len(contexts) - 1)])]
+            cells += [("decoding", *size, kind) for kind in CACHES for size in sizes]
             cells += [("decoding", *size, kernel) for kernel in ("rows", "heads", "products") for size in sizes]
         for kind, batch, size, kernel in cells:
             row: dict[str, Any] = {"model": name, "kind": kind, "batch": batch, "tokens": size, "kernel": kernel}
-            measure = decoding if kind == "decoding" else prefill
+            measure: Callable[..., dict[str, Any]] = decoding if kind == "decoding" else prefill
+            if kernel in CACHES:
+                row |= {"kernel": None, "cache": kernel}
+                measure, kernel = partial(decoding, kind=kernel), None
             if run.left < max(end, 2.0):
                 row["failed"] = "no time left"
             else:
@@ -717,6 +744,7 @@ _STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "environment": environment,
     "tests": tests,
     "own-form": own_form,
+    "heal-rate": lambda run: heal_rates(run, _attempt),
     "kernels": kernels,
     "speed-8b": speed_8b,
     "convert-8b": convert_8b,

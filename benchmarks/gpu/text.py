@@ -1,9 +1,10 @@
 """Plain text for healing and the texts that are measured on, as files in OUT. None of it belongs to this repository.
 
-    python benchmarks/gpu/text.py OUT [--data DIR] [--megabytes 42]
+    python benchmarks/gpu/text.py OUT [--data DIR] [--megabytes 130]
 
 docs.txt:       documentation of Debian packages (`apt-get download`, unpacked, HTML stripped), each under its own
                 licence (usr/share/doc/PACKAGE/copyright)
+modules.txt:    Python of other projects that are installed here, each under its own licence
 stdlib-code.txt: argparse.py, tarfile.py and typing.py of the Python that runs this
 from DIR:       wikitext2-valid.raw, tinystories-valid.txt and wikitext2-train-part.txt as they are, and the rows of
                 c4-sample.jsonl as c4-sample.txt
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -24,8 +26,14 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import torch
+
 PACKAGES = (
     "postgresql-doc-15", "perl-doc", "debian-handbook", "anarchism", "gimp-help-en", "linux-doc-6.1", "apache2-doc",
+    "python3.11-doc", "sqlite3-doc", "debian-reference-en", "developers-reference", "debian-policy", "git-doc",
+    "installation-guide-amd64", "vim-doc", "jargon-text", "libreoffice-help-en-us", "lilypond-doc-html", "kicad-doc-en",
+    "octave-doc", "gnucash-docs", "r-doc-html", "erlang-doc", "aptitude-doc-en", "maxima-doc", "doc-debian",
+    "exim4-doc-html", "nmap-common",
 )  # fmt: skip
 COPIED = ("wikitext2-valid.raw", "tinystories-valid.txt", "wikitext2-train-part.txt")
 BLOCKS = ("p", "div", "li", "dt", "dd", "tr", "pre", "br", "h1", "h2", "h3", "h4", "h5", "h6", "title")
@@ -98,9 +106,36 @@ def documentation(out: Path, limit: int) -> None:
             print(f"{package}: {len(found[package]) / 1e6:.1f} MB", flush=True)
     left, parts = limit, []
     for number, text in enumerate(sorted(found.values(), key=len)):
-        parts.append(text[: left // (len(found) - number)])
-        left -= len(parts[-1])
-    (out / "docs.txt").write_text("\n".join(parts), encoding="utf-8")
+        part = text[: left // (len(found) - number)]
+        left -= len(part)
+        parts += pieces(part)
+    (out / "docs.txt").write_text("\n".join(shuffled(parts)), encoding="utf-8")
+
+
+def pieces(text: str, length: int = 20_000) -> Iterator[str]:
+    """Pieces of about so many characters that end with a line."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + length) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def shuffled(parts: list[str]) -> list[str]:
+    """In an order that is always the same, so that whatever is read first is of all kinds."""
+    random.Random(0).shuffle(parts)
+    return parts
+
+
+def modules(out: Path, limit: int) -> None:
+    """modules.txt: Python of other projects, as they are installed where this runs, each under its own licence."""
+    folder = Path(str(torch.__file__)).parents[1]
+    names = ("transformers", "torch", "sympy", "networkx", "matplotlib", "rich", "click", "jinja2", "numpy", "pygments")
+    texts = (
+        path.read_text("utf-8", errors="ignore") for name in names for path in sorted((folder / name).rglob("*.py"))
+    )
+    parts = shuffled([text for text in texts if 2000 < len(text) < 200_000])
+    (out / "modules.txt").write_text("\n".join(parts)[:limit], encoding="utf-8")
 
 
 def measured(out: Path, data: Path | None) -> None:
@@ -123,10 +158,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--megabytes", type=float, default=42)
+    parser.add_argument("--megabytes", type=float, default=130)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     measured(args.out, args.data)
+    modules(args.out, int(12e6))
     documentation(args.out, int(args.megabytes * 1e6))
 
 

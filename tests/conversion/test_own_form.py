@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
 
 import transmla
 from tests.conversion.made import IDS, PLAIN, QUICK, Convert
@@ -186,7 +186,7 @@ def test_padded_texts_are_the_texts_alone(lively: MakeSource, run: Convert) -> N
     assert torch.equal(together[1, 7:], alone[0])
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_static_cache_and_one_graph(lively: MakeSource, run: Convert, model_type: str) -> None:
     folder = run(lively(model_type=model_type), latent=12, rope=8, format="transmla").destination
     model = load(folder, dtype=torch.float32)
@@ -194,7 +194,9 @@ def test_static_cache_and_one_graph(lively: MakeSource, run: Convert, model_type
     assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False, cache_implementation="static"), wanted)
     assert model.generate(IDS, max_new_tokens=8, do_sample=False, num_beams=3).shape == wanted.shape
     whole = torch.compile(model, backend="eager", fullgraph=True)
+    roomy = StaticCache(config=model.config, max_cache_len=IDS.shape[1] + 9)
     with torch.no_grad():
+        assert torch.allclose(model(IDS, past_key_values=roomy).logits, model(IDS).logits, atol=1e-4)
         assert torch.allclose(whole(IDS).logits, model(IDS).logits, atol=1e-5)
 
 

@@ -904,8 +904,9 @@ def _capped(
     scores_BHTS = softcap * torch.tanh(query_BHTq @ key_BHSq.transpose(-1, -2) * (scaling / softcap))
     num_queries, num_keys = scores_BHTS.shape[-2:]
     if mask is None and num_queries > 1:
+        # the keys behind the queries, if there are any, are the empty places of a static cache
         places = torch.arange(num_keys, device=scores_BHTS.device)
-        mask = places <= places[:num_queries, None] + (num_keys - num_queries)
+        mask = places <= places[:num_queries, None]
     bias = _additive(mask, scores_BHTS.dtype)
     if bias is not None:
         scores_BHTS = scores_BHTS + bias

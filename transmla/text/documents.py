@@ -22,8 +22,10 @@ from transmla.text.packing import Answered, pack
 from transmla.text.sources import is_table, read_text, rows
 from transmla.text.windows import begin_tokens
 
-# characters that are tokenised at once, and read of one text at most
+# characters that are tokenised at once, by one thread, and read of one text at most
 BLOCK, PLAIN_CHARACTERS = 2**20, 2**31
+# blocks that the tokenizer's threads share, at most
+BLOCKS_TOGETHER = 16
 
 
 @dataclass
@@ -126,13 +128,21 @@ def mixed(texts: list[Text], seed: int) -> Iterator[list[int]]:
 
 
 def _tokens_of(text: str, tokenizer: Any) -> Iterator[int]:
-    """Block by block, cut at line ends."""
+    """Block by block, cut at line ends. More and more blocks at once: often only the beginning is wanted."""
+    blocks, together = _blocks(text), 1
+    while some := list(islice(blocks, together)):
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False).input_ids:
+            yield from ids
+        together = min(2 * together, BLOCKS_TOGETHER)
+
+
+def _blocks(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
         end = min(start + BLOCK, len(text))
         if end < len(text):
             end = text.rfind("\n", start, end) + 1 or end
-        yield from tokenizer(text[start:end], add_special_tokens=False, verbose=False).input_ids
+        yield text[start:end]
         start = end
 
 
