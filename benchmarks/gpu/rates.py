@@ -132,12 +132,12 @@ def _timed(run: Any, student: Any, source: Any, windows: int, length: int) -> di
     taken = sorted(step() for _ in range(1 if run.tiny else 5))
     seconds = taken[len(taken) // 2]
     floor = multiply_adds(student, source) / product_rate(run.device, torch.bfloat16)
-    found = {
-        "seconds": seconds, "slowest": taken[-1], "first_seconds": first, "tokens_per_second": windows * length / seconds,
+    return {
+        "seconds": seconds, "slowest": taken[-1], "first_seconds": first,
+        "tokens_per_second": windows * length / seconds,
         "of_floor": floor * windows * length / seconds, "num_trained": sum(weight.numel() for weight in trained),
         "peak": torch.cuda.max_memory_allocated() if run.cuda else None, "kernels": _kernels(step, run.cuda),
     }  # fmt: skip
-    return found
 
 
 def _kernels(step: Callable[[], float], cuda: bool) -> list[list[Any]]:

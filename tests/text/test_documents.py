@@ -27,8 +27,10 @@ class Letters:
     eos_token_id = END
     chat_template: str | None = None
 
-    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
-        ids = [1] * add_special_tokens + [ord(letter) for letter in text]
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        texts = [text] if isinstance(text, str) else text
+        each = [[1] * add_special_tokens + [ord(letter) for letter in one] for one in texts]
+        ids = each[0] if isinstance(text, str) else each
         return type("Encoding", (), {"input_ids": ids})
 
     def apply_chat_template(
