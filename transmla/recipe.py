@@ -106,6 +106,7 @@ class Healing:
     long_share: float = 0.0  # share of the tokens, the last, that come in windows of long_window
     long_window: int = 4096
     checkpointing: bool = False  # layers are computed twice and need less memory
+    compile: bool = False  # layers and loss through torch.compile
     seed: int = 0
 
     @property

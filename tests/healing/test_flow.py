@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import AutoModelForCausalLM
 
 import transmla
@@ -27,6 +28,7 @@ from transmla.healing.train import Trained
 from transmla.processes import ALONE
 from transmla.recipe import Healing
 from transmla.text.sources import read_text
+from transmla.train import losses
 from transmla.train.losses import divergence
 
 SETTINGS: dict[str, Any] = {
@@ -161,6 +163,31 @@ def test_layers_that_are_computed_twice_train_alike(converted: Path, text_file: 
     assert curve(tmp_path / "twice") == pytest.approx(curve(tmp_path / "once"), rel=1e-5)
 
 
+# dynamo looks at the gradients of what it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_layers_train_alike(
+    converted: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a C++ compiler: what is traced is run, gradients and all, by the functions of torch."""
+    graphs: list[Any] = []
+
+    def traced(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: plain(function, backend=traced))
+    losses._compiled.cache_clear()
+    common = SETTINGS | {"data": str(text_file), "tokens": 512, "evaluations": 1}
+    transmla.heal(converted, tmp_path / "plain", **common)
+    assert not graphs
+    transmla.heal(converted, tmp_path / "compiled", **common, compile=True)
+    losses._compiled.cache_clear()
+    # layers of a kind share a graph
+    assert 0 < len(graphs) <= 12
+    assert curve(tmp_path / "compiled") == pytest.approx(curve(tmp_path / "plain"), rel=1e-4)
+
+
 def test_it_heals_on_every_device(converted: Path, text_file: Path, tmp_path: Path, device: torch.device) -> None:
     common = SETTINGS | {"data": str(text_file), "tokens": 1536, "evaluations": 2}
     report = transmla.heal(converted, tmp_path / "out", device=device.type, **common)
@@ -241,6 +268,7 @@ def test_a_gain_is_nearer_to_the_source_and_no_worse_on_the_text(
         ({"on_policy": 0.5, "window": 64}, RecipeError, "does not fit into a window"),
         ({"teacher": "stories260k", "hidden": 1.0}, RecipeError, "`teacher` and `hidden`"),
         ({"layerwise": 0.5, "checkpointing": True}, RecipeError, "`layerwise` and `checkpointing`"),
+        ({"layerwise": 0.5, "compile": True}, RecipeError, "`layerwise` and `compile`"),
         ({"long_share": 0.1, "cached": True}, RecipeError, "`long_share` and `cached`"),
         ({"on_policy": 1.5}, RecipeError, "cannot be 1.5"),
         ({"lora": 4, "train": "all"}, RecipeError, "adapters can only be trained on the attention"),

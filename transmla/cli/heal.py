@@ -270,6 +270,13 @@ class Count(click.ParamType[int]):
     group="Machine",
 )
 @option(
+    "--compile",
+    is_flag=True,
+    default=None,
+    help="Compile layers and loss first: faster on a GPU, after a minute.",
+    group="Machine",
+)
+@option(
     "--seed",
     type=int,
     help="Seed for the order of the data. [default: 0]",

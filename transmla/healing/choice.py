@@ -115,6 +115,8 @@ def _contradictions(settings: Healing) -> None:
         (layerwise and settings.checkpointing, "layerwise and checkpointing",
          "`layerwise` and `checkpointing` cannot be combined",
          "a layer that is computed again would read another input", "use one of the two"),
+        (layerwise and settings.compile, "layerwise and compile", "`layerwise` and `compile` cannot be combined",
+         "what a layer reads is exchanged while it runs", "use one of the two"),
         (settings.long_share > 0 and settings.cached, "long_share and cached",
          "`long_share` and `cached` cannot be combined", "predictions are stored of windows of one length",
          "use one of the two"),

@@ -30,7 +30,7 @@ from transmla.healing.pace import multiply_adds, times_floor
 from transmla.healing.prepare import Preparation, is_sharded, packed_texts
 from transmla.healing.result import write_healed
 from transmla.healing.schedule import Schedule, learning_rate, rest_rate, schedule
-from transmla.healing.student import halve_frozen, plain, select_trained, share_frozen, teach, with_adapters
+from transmla.healing.student import compile_layers, halve_frozen, plain, select_trained, share_frozen, teach, with_adapters
 from transmla.healing.teacher import Judged, OnlineTeacher
 from transmla.healing.train import Trained, autocast, distil
 from transmla.healing.weights import context_of, open_trainable, prepare_weights, weights_of
@@ -188,7 +188,8 @@ def _train(
 
     # Trainer moves the model to its device
     unfolded: Any = load(weights_of(preparation.converted, work), dtype=torch.float32)
-    student = teach(unfolded, teacher, Objective(settings.temperature, settings.cross_entropy), settings.hidden)
+    objective = Objective(settings.temperature, settings.cross_entropy, settings.compile)
+    student = teach(unfolded, teacher, objective, settings.hidden)
     select_trained(student, settings.train)
     if settings.checkpointing:
         # the method has this name in newer versions of transformers
@@ -201,6 +202,8 @@ def _train(
         judge = teacher.judge if isinstance(teacher, Judged) else teacher
         if isinstance(judge, OnlineTeacher):
             share_frozen(model, judge.model)
+    if settings.compile:
+        compile_layers(plain(model), *getattr(teacher, "models", ()))
     num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     rates = learning_rate(settings, num_trained), rest_rate(settings, num_trained)
     try:

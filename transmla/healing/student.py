@@ -18,6 +18,8 @@ from transmla.model.head import head_of
 from transmla.text.packing import IGNORED
 from transmla.train.losses import Objective, distillation_loss, stream_error, text_nats
 
+# of a layer's forward that are kept; beyond that it runs uncompiled
+GRAPHS = 32
 # modules of the latent attention that get adapters
 LATENT_PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
@@ -206,6 +208,16 @@ def share_frozen(student: Any, source: Any) -> int:
             if weight is not None and id(weight) in shared:
                 module._parameters[key] = shared[id(weight)]
     return saved
+
+
+def compile_layers(*models: Any) -> None:
+    """Compile the layers of each model in place, each for itself: layers of one kind share one graph, so that it takes
+    seconds and not minutes, and parameters keep their names."""
+    # training and measuring, with and without gradients, a mask and a full batch: each is a graph of its own
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    for model in models:
+        for layer in model.get_decoder().layers:
+            layer.compile()
 
 
 def with_adapters(model: Any, rank: int) -> Any:

@@ -69,6 +69,11 @@ class OnlineTeacher:
         self._wants_streams = streams
         self.vocabulary: int = vocabulary or model.config.vocab_size
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """All that it runs."""
+        return (self.model,)
+
     @torch.no_grad()
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
         """The source's predictions for the windows `ids_BT`, int64 [B, T]; `index_B` is not used."""
@@ -111,6 +116,11 @@ class Judged:
     def __init__(self, teacher: OnlineTeacher, judge: OnlineTeacher) -> None:
         self._teacher, self.judge = teacher, judge
         self.model = teacher.model
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """All that it runs."""
+        return (*self._teacher.models, *self.judge.models)
 
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
         """The larger model's predictions in training, the source's where nothing is learned."""

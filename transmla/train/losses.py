@@ -6,6 +6,7 @@ Legend: N tokens of any number of texts, D hidden_size, V vocabulary, K kept log
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,12 @@ Head = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Objective:
     """temperature: both distributions are softened by it, the divergence scaled by its square (Hinton et al.,
-    1503.02531);  cross_entropy: share of the loss that goes to the text itself, 0 to 1"""
+    1503.02531);  cross_entropy: share of the loss that goes to the text itself, 0 to 1;  compiled: computed through
+    torch.compile, which reads the logits less often"""
 
     temperature: float = 1.0
     cross_entropy: float = 0.0
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ class _Distillation(torch.autograd.Function):
             with torch.autocast(kind, enabled=False):
                 logits_nV, slope_nV = _capped(_wide(student_ND[part].to(products) @ head_VD.T), softcap)
                 labels_n = None if labels_N is None else labels_N[part]
-                loss_n, found_N[part], grad_nV = _with_gradient(logits_nV, wanted, labels_n, objective, wants_gradient)
+                compute = _compiled() if objective.compiled and isinstance(wanted, Tensor) else _with_gradient
+                loss_n, found_N[part], grad_nV = compute(logits_nV, wanted, labels_n, objective, wants_gradient)
                 weights_n = weights_N[part].to(loss_n.dtype)
                 # a token of weight 0 may have a loss that is not finite
                 loss += torch.where(weights_n != 0, loss_n * weights_n, 0.0).sum()
@@ -188,6 +192,11 @@ def _with_gradient(
         of_text = likely_NV.exp_().scatter_add_(-1, chosen_N1, -torch.ones_like(likely_NV[:, :1]))
         gradient = gradient.mul_(1 - text).add_(of_text, alpha=text)
     return (1 - text) * diverged_N + text * nats_N, diverged_N, gradient
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(_with_gradient)
 
 
 @torch.no_grad()
