@@ -91,7 +91,7 @@ def test_a_stage_is_ended_at_its_limit(module: Any, tmp_path: Path, monkeypatch:
         "time.sleep(600)\n"
     )
     monkeypatch.setattr(campaign, "HERE", tmp_path)
-    args = Namespace(out=tmp_path, device="cpu", tiny=True, source=None, data=None)
+    args = Namespace(out=tmp_path, device="cpu", tiny=True, source=None, data=None, refine="off")
     record = campaign.run_stage(campaign.BY_NAME["heal"], args, 3.0)
     assert record["status"] == "out of time" and record["result"] == {"a": 1}
 

@@ -69,6 +69,7 @@ def run_stage(stage: Stage, args: argparse.Namespace, seconds: float) -> dict[st
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(HERE / "campaign.py"), "stage", "--only", stage.name, "--out", str(args.out)]
     command += ["--device", args.device, "--seconds", str(seconds), *(["--tiny"] if args.tiny else [])]
+    command += ["--refine", args.refine]
     for option in ("source", "data"):
         if getattr(args, option) is not None:
             command += [f"--{option}", str(getattr(args, option))]
@@ -130,6 +131,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-out"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the model that ships, and a little of everything")
+    parser.add_argument("--refine", choices=("off", "fast", "full"), default="fast", help="of SmolLM2's conversions")
     parser.add_argument("--only", help="stages, A,B")
     parser.add_argument("--again", action="store_true", help="run stages again that are done")
     parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)

@@ -38,11 +38,11 @@ STAGES = (
     Stage("convert-8b", "converting 2 layers of the 8B shape", 60, 130, 40),
     Stage("speed-8b", "decoding and prefill, 4 layers of the 8B shape", 60, 90, 30),
     Stage("kernels", "attention alone: decoding and prefill", 20, 50, 15),
-    Stage("convert-96-32", "SmolLM2 at 96 + 32, --refine full", 230, 300, 150, source=True),
+    Stage("convert-96-32", "SmolLM2 at 96 + 32", 65, 300, 50, source=True),
     Stage("speed", "decoding and prefill, SmolLM2", 50, 90, 25, source=True, after="convert-96-32"),
     Stage("heal", "healing as long as there is time", 300, 360, 120, source=True, after="convert-96-32"),
     Stage("graphs", "static cache, CUDA graph, torch.compile", 90, 150, 40),
-    Stage("convert-160-32", "SmolLM2 at 160 + 32, --refine full", 230, 300, 150, source=True),
+    Stage("convert-160-32", "SmolLM2 at 160 + 32", 65, 300, 50, source=True),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 

@@ -141,7 +141,7 @@ def _conversion(result: dict[str, Any]) -> list[str]:
         lines += ["", *_table(head, [(name, f"{spent[name]:.1f}", f"{more[name]:.0f}") for name in spent])]
         lines += ["", f"In all {sum(spent.values()):.0f} s, and {sum(more.values()):.0f} s for 32 layers."]
     else:
-        lines += ["", " ".join(f"{name} {seconds:.0f} s;" for name, seconds in result["spent"].items())]
+        lines += ["", " ".join(f"{name} {seconds:.0f} s;" for name, seconds in result.get("spent", {}).items())]
     if "quality" in result:
         rows = [(name, f"{one['ratio']:.4f} ± {one['standard_error']:.4f}") for name, one in result["quality"].items()]
         lines += ["", *_table(("text", "perplexity, x source"), rows)]

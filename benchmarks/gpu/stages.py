@@ -29,6 +29,7 @@ from rates import heal_rates
 from transformers import DeepseekV3ForCausalLM as StockForCausalLM
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from weights import pack
 
 import transmla
 from transmla.checkpoint.provenance import commit, versions
@@ -57,6 +58,7 @@ class Run:
     data: Path | None
     out: Path
     end: float
+    refine: str
     keep: Callable[[Any], None]
 
     @property
@@ -96,7 +98,7 @@ def run_one(name: str, args: Namespace) -> None:
         partial.rename(path)
 
     source = args.source if args.source is not None and not args.tiny else "stories260k"
-    run = Run(device, args.tiny, source, args.data, args.out, time.monotonic() + args.seconds - 3, keep)
+    run = Run(device, args.tiny, source, args.data, args.out, time.monotonic() + args.seconds - 3, args.refine, keep)
     keep(_STAGES[name](run))
 
 
@@ -662,28 +664,33 @@ def _convert(run: Run, name: str, latent: int, rope: int, refine: str) -> dict[s
 
 
 def convert_96_32(run: Run) -> dict[str, Any]:
-    return _convert(run, "96-32", 96, 32, "full")
+    return _convert(run, "96-32", 96, 32, run.refine)
 
 
 def convert_160_32(run: Run) -> dict[str, Any]:
-    return _convert(run, "160-32", 160, 32, "full")
+    return _convert(run, "160-32", 160, 32, run.refine)
 
 
 def heal(run: Run) -> dict[str, Any]:
     """As many tokens as the time allows, and the texts before (of the conversion) and after."""
     found: dict[str, Any] = {}
     folder, target = run.work / "96-32", run.work / "96-32-healed"
-    wiki, docs = _mix(run), (run.data / "docs.txt" if run.data is not None else Path("docs.txt"))
-    data = (
-        f"{wiki}:3+{docs}:8+synthetic:2+continued+code:2"
-        if docs.is_file()
-        else f"{wiki}:3+synthetic:6+continued+code:2"
-    )
-    window, batch = (128, 4) if run.tiny else (1024, 16)
-    tokens = 4096 if run.tiny else healing_tokens(min(run.left - 15, 300), 55_000)
+    wiki, rest = _mix(run), "synthetic:3+continued:2+code"
+    more = {name: run.data / f"{name}.txt" for name in ("docs", "modules")} if run.data is not None else {}
+    data = "+".join(
+        [f"{wiki}:3", rest, *(f"{more[name]}:{share}" for name, share in (("docs", 8), ("modules", 2))
+                              if name in more and more[name].is_file())]
+    )  # fmt: skip
+    watched = next(iter(texts(run.data).values()))
+    if run.tiny:  # the model that ships knows nothing but stories
+        data, watched = "stories", "tinystories-valid"
+    window, batch = (128, 4) if run.tiny else (1024, 32)
+    compiled, rate = _fastest(run)
+    found |= {"compiled": compiled, "data": data.replace(str(run.data), "DATA")}
+    tokens = 16384 if run.tiny else healing_tokens(min(run.left - 30, 300), rate, fixed=75.0 if compiled else 45.0)
     report = transmla.heal(
         folder, target, source=run.source, device=str(run.device), tokens=tokens, window=window, batch=batch,
-        micro=batch, rate=1e-3, data=data, watch=next(iter(texts(run.data).values())),
+        micro=batch, compile=compiled, rate=5e-3 if run.tiny else 1.4e-3, data=data, watch=watched,
         evaluations=2 if run.tiny else 8, heldout=2 if run.tiny else 8, restart=True, progress=_watch(run, found),
     )  # fmt: skip
     found |= {"tokens": report.tokens, "distinct": report.distinct, "passes": list(report.passes.values())}
@@ -695,7 +702,24 @@ def heal(run: Run) -> dict[str, Any]:
     found["loss"] = [[one["tokens"], one["loss"]] for one in curve["train"]]
     run.keep(found)
     _quality(run, target, found)
+    if not run.tiny:
+        pack(target, run.source, run.out / "back", 15 * 2**20)
     return found
+
+
+def _fastest(run: Run) -> tuple[bool, float]:
+    """Whether compiled layers pay, and tokens per second, as heal-rate has found; else those of the first visit."""
+    try:
+        record = json.loads((run.out / "stages" / "heal-rate.json").read_text("utf-8"))
+        rates = {
+            bool(row["compiled"]): row["tokens_per_second"]
+            for row in record["result"]["rows"]
+            if row["train"] == "attention" and set(row["compiled"]) in (set(), {"layers", "loss"})
+        }
+    except (OSError, ValueError, KeyError):
+        rates = {}
+    plain, compiled = rates.get(False, 55_000.0), rates.get(True, 0.0)
+    return (True, compiled) if compiled > 1.15 * plain else (False, plain)
 
 
 def convert_8b(run: Run) -> dict[str, Any]:

@@ -273,7 +273,7 @@ class Count(click.ParamType[int]):
     "--compile",
     is_flag=True,
     default=None,
-    help="Compile layers and loss first: faster on a GPU, after a minute.",
+    help="Run layers and loss through torch.compile.",
     group="Machine",
 )
 @option(

@@ -30,7 +30,15 @@ from transmla.healing.pace import multiply_adds, times_floor
 from transmla.healing.prepare import Preparation, is_sharded, packed_texts
 from transmla.healing.result import write_healed
 from transmla.healing.schedule import Schedule, learning_rate, rest_rate, schedule
-from transmla.healing.student import compile_layers, halve_frozen, plain, select_trained, share_frozen, teach, with_adapters
+from transmla.healing.student import (
+    compile_layers,
+    halve_frozen,
+    plain,
+    select_trained,
+    share_frozen,
+    teach,
+    with_adapters,
+)
 from transmla.healing.teacher import Judged, OnlineTeacher
 from transmla.healing.train import Trained, autocast, distil
 from transmla.healing.weights import context_of, open_trainable, prepare_weights, weights_of
