@@ -5,8 +5,8 @@ Of the unfolded form, in which everything but the attention is the source's own.
     python benchmarks/gpu/weights.py pack FOLDER SOURCE OUT [--mebibytes 15]
     python benchmarks/gpu/weights.py unpack PARTS SOURCE FOLDER
 
-FOLDER: a converted folder;  SOURCE: its source, a folder or GGUF, on both machines. `pack` writes weights-1, weights-2 ...
-and the other files of FOLDER in one archive; `unpack` makes the unfolded FOLDER of them, for `transmla fold`.
+FOLDER: a converted folder;  SOURCE: its source, a folder or GGUF, on both machines. `pack` writes weights-1, weights-2
+... and the other files of FOLDER in one archive; `unpack` makes the unfolded FOLDER of them, for `transmla fold`.
 """
 
 from __future__ import annotations

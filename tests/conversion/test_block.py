@@ -29,7 +29,7 @@ def converted(layer: SourceLayer, streams: Streams) -> MlaWeights:
     mla = fit_layer(layer.gqa.to(dtype=torch.float64), moments, 8, 4, 10000.0, ClosedForm()).mla.to(dtype=torch.float32)
     heads = converted_heads(layer, mla, streams)
     advance_source(layer, streams)
-    advance_converted(layer, mla, heads.out_NTF, streams)
+    advance_converted(layer, mla, heads, streams)
     return mla
 
 

@@ -50,18 +50,12 @@ def test_both_streams_behind_a_layer(layer: SourceLayer, device: torch.device) -
     out_TD = gqa_naive(here.into_attention(source_TD).double(), gqa, positions).float()
     assert relative(streams.source_NTD[2], here.past_attention(source_TD, out_TD)) < 1e-5
     heads = converted_heads(layer, mla, streams)
-    advance_converted(layer, mla, heads.out_NTF, streams)
+    advance_converted(layer, mla, heads, streams)
     mla, x_hat_TD = mla.to(device="cpu"), here.into_attention(converted_TD).double()
     for at, wrong in ((positions, False), (None, True)):
         out_TD = mla_naive(x_hat_TD, mla, at).float()
         error = relative(streams.converted_NTD[2], here.past_attention(converted_TD, out_TD))
         assert (error > 1e-3) if wrong else (error < 1e-5)
-
-
-def test_latent_peak_is_the_largest_token(layer: SourceLayer, streams: Streams) -> None:
-    mla = fitted(layer, streams, 12)
-    latent_NTr = layer.into_attention(streams.converted_NTD).double() @ mla.kv_down_rD.T
-    assert converted_heads(layer, mla, streams).latent_peak == pytest.approx(float(latent_NTr.square().mean(-1).max()))
 
 
 def repaired(layer: SourceLayer, mla: MlaWeights, heads_NTF: torch.Tensor, streams: Streams, *ridges: float) -> Any:
@@ -79,7 +73,7 @@ def test_repair_lowers_the_fitted_loss(model_type: str, rank: int) -> None:
     _, layer = model_and_layer(**sizes)
     streams = random_streams(windows=30, tokens=16, heldout=10, gap=40)
     mla = layer.complete(fitted(layer, streams, rank))
-    heads_NTF = converted_heads(layer, mla, streams).out_NTF
+    heads_NTF = converted_heads(layer, mla, streams)
     trials = repaired(layer, mla, heads_NTF, streams, 1e9, 1.0, 1e-2, 1e-4)
     losses = []
     for trial in (mla, *trials):
@@ -97,7 +91,7 @@ def test_a_repair_of_few_tokens_is_held_back(model_type: str) -> None:
     _, layer = model_and_layer(heads=4, head_dim=16, model_type=model_type)
     streams = random_streams(windows=60, tokens=16, heldout=56)
     mla = layer.complete(fitted(layer, streams, 12))
-    heads_NTF = converted_heads(layer, mla, streams).out_NTF
+    heads_NTF = converted_heads(layer, mla, streams)
     repair = Repair(layer, mla, heads_NTF, streams)
     advance_source(layer, streams, repair.see)
     assert 48 < mla.o_DHv.shape[1] == 64
@@ -125,7 +119,7 @@ def test_several_windows_at_once(layer: SourceLayer, monkeypatch: pytest.MonkeyP
             starts = [(one.start, one.stop) for one in places]
             assert starts == [(0, 5), (5, 12), (12, 15), (15, 20), (20, 27), (27, 30)]
         mla = fitted(layer, streams, 12)
-        heads_NTF = converted_heads(layer, mla, streams).out_NTF
+        heads_NTF = converted_heads(layer, mla, streams)
         repair = Repair(layer, mla, heads_NTF, streams)
         advance_source(layer, streams, repair.see)
         repaired_DHv = repair.fitted((1e-2,))[0].o_DHv
@@ -137,7 +131,7 @@ def test_several_windows_at_once(layer: SourceLayer, monkeypatch: pytest.MonkeyP
 
 def test_repair_never_sees_held_out_windows(layer: SourceLayer, streams: Streams) -> None:
     mla = fitted(layer, streams, 12)
-    heads_NTF = converted_heads(layer, mla, streams).out_NTF
+    heads_NTF = converted_heads(layer, mla, streams)
 
     def found() -> torch.Tensor:
         behind = replace(streams, source_NTD=streams.source_NTD.clone())

@@ -24,9 +24,12 @@ from transmla.maths.fold import (
     fold_attention,
     fold_layer,
     interleaved_order,
+    largest_mean_square,
     latent_scale,
+    latent_scales,
     residual_scale,
     unfold_layer,
+    unfolded_attention,
 )
 from transmla.maths.reference import mla_naive
 from transmla.targets.stock import deepseek_v3_config
@@ -171,6 +174,44 @@ def test_latent_scale(peak: float) -> None:
     assert math.log2(scale).is_integer()
     assert scale**2 * peak / (2 * EPS) < MAX_NORM_DEVIATION
     assert scale == LARGEST_LATENT_SCALE or (2 * scale) ** 2 * peak / (2 * EPS) >= MAX_NORM_DEVIATION
+
+
+@pytest.mark.parametrize(("rows", "exact"), [(5, True), (24, True), (24, False)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_no_token_has_a_larger_latent(rows: int, exact: bool, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that a norm can give, also the one that reaches the bound; one layer's worst token is not in any text."""
+    if not exact:
+        monkeypatch.setattr(fold, "MAX_EXACT_ROWS", 3)
+    weight_rD, gain_D = lively(rows, 16, seed=4), 1 + lively(16, seed=5)
+    bias_r = lively(rows, seed=6) if biased else None
+    bound = largest_mean_square(weight_rD, gain_D, bias_r)
+
+    def size(x_D: Tensor) -> float:
+        x_D = x_D / x_D.square().mean().sqrt()
+        c_r = weight_rD @ (gain_D * x_D) + (0.0 if bias_r is None else bias_r)
+        return float(c_r.square().mean())
+
+    worst_D = torch.linalg.svd(weight_rD * gain_D).Vh[0]
+    assert (
+        max(size(lively(16, seed=seed)) for seed in range(7, 50)) < max(size(worst_D), size(-worst_D)) <= bound + 1e-9
+    )
+    if exact and not biased:
+        assert size(worst_D) == pytest.approx(bound)
+    diagonal = torch.diag(gain_D)
+    assert largest_mean_square(diagonal, torch.ones(16)) == pytest.approx(float(gain_D.abs().max()) ** 2)
+
+
+def test_scales_of_a_layer() -> None:
+    """Of its latent and that of its queries, as they are behind the gain of the input."""
+    mla = replace(mla_weights(q_rank=9), **BIASES)
+    tensors = unfolded_attention(mla) | {"input_layernorm.weight": torch.full((24,), 3.0, dtype=torch.float64)}
+    scale, query_scale = latent_scales(tensors, 10)
+    assert scale == latent_scale(largest_mean_square(3 * mla.kv_down_rD, torch.ones(24)))
+    query = largest_mean_square(
+        tensors["self_attn.q_a_proj.weight"], torch.full((24,), 3.0), tensors["self_attn.q_a_proj.bias"]
+    )
+    assert query_scale == latent_scale(query)
+    assert latent_scales(unfolded_attention(mla_weights()) | {"input_layernorm.weight": torch.ones(24)}, 10)[1] is None
 
 
 def test_latent_scale_of_nothing() -> None:

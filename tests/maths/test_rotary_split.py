@@ -13,7 +13,14 @@ from transmla.maths import rotary_split as module
 from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies, mla_attention, rotate
 from transmla.maths.closed_form import ClosedForm, fit_layer
 from transmla.maths.reference import gqa_naive, mla_naive
-from transmla.maths.rotary_split import RotarySplit, chosen_frequencies, mean_turn, nearest_pairs, rotary_split
+from transmla.maths.rotary_split import (
+    RotarySplit,
+    chosen_frequencies,
+    mean_turn,
+    nearest_pairs,
+    rotary_split,
+    unit_keys,
+)
 
 # rank pressure under which no pair is left to the latent for turning with another frequency
 ALL_PAIRS = 10.0
@@ -210,6 +217,23 @@ def test_pairs_that_would_turn_wrongly_stay_in_the_latent(
 
     assert loses_something(split(gqa, 2, **at_distance(gqa, 0)))
     assert not loses_something(split(gqa, 2, **at_distance(gqa, 3)))
+
+
+@pytest.mark.parametrize("distance", [0, 3])
+def test_keys_of_unit_size_change_no_score(distance: int) -> None:
+    gqa = gqa_weights(groups=2)
+    moment_DD = moments(gqa).converted_DD
+    found = split(gqa, 4, **at_distance(gqa, 3))
+    even = unit_keys(found, moment_DD)
+
+    def squares(one: RotarySplit) -> Tensor:
+        return (one.k_rope_eD @ moment_DD * one.k_rope_eD).sum(1).unflatten(0, (2, -1)).mean(0)
+
+    assert squares(even) == pytest.approx(torch.ones(2)) and squares(found) != pytest.approx(torch.ones(2), rel=0.1)
+    x_D, y_D = lively(gqa.q_HdD.shape[2], seed=31), lively(gqa.q_HdD.shape[2], seed=32)
+    assert relative(scores(gqa, even, x_D, y_D, distance)[1], scores(gqa, found, x_D, y_D, distance)[1]) < 1e-12
+    nothing = unit_keys(replace(found, k_rope_eD=0 * found.k_rope_eD), moment_DD)
+    assert not nothing.k_rope_eD.any() and torch.equal(nothing.q_rope_HeD, found.q_rope_HeD)
 
 
 def test_queries_decide_what_is_carried() -> None:

@@ -34,7 +34,7 @@ def unfold_command(model: str, out: str, dtype: str, quiet: bool) -> None:
 @command("fold", "transmla fold TRAINED OUT2")
 @click.argument("model", metavar="MODEL")
 @click.argument("out", metavar="OUT")
-@option("--text", metavar="TEXT", default="wikitext", help="On which the size of the latents is measured.")
+@option("--text", metavar="TEXT", default="wikitext", help="Of which a piece is run through both forms.")
 @option("--dtype", type=click.Choice(DTYPES), default="auto", help="Dtype of the written weights; auto: that of MODEL.")
 @device
 @quiet

@@ -62,7 +62,7 @@ def fit_layers(run: Run, streams: Streams, theta: float | None) -> tuple[LayerRe
         else:
             mla, report = kept[0], LayerReport(**kept[1])
             advance_source(layer, streams)
-            advance_converted(layer, mla, converted_heads(layer, mla, closed).out_NTF, closed)
+            advance_converted(layer, mla, converted_heads(layer, mla, closed), closed)
         del layer  # before the next one is read
         reports.append(report)
         run.progress("convert layers", index + 1, total, f"stream error {report.stream_loss_heldout:.2%} held out")
@@ -84,7 +84,7 @@ def _fit(
     gqa = layer.gqa.to(dtype=torch.float64)
     fitted = fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank)
     mla = layer.complete(fitted.mla)
-    heads_NTF = converted_heads(layer, mla, closed).out_NTF
+    heads_NTF = converted_heads(layer, mla, closed)
     repair, before = Repair(layer, mla, heads_NTF, closed), len(streams.indices) - len(closed.indices)
 
     def see(places: slice, stream_BTD: Tensor, out_BTD: Tensor) -> None:

@@ -27,7 +27,7 @@ from transmla.conversion.distil import BlockReport, distil_layers
 from transmla.conversion.fit import LayerReport, fit_layers
 from transmla.conversion.kept import KeptLayers
 from transmla.conversion.levels import LEVELS, Refinement, with_batch
-from transmla.conversion.measure import HeldoutNats, Measured, measure
+from transmla.conversion.measure import HeldoutNats, measure
 from transmla.conversion.plan import Plan, plan, target_config
 from transmla.conversion.run import Run
 from transmla.conversion.search import Trial, find_latent
@@ -165,7 +165,7 @@ def convert(
         written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return ConversionReport(
         run.plan, target, fitted.theta, fitted.theta_losses, fitted.layers, fitted.blocks, scales,
-        fitted.measured.heldout, tried, splits, text.ids_NT.numel(), verified, time.monotonic() - started, written,
+        fitted.heldout, tried, splits, text.ids_NT.numel(), verified, time.monotonic() - started, written,
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ class _Fitted:
     theta_losses: dict[float, list[float]]
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
-    measured: Measured
+    heldout: HeldoutNats
 
 
 def _fit(run: Run) -> _Fitted:
@@ -198,8 +198,8 @@ def _searched(run: Run) -> tuple[Run, tuple[Trial, ...], _Fitted]:
         if (kept := candidate.kept.values("trial")) is not None:
             return HeldoutNats(**kept)
         found[latent] = _fit(candidate)
-        candidate.kept.save("trial", asdict(found[latent].measured.heldout))
-        return found[latent].measured.heldout
+        candidate.kept.save("trial", asdict(found[latent].heldout))
+        return found[latent].heldout
 
     def forget(latent: int) -> None:
         run.with_latent(latent).kept.forget_layers()
@@ -227,7 +227,7 @@ def _write(
     run = replace(run, processes=ALONE, kept=replace(run.kept, processes=ALONE))
     (embedded_TD,) = run.model.embed(text.ids_NT[-1:])
     witness = Witness(text.ids_NT[-1], embedded_TD)
-    scales = write_weights(run, witness, fitted.measured, writer)
+    scales = write_weights(run, witness, writer)
     config = target_config(planned, fitted.theta, witness.inv_freq_LM, tied=run.model.tied)
     losses = {f"{theta:g}": found for theta, found in fitted.theta_losses.items()}
     sections = {
@@ -241,7 +241,7 @@ def _write(
             "sha256": text.digest,
         },
         "computed": {"device": run.device.type, "forward_dtype": str(run.compute), "processes": num_processes},
-        "heldout": asdict(fitted.measured.heldout),
+        "heldout": asdict(fitted.heldout),
         "tried": [vars(trial) for trial in tried],
         "splits": [asdict(split) for split in splits],
         "layers": _with_scales(fitted.layers, scales),

@@ -160,16 +160,6 @@ def allocate(shape: tuple[int, ...], kept_in: Path | torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ConvertedHeads:
-    """Head outputs float32 [N, T, F] on the CPU; the largest mean square of one token's latent, and of its queries'
-    latent (0 where they have none)."""
-
-    out_NTF: Tensor
-    latent_peak: float
-    query_peak: float
-
-
-@dataclass(frozen=True)
 class StreamLoss:
     """Squared error of the converted stream over squared size of the source's, mean over tokens."""
 
@@ -262,31 +252,16 @@ def advance_source(
         streams.source_NTD[places] = passed_BTD.to(streams.source_NTD.device)
 
 
-def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> ConvertedHeads:
-    """Run the converted attention on the converted stream, without o_proj."""
+def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> Tensor:
+    """Head outputs [N, T, F] of the converted attention on its own stream, float32, kept where the streams are."""
     mla = mla.to(dtype=torch.float32, device=streams.device)
     heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.kept_in)
-    peaks_2 = torch.zeros(2, device=streams.device)
     for places, _, converted_BTD in streams.batches(source=False):
         x_hat_BTD = layer.into_attention(converted_BTD)
         with streams.computing():
             heads_BTF = layer.latent_heads(x_hat_BTD, mla, streams.positions(places))
             heads_NTF[places] = heads_BTF.to(heads_NTF)
-            if mla.encoder is None:
-                latents = [x_hat_BTD @ mla.kv_down_rD.T, *_queries_latent(x_hat_BTD, mla)]
-                for number, latent_BTk in enumerate(latents):
-                    largest = latent_BTk.float().square().mean(-1).max()
-                    peaks_2[number] = torch.maximum(peaks_2[number], largest)
-    of_all = streams.processes.gather({streams.processes.rank: tuple(peaks_2.tolist())}).values()
-    return ConvertedHeads(heads_NTF, *(max(column) for column in zip(*of_all, strict=True)))
-
-
-def _queries_latent(x_hat_BTD: Tensor, mla: MlaWeights) -> list[Tensor]:
-    """What the folded queries read through a norm, see maths/fold.py; nothing if they have no latent."""
-    if mla.q_down_qD is None and mla.q_nope_bias_Hn is None:
-        return []
-    read_BTq = x_hat_BTD if mla.q_down_qD is None else x_hat_BTD @ mla.q_down_qD.T
-    return [read_BTq if mla.q_nope_bias_Hn is None else with_one(read_BTq)]
+    return heads_NTF
 
 
 def advance_converted(layer: SourceLayer, mla: MlaWeights, heads_NTF: Tensor, streams: Streams) -> None:

@@ -16,11 +16,12 @@ from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.provenance import versions, write_provenance
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.conversion.card import model_card
-from transmla.conversion.measure import Measured, final_stage
+from transmla.conversion.measure import final_stage
 from transmla.conversion.run import Run
 from transmla.conversion.verify import Witness
 from transmla.errors import SourceError
-from transmla.maths.fold import INPUT_NORM_GAIN, fold_attention, latent_scale, residual_scale
+from transmla.maths.attention import MlaWeights
+from transmla.maths.fold import INPUT_NORM_GAIN, fold_layer, latent_scales, residual_scale, unfolded_attention
 from transmla.model.layer import SourceLayer
 from transmla.targets.own import own_attention
 from transmla.targets.stock import MODELING_FILE, modeling_source
@@ -28,20 +29,20 @@ from transmla.targets.stock import MODELING_FILE, modeling_source
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def write_weights(run: Run, witness: Witness, measured: Measured, writer: CheckpointWriter) -> tuple[float, ...]:
+def write_weights(run: Run, witness: Witness, writer: CheckpointWriter) -> tuple[float, ...]:
     """Write every tensor in the form that is planned; the witness passes all of them. Returns the latent scales, if the
     form is folded."""
     folded, dtype = run.plan.form == "deepseek_v3", DTYPES[run.plan.dtype]
     residual = residual_scale(run.model.eps) if folded else 1.0
-    scales = tuple(latent_scale(peak) for peak in measured.latent_peaks)
+    scales = []
     total = run.plan.mla.num_hidden_layers
     for index in range(total):
         layer = run.model.layer(index)
         (mla,) = run.kept.layers([index], final_stage(run))
         witness.advance(layer, mla)
         if folded:
-            query_scale = latent_scale(measured.query_peaks[index])
-            tensors = _folded(layer, fold_attention(mla, scales[index], residual, query_scale), residual)
+            tensors, scale = _folded(layer, mla, residual)
+            scales.append(scale)
         else:
             attention = own_attention(mla, layer.order_d)
             tensors = {f"{layer.family.attention}.{name}": value for name, value in attention.items()}
@@ -53,18 +54,21 @@ def write_weights(run: Run, witness: Witness, measured: Measured, writer: Checkp
     _write_ends(run, residual, dtype, writer)
     writer.close_shards()
     witness.finish(run.model.ends(torch.float32, witness.vocabulary_K))
-    return scales if folded else ()
+    return tuple(scales)
 
 
-def _folded(layer: SourceLayer, attention: dict[str, Tensor], residual: float) -> dict[str, Tensor]:
-    tensors = {f"self_attn.{name}": tensor for name, tensor in attention.items()}
-    others = layer.other_tensors
+def _folded(layer: SourceLayer, mla: MlaWeights, residual: float) -> tuple[dict[str, Tensor], float]:
+    """All tensors of a layer, and its latent scale."""
+    others, attention = layer.other_tensors, unfolded_attention(mla)
+    rank = len(mla.kv_down_rD)
+    scale, query_scale = latent_scales(attention | {"input_layernorm.weight": others["input_layernorm.weight"]}, rank)
+    tensors = fold_layer(attention, rank, residual, scale, query_scale)
     if (fused := others.pop("mlp.gate_up_proj.weight", None)) is not None:
         others["mlp.gate_proj.weight"], others["mlp.up_proj.weight"] = fused.chunk(2)
     for name, tensor in others.items():
         factor = {"input_layernorm.weight": INPUT_NORM_GAIN, "mlp.down_proj.weight": residual}.get(name, 1.0)
         tensors[name] = tensor * factor
-    return tensors
+    return tensors, scale
 
 
 def _write_ends(run: Run, residual: float, dtype: torch.dtype, writer: CheckpointWriter) -> None:

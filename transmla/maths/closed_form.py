@@ -12,7 +12,7 @@ from torch import Tensor
 from transmla.maths.attention import GqaWeights, MlaWeights
 from transmla.maths.low_rank import Block, joint_low_rank
 from transmla.maths.refit import chosen_ridge, stream_map
-from transmla.maths.rotary_split import RANK_PRESSURE, RotarySplit, rotary_split
+from transmla.maths.rotary_split import RANK_PRESSURE, RotarySplit, rotary_split, unit_keys
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ def fit_layer(
         theta,
         method.rank_pressure,
     )
+    split = unit_keys(split, moments.converted_DD)
     # key errors count by the attention that tokens receive, value errors by what they add up to under attention
     attended_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
     if gqa.biased:

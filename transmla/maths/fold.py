@@ -1,5 +1,5 @@
 """Latent attention without a latent norm, written as a deepseek_v3 block that must have one. All steps are exact
-but the first, whose relative error is bounded by `latent_scale`.
+but the first, whose relative error `latent_scale` bounds for every token that there can be.
 
 1. RMSNorm(s c; eps) = s c / sqrt(eps) as long as mean((s c)^2) << eps: scale the latent rows by s and put
    sqrt(eps) / s into the norm's weight.
@@ -30,6 +30,8 @@ INPUT_NORM_GAIN = 2.0**-7
 MAX_NORM_DEVIATION = 1e-3
 # 2^-17 = 7.6e-6: deviation 3e-5 for a latent of unit mean square
 LARGEST_LATENT_SCALE = 2.0**-17
+# rows of a matrix up to which its largest singular value is computed, and not only bounded
+MAX_EXACT_ROWS = 2048
 
 
 def residual_scale(rms_norm_eps: float) -> float:
@@ -40,10 +42,43 @@ def residual_scale(rms_norm_eps: float) -> float:
 def latent_scale(max_mean_square: float) -> float:
     """The largest power of two s with s^2 * max_mean_square / (2 EPS) < MAX_NORM_DEVIATION.
 
-    max_mean_square: the largest mean of c^2 over the latent of one token, seen in calibration
+    max_mean_square: the largest mean of c^2 over the latent of one token, see `largest_mean_square`
     """
     bound = math.sqrt(MAX_NORM_DEVIATION * 2 * EPS / max(max_mean_square, 1e-30))
     return min(LARGEST_LATENT_SCALE, 2.0 ** math.floor(math.log2(bound)))
+
+
+def largest_mean_square(weight_rD: Tensor, gain_D: Tensor, bias_r: Tensor | None = None) -> float:
+    """A bound of the mean of c^2 over c = W (g x) + b, for all x that an RMSNorm with the gain g can give: the mean of
+    x^2 is at most 1, so that |c| <= sigma_max(W diag g) sqrt(D) + |b|.
+
+    Reached by x along the singular vector. Of more than `MAX_EXACT_ROWS` rows, sigma_max^2 is bounded by the product of
+    the largest sums of rows and of columns, which is exact for a diagonal.
+    """
+    read_rD = (weight_rD * gain_D).double()
+    if min(read_rD.shape) <= MAX_EXACT_ROWS:
+        gram = read_rD @ read_rD.T if read_rD.shape[0] <= read_rD.shape[1] else read_rD.T @ read_rD
+        square = float(torch.linalg.eigvalsh(gram)[-1])
+    else:
+        square = float(read_rD.abs().sum(0).max() * read_rD.abs().sum(1).max())
+    offset = 0.0 if bias_r is None else float(bias_r.double().norm())
+    return (math.sqrt(max(square, 0.0) * read_rD.shape[1]) + offset) ** 2 / read_rD.shape[0]
+
+
+def latent_scales(tensors: Mapping[str, Tensor], rank: int) -> tuple[float, float | None]:
+    """`latent_scale` of the latent of an unfolded decoder layer, and that of its queries' latent if they have one.
+
+    tensors: by their stock names, with "self_attn.", and the input_layernorm; as `fold_layer` takes them;  rank:
+             kv_lora_rank
+    """
+    gain_D = tensors["input_layernorm.weight"]
+    bias = tensors.get("self_attn.kv_a_proj_with_mqa.bias")
+    down_rD = tensors["self_attn.kv_a_proj_with_mqa.weight"][:rank]
+    scale = latent_scale(largest_mean_square(down_rD, gain_D, None if bias is None else bias[:rank]))
+    query_qD = tensors.get("self_attn.q_a_proj.weight")
+    if query_qD is None:
+        return scale, None
+    return scale, latent_scale(largest_mean_square(query_qD, gain_D, tensors.get("self_attn.q_a_proj.bias")))
 
 
 def fold_attention(
@@ -55,6 +90,12 @@ def fold_attention(
     query_scale: the scale of the queries' latent where they have one, which has a norm as well; with a bias they do
     Where `mla` has biases, so have q_a_proj (where there is one), kv_a_proj_with_mqa and o_proj.
     """
+    folded = fold_layer(unfolded_attention(mla), len(mla.kv_down_rD), residual, scale, query_scale)
+    return {name.removeprefix("self_attn."): tensor for name, tensor in folded.items()}
+
+
+def unfolded_attention(mla: MlaWeights) -> dict[str, Tensor]:
+    """The same before they are folded, with "self_attn.", for `latent_scales` and `fold_layer`."""
     nope = mla.q_nope_HnD.shape[1]
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
     order = interleaved_order(rope).to(mla.k_rope_eD.device)
@@ -80,8 +121,7 @@ def fold_attention(
         bias = torch.cat([mla.q_nope_bias_Hn, mla.q_rope_bias_He[:, order]], dim=1)
         tensors[f"{last}.bias"] = bias.flatten() * softmax
     named = {f"self_attn.{name}": tensor for name, tensor in tensors.items()}
-    folded = fold_layer(constant_query(named) if biased else named, rank, residual, scale, query_scale)
-    return {name.removeprefix("self_attn."): tensor for name, tensor in folded.items()}
+    return constant_query(named) if biased else named
 
 
 def constant_query(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ Shape legend: see transmla/maths/__init__.py. K = G d, all source keys of a toke
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,6 +109,18 @@ def rotary_split(
         [_leftover(still_P, head // heads_per_group, captured) for head, still_P in enumerate(still_HP)]
     )
     return RotarySplit(_as_real(k_rope_MD), _as_real(q_rope_HMD), leftover, inv_freq_M)
+
+
+def unit_keys(split: RotarySplit, moment_DD: Tensor) -> RotarySplit:
+    """The same with pairs of the rotary key that have a mean square of 1, as latents do; the queries take the factors,
+    so that no score changes. Numbers of eight bits, and blocks of them that share a scale, have room for one size only.
+
+    moment_DD: second moment of the input, E[x x^T]
+    """
+    square_e = torch.einsum("eD,DE,eE->e", split.k_rope_eD, moment_DD, split.k_rope_eD)
+    size_e = square_e.unflatten(0, (2, -1)).mean(0).clamp_min(0).sqrt().repeat(2)
+    size_e1 = torch.where(size_e > 0, size_e, 1.0)[:, None]  # a pair that nothing is in stays so
+    return replace(split, k_rope_eD=split.k_rope_eD / size_e1, q_rope_HeD=split.q_rope_HeD * size_e1)
 
 
 def chosen_frequencies(

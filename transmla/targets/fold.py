@@ -21,13 +21,12 @@ from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named
 from transmla.errors import UnsupportedError
-from transmla.maths.attention import with_one
 from transmla.maths.fold import (
     EPS,
     biased_query,
     constant_query,
     fold_layer,
-    latent_scale,
+    latent_scales,
     residual_scale,
     unfold_layer,
 )
@@ -40,7 +39,6 @@ from transmla.targets.stock import ARCHITECTURE, MODELING_FILE, expected_tensors
 from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
 from transmla.text.windows import windows
 
-NUM_WINDOWS, WINDOW = 4, 512
 # config keys that differ between the two forms, with their values in the folded form
 _FOLDED = {
     "model_type": "deepseek_v3",
@@ -108,7 +106,7 @@ def fold(
 ) -> Path:
     """Write the unfolded folder `model`, trained or not, in the stock form to the new folder `out`; return its path.
 
-    text:     text on which the largest latent of each layer is measured, which bounds the scale of that layer
+    text:     text of which a piece is run through both forms, to compare them
     dtype:    of the written weights: "float32", "bfloat16", "float16", or "auto" for the dtype of `model`
     device:   where the model is run
     progress: called as progress(stage, done, total, remark)
@@ -133,21 +131,19 @@ def fold_into(
     """
     model_tokenizer = tokenizer(source)
     ids = model_tokenizer(
-        read_text(text, NUM_WINDOWS * WINDOW * CHARACTERS_PER_TOKEN, evaluation=True),
+        read_text(text, 2 * WITNESS_TOKENS * CHARACTERS_PER_TOKEN, evaluation=True),
         add_special_tokens=False,
         verbose=False,
     ).input_ids
-    window = min(WINDOW, source.config["max_position_embeddings"], len(ids) // 2)
-    ids_NT = windows(ids, NUM_WINDOWS * window, window, name=text).ids_NT
-    witness_ids = ids_NT[-1:, :WITNESS_TOKENS]
-    peaks, expected_TV = _observe(source.path, ids_NT, witness_ids, device, progress)
+    window = min(WITNESS_TOKENS, source.config["max_position_embeddings"], len(ids) // 2)
+    witness_ids = windows(ids, 2 * window, window, name=text).ids_NT[-1:]
+    expected_TV = _logits(source.path, witness_ids, device)
     config = source.config
     residual = residual_scale(float(config["rms_norm_eps"]))
 
-    def layer(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        scale, query_scale = (latent_scale(peak) for peak in peaks[index])
-        tensors = constant_query(tensors) if config.get("query_bias") else tensors
-        return fold_layer(tensors, config["kv_lora_rank"], residual, scale, query_scale)
+    def layer(_: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors, rank = constant_query(tensors) if config.get("query_bias") else tensors, config["kv_lora_rank"]
+        return fold_layer(tensors, rank, residual, *latent_scales(tensors, rank))
 
     folded_config = flat_rotary(config) | _FOLDED
     folded_config |= {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
@@ -225,36 +221,11 @@ def _write(
 
 
 @torch.no_grad()
-def _observe(
-    folder: Path, ids_NT: Tensor, witness_1T: Tensor, device: str, progress: Progress
-) -> tuple[list[tuple[float, float]], Tensor]:
-    """What folding has to know about the unfolded model: the size of its latents, and logits to compare with.
-
-    Returns the largest mean square that the latent of a token has, and that of its queries' latent as it is folded, for
-    each layer; then the logits of the witness tokens, float64 [T, V].
-    """
+def _logits(folder: Path, witness_1T: Tensor, device: str) -> Tensor:
+    """Of the unfolded model, to compare with: float64 [T, V] on the CPU."""
     model = load(folder, dtype=torch.float32, device=device)
-    peaks = [[0.0, 1e-30] for _ in model.model.layers]
-    biased = bool(getattr(model.config, "query_bias", False))
-
-    def watch(index: int, which: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Tensor], output: Tensor) -> None:
-            latent = with_one(args[0]) if which and biased else args[0]
-            peaks[index][which] = max(peaks[index][which], float(latent.square().mean(-1).max()))
-
-        return hook
-
-    for index, layer in enumerate(model.model.layers):
-        layer.self_attn.kv_a_layernorm.register_forward_hook(watch(index, 0))
-        if model.config.q_lora_rank is not None:
-            layer.self_attn.q_a_layernorm.register_forward_hook(watch(index, 1))
-        elif biased:
-            layer.self_attn.q_proj.register_forward_hook(watch(index, 1))
-    for number, ids_T in enumerate(ids_NT):
-        model(ids_T[None].to(device), logits_to_keep=1, use_cache=False)
-        progress("measure latents", number + 1, len(ids_NT), "")
-    logits = model(witness_1T.to(device), use_cache=False).logits[0].double().cpu()
-    return [(latent, query) for latent, query in peaks], logits
+    logits: Tensor = model(witness_1T.to(device), use_cache=False).logits[0]
+    return logits.double().cpu()
 
 
 @torch.no_grad()

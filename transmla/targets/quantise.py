@@ -24,7 +24,7 @@ from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named, narrow_dtype
 from transmla.errors import UnsupportedError
 from transmla.maths.coding import coding_basis, lloyd_max, spread_basis
-from transmla.maths.fold import EPS, latent_scale
+from transmla.maths.fold import EPS, largest_mean_square, latent_scale
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.progress import Progress, silent
@@ -74,7 +74,6 @@ class Seen:
     sum_k: Tensor
     count: int = 0
     samples: list[Tensor] = field(default_factory=list)
-    peak: float = 0.0
 
     @classmethod
     def of(cls, width: int, device: torch.device) -> Seen:
@@ -146,7 +145,7 @@ def quantise(
         del loaded
         maps, codes, spread = code_bases(seen, int(config["kv_lora_rank"]), basis, seed)
         levels, distortion = code_levels(seen, maps, codes)
-        _write(source, writer, attention, maps, seen)
+        _write(source, writer, attention, maps)
         code = {
             "basis": basis,
             "layers": [{name: _short(values) for name, values in layer.items()} for layer in codes],
@@ -243,9 +242,6 @@ def code_levels(
     values, weights = [], []
     for layer, (map_rr, _), code in zip(seen, maps, codes, strict=True):
         rank = len(map_rr)
-        # first tokens may have latents far larger than all others
-        for x_Tk in layer.samples:
-            layer.peak = max(layer.peak, float((x_Tk[:, :rank].double() @ map_rr.T).square().mean(1).max()))
         x_Sk = torch.cat([x_Tk[SINK:] for x_Tk in layer.samples])[:LEVEL_TOKENS].double()
         u_Sk = torch.cat([x_Sk[:, :rank] @ map_rr.T, x_Sk[:, rank:]], dim=1)
         z_Sk = (u_Sk - code["mean"]) / code["deviation"]
@@ -270,9 +266,7 @@ def _attention_prefix(config: dict[str, Any]) -> str:
     return f"{base}.layers.{{}}.{module}."
 
 
-def _write(
-    source: Source, writer: CheckpointWriter, attention: str, maps: list[tuple[Tensor, Tensor]], seen: list[Seen]
-) -> None:
+def _write(source: Source, writer: CheckpointWriter, attention: str, maps: list[tuple[Tensor, Tensor]]) -> None:
     """All tensors, with the map in those that write and read the latent."""
     changed: dict[str, Tensor] = {}
     names = set(source.tensors)
@@ -286,7 +280,10 @@ def _write(
         if (norm := f"{prefix}kv_a_layernorm.weight") in names:
             # the norm multiplies by weight / sqrt(eps), and stays that far from being one
             map_rr = map_rr * (read("kv_a_layernorm.weight") / math.sqrt(EPS))
-            scale = latent_scale(seen[index].peak)
+            rows = read("kv_a_proj_with_mqa.weight")[:rank]
+            input_norm = prefix.removesuffix("self_attn.") + "input_layernorm.weight"
+            gain_D = source.read(input_norm, dtype=torch.float32).double()
+            scale = latent_scale(largest_mean_square(map_rr @ rows, gain_D))
             changed[norm] = torch.full((rank,), math.sqrt(EPS) / scale, dtype=torch.float64)
         for name in ("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"):
             if prefix + name in names:
