@@ -17,7 +17,7 @@ from tests.maths.weights import relative
 from transmla.conversion import write
 from transmla.conversion.plan import target_config
 from transmla.maths.attention import MlaWeights
-from transmla.maths.fold import fold_attention
+from transmla.maths.fold import unfolded_attention
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
 from transmla.targets.own import own_attention
@@ -83,11 +83,11 @@ def test_fewer_values_are_those_of_the_own_form(
     """The same weights written in both forms; a latent of queries, which the own form has not, is multiplied out."""
     made: list[MlaWeights] = []
 
-    def noting(mla: MlaWeights, *settings: Any) -> dict[str, torch.Tensor]:
+    def noting(mla: MlaWeights) -> dict[str, torch.Tensor]:
         made.append(mla)
-        return fold_attention(mla, *settings)
+        return unfolded_attention(mla)
 
-    monkeypatch.setattr(write, "fold_attention", noting)
+    monkeypatch.setattr(write, "unfolded_attention", noting)
     source = lively(model_type="qwen2")
     report = run(source, latent=14, rope=6, theta=100.0, q_latent=q_latent)
     planned = replace(report.plan, form="transmla", mla=replace(report.plan.mla, q_lora_rank=None))

@@ -21,7 +21,6 @@ from transmla.maths.fold import (
     MAX_NORM_DEVIATION,
     biased_query,
     constant_query,
-    fold_attention,
     fold_layer,
     interleaved_order,
     largest_mean_square,
@@ -36,6 +35,14 @@ from transmla.targets.stock import deepseek_v3_config
 
 SOURCE = {"vocab_size": 7, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "hidden_act": "silu"}
 X_TD = inputs(10)
+
+
+def fold_attention(
+    mla: MlaWeights, scale: float, residual: float, query_scale: float | None = None
+) -> dict[str, Tensor]:
+    """The attention of a folded layer, without "self_attn."."""
+    folded = fold_layer(unfolded_attention(mla), len(mla.kv_down_rD), residual, scale, query_scale)
+    return {name.removeprefix("self_attn."): tensor for name, tensor in folded.items()}
 
 
 def stock_output(mla: MlaWeights, tensors: dict[str, Tensor], x_TD: Tensor = X_TD) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import math
@@ -13,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from transmla.checkpoint.destination import write_whole
 from transmla.checkpoint.provenance import portable, read_provenance
+from transmla.devices import release
 from transmla.errors import TransmlaError, VerificationError
 from transmla.evaluation.cache import measured_bytes_per_token
 from transmla.evaluation.generation import WAYS, shipped_prompts, written
@@ -105,9 +104,7 @@ class Subject:
     def release(self) -> None:
         """Free its memory."""
         self._model = None
-        gc.collect()
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        release(self.device)
 
 
 def window_length(suite: Suite, tokenizer: Any) -> int:

@@ -22,7 +22,7 @@ from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
-from transmla.devices import named
+from transmla.devices import named, release
 from transmla.errors import GateError, UnsupportedError
 from transmla.healing.choice import check, check_teacher, conversion_of, settings_for, source_of, with_mix
 from transmla.healing.needs import disk_bytes
@@ -167,6 +167,7 @@ def heal(
             work = Journal(target, fingerprint, restart=restart).begin()
             processes.wait()
             trained, passes, of_floor = _train(preparation, plan, work, target, device)
+            release(own_device)  # student and teacher
             write_healed(
                 writer, work, converted, options, trained, source=source_name, num_processes=processes.size,
                 device=str(own_device), progress=tell,

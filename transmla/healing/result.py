@@ -17,6 +17,7 @@ from transmla.checkpoint.provenance import FILE_NAME, portable, read_provenance,
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.conversion.card import shown
+from transmla.devices import release
 from transmla.healing.curves import LOG_FILE, PLOT_FILE, healing_curve, write_curve
 from transmla.healing.prepare import packed_texts
 from transmla.healing.student import with_adapters
@@ -73,13 +74,17 @@ def write_healed(
     entry = portable(entry)
     provenance = read_provenance(parent.path)
     sections = provenance | {"healed": [*provenance.get("healed", []), entry]}
-    model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
     if is_own(parent):
         sections.pop("format", None)
+        model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
         write_own(writer, parent, model, sections, device, progress)
+        del model
     else:
-        _write_folded(writer, work, parent, model, sections, device, progress)
-    del model
+        folder = _write_trained(work, trained, settings, sections)
+        # the model has gone before another one is loaded to be compared with
+        release(device)
+        dtype = str(parent.config.get("dtype") or parent.config.get("torch_dtype") or "float32")
+        fold_into(writer, open_unfolded(folder), text="wikitext", dtype=dtype, device=device, progress=progress)
     card = (parent.path / "README.md").read_text("utf-8") if (parent.path / "README.md").is_file() else ""
     writer.write_text("README.md", card.rstrip() + "\n\n" + _card(entry))
     curve = portable(healing_curve(trained.log, trained.plan.tokens, list(trained.after)))
@@ -91,11 +96,9 @@ def write_healed(
     writer.commit()
 
 
-def _write_folded(
-    writer: CheckpointWriter, work: Path, parent: Source, model: Any, sections: Any, device: str, progress: Progress
-) -> None:
-    """The trained unfolded model as a folder of its own, then folded."""
-    folder = work / "trained"
+def _write_trained(work: Path, trained: Trained, settings: Healing, sections: Any) -> Path:
+    """The trained unfolded model as a folder of its own in the journal."""
+    model, folder = _merged(work / "unfolded", trained.tensors, settings.lora), work / "trained"
     with disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(work / "unfolded", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -107,8 +110,7 @@ def _write_folded(
             if (work / "unfolded" / name).is_file():
                 shutil.copyfile(work / "unfolded" / name, folder / name)
         (folder / FILE_NAME).write_text(json.dumps(sections, indent=2) + "\n", encoding="utf-8")
-    dtype = str(parent.config.get("dtype") or parent.config.get("torch_dtype") or "float32")
-    fold_into(writer, open_unfolded(folder), text="wikitext", dtype=dtype, device=device, progress=progress)
+    return folder
 
 
 def _merged(unfolded: Path, trained: dict[str, Tensor], lora: int | None) -> Any:

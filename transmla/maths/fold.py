@@ -81,21 +81,12 @@ def latent_scales(tensors: Mapping[str, Tensor], rank: int) -> tuple[float, floa
     return scale, latent_scale(largest_mean_square(query_qD, gain_D, tensors.get("self_attn.q_a_proj.bias")))
 
 
-def fold_attention(
-    mla: MlaWeights, scale: float, residual: float, query_scale: float | None = None
-) -> dict[str, Tensor]:
-    """Tensors of a deepseek_v3 attention block by their stock names, in the dtype of `mla`.
+def unfolded_attention(mla: MlaWeights) -> dict[str, Tensor]:
+    """Tensors of a deepseek_v3 attention block by their stock names, with "self_attn.", in the dtype of `mla`: for
+    `latent_scales` and `fold_layer`.
 
-    scale:    from `latent_scale`; residual: from `residual_scale`
-    query_scale: the scale of the queries' latent where they have one, which has a norm as well; with a bias they do
     Where `mla` has biases, so have q_a_proj (where there is one), kv_a_proj_with_mqa and o_proj.
     """
-    folded = fold_layer(unfolded_attention(mla), len(mla.kv_down_rD), residual, scale, query_scale)
-    return {name.removeprefix("self_attn."): tensor for name, tensor in folded.items()}
-
-
-def unfolded_attention(mla: MlaWeights) -> dict[str, Tensor]:
-    """The same before they are folded, with "self_attn.", for `latent_scales` and `fold_layer`."""
     nope = mla.q_nope_HnD.shape[1]
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
     order = interleaved_order(rope).to(mla.k_rope_eD.device)

@@ -19,7 +19,7 @@ from transmla.checkpoint.companions import copy_companions, tokenizer
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance, write_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
-from transmla.devices import named
+from transmla.devices import named, release
 from transmla.errors import UnsupportedError
 from transmla.maths.fold import (
     EPS,
@@ -138,6 +138,7 @@ def fold_into(
     window = min(WITNESS_TOKENS, source.config["max_position_embeddings"], len(ids) // 2)
     witness_ids = windows(ids, 2 * window, window, name=text).ids_NT[-1:]
     expected_TV = _logits(source.path, witness_ids, device)
+    release(device)
     config = source.config
     residual = residual_scale(float(config["rms_norm_eps"]))
 
