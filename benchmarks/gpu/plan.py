@@ -37,7 +37,7 @@ STAGES = (
     Stage("heal-rate", "steps of healing, SmolLM2's shape: ways to run them, and where the time goes", 70, 130, 30),
     Stage("convert-8b", "converting 2 layers of the 8B shape", 60, 130, 40),
     Stage("speed-8b", "decoding and prefill, 4 layers of the 8B shape", 60, 90, 30),
-    Stage("kernels", "attention alone: decoding and prefill", 20, 50, 15),
+    Stage("kernels", "attention alone: decoding and prefill", 35, 70, 20),
     Stage("convert-96-32", "SmolLM2 at 96 + 32", 65, 300, 50, source=True),
     Stage("speed", "decoding and prefill, SmolLM2", 50, 90, 25, source=True, after="convert-96-32"),
     Stage("heal", "healing as long as there is time", 300, 360, 120, source=True, after="convert-96-32"),

@@ -77,7 +77,7 @@ def _own_form(result: dict[str, Any]) -> list[str]:
 
 
 def _kernels(result: dict[str, Any]) -> list[str]:
-    ways = ("floor_ms", "rows", "heads", "products")
+    ways = ("floor_ms", "rows", "heads", "products", "split")
     rows = [
         (f"{one['rank']} + {one['rope']}", one["batch"], f"{one['context']:,}", one["chosen"],
          *(_number(one.get(way)) for way in ways))

@@ -290,6 +290,9 @@ def kernels(run: Run) -> dict[str, Any]:
                 # one fused call of grouped heads at a width above 256 expands the key for every head
                 if rank + rope > 256 and batch * size > 2**17:
                     del ways["heads"]
+                if run.cuda:
+                    ways["split"] = lambda q=query[:, :, 0], k=key[:, 0], r=rank: _split(q, k, r)
+                    row["split_error"] = _attempt(lambda ways=ways, r=rank: _difference(ways, r))
                 for name, way in ways.items():
                     row[name] = _attempt(lambda way=way: milliseconds(way, run.device, repeats))
                 decoding.append(row)
@@ -308,6 +311,19 @@ def kernels(run: Run) -> dict[str, Any]:
             prefill.append(row)
             run.keep(found)
     return found
+
+
+def _split(query_BHk: torch.Tensor, key_BSk: torch.Tensor, rank: int) -> torch.Tensor:
+    """By the kernel of split_decode.py, where there is Triton."""
+    from split_decode import split_decode
+
+    return split_decode(query_BHk, key_BSk, rank, 1.0)
+
+
+def _difference(ways: dict[str, Callable[[], Any]], rank: int) -> float:
+    """Of the kernel's result and that of two products, relative to it."""
+    wanted = ways["products"]()[0][..., :rank]
+    return _relative(ways["split"]().float(), wanted.reshape(*wanted.shape[:1], -1, rank).float())
 
 
 def _prefill_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pad: int, repeats: int) -> float:
