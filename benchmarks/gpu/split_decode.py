@@ -4,6 +4,9 @@ what its programs found: a candidate beside the ways that `modeling_transmla` kn
 The cache is dealt to programs, each of which goes over its tokens with all heads of a block at once, scores and values
 from the same tile, by an online softmax (Flash-Decoding; FlashMLA does the same by hand).
 
+TRITON_INTERPRET=1 runs it on a CPU, where it agrees with the products to the rounding of float32; it has not been on a
+GPU yet.
+
 Legend: B texts, H heads, S cached tokens, k = r + e latent and rotary values, P parts of the cache.
 """
 
