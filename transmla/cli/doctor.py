@@ -15,7 +15,7 @@ def doctor_command(model: str, json_file: str | None) -> None:
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(loading=False)
         found = transmla.doctor(model)
         from rich.console import Console
 

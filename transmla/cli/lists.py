@@ -32,7 +32,7 @@ def _listed(what: str, json_file: str | None) -> None:
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(loading=False)
         rows = getattr(transmla, f"list_{what}")()
         from transmla.conversion import show_lists
 

@@ -24,7 +24,7 @@ def plan_command(source: str, json_file: str | None, **given: Any) -> None:
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(loading=False)
         found = transmla.plan(source, **sizes(given))
         from rich.console import Console
 

@@ -21,9 +21,9 @@ from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named
 from transmla.errors import UnsupportedError
+from transmla.maths import EPS
 from transmla.maths.attention import with_one
 from transmla.maths.fold import (
-    EPS,
     biased_query,
     constant_query,
     fold_layer,

@@ -3,12 +3,13 @@
 Shape legend: H heads, P pairs of rotary dimensions per head (head_dim / 2), D columns
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from transmla.checkpoint.gguf.config import (
     config_of_gguf,
@@ -22,6 +23,7 @@ from transmla.errors import SourceError
 from transmla.families import Family
 
 if TYPE_CHECKING:
+    import torch
     from gguf import GGUFReader
 
 # llama3 frequency scaling; GGUF has it as a tensor, a Hugging Face config as numbers
@@ -59,7 +61,7 @@ class GgufStore:
         with understood(f"{path} (metadata)"):
             self._describe(reader, path)
 
-    def _describe(self, reader: "GGUFReader", path: Path) -> None:
+    def _describe(self, reader: GGUFReader, path: Path) -> None:
         self.family = family_of_gguf(reader, path)
         self.config = config_of_gguf(reader, path, self.family)
         self._blocks: dict[str, _Blocks] = {}
@@ -100,6 +102,7 @@ class GgufStore:
             return np.memmap(self._path, np.uint8, mode="r", offset=blocks.offset, shape=blocks.shape_in_bytes)
 
     def _dequantised(self, name: str, data: np.ndarray[Any, Any]) -> torch.Tensor:
+        import torch
         from gguf import GGMLQuantizationType, dequantize
 
         encoding = GGMLQuantizationType(self._blocks[name].encoding)
@@ -130,7 +133,7 @@ class GgufStore:
         )
 
 
-def open_gguf(path: Path) -> "GGUFReader":
+def open_gguf(path: Path) -> GGUFReader:
     """The reader of a file, headers read; `SourceError` if it is damaged."""
     from gguf import GGUFReader
 
