@@ -72,7 +72,7 @@ class Split:
 class Plan(Shown):
     """Everything that is known before a weight is read.
 
-    outline:   what is known of the source's class
+    outline:   what is known of the source's class, which `config` and `attention` ask for the rest
     obstacles: what keeps stock deepseek_v3 from expressing the model
     form:      of the folder that is written: "deepseek_v3" or "transmla", see targets/own.py
     splits:    what `rope="auto"` chooses from, the usual one first; empty otherwise
