@@ -1,6 +1,7 @@
 """What is known of a class without it: the same as the class says, or nothing."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,15 @@ def test_what_is_wrong_is_said_in_the_same_words(tmp_path: Path) -> None:
             transmla.plan(str(folder), latent=16, rope=8, download=asked)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+def test_what_the_class_does_not_understand_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    folder = sparse_source(tmp_path / "source", config_of("gemma2", sliding_window=16))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    given = {"rope_parameters": {"rope_type": "default"}, "partial_rotary_factor": {"rope_type": "llama3"}}
+    (folder / "config.json").write_text(json.dumps(config | given), encoding="utf-8")
+    with pytest.raises(SourceError, match="description cannot be used"):
+        transmla.plan(str(folder))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "mixtral"])

@@ -277,6 +277,9 @@ def plan(
         memory_bytes=memory_bytes(config, gqa, settings, weights, 4 * layer_values(opened, family)),
         notes=tuple(notes),
     )
+    if outline.facts is not None:
+        with understood(where):  # what the class does not understand is said now, and not when all is done
+            target_config(planned, float(rope_parameters(config)["rope_theta"]))
     splits = (with_sizes(planned, one) for one in divided)
     return replace(
         planned,
