@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig
 
 import transmla
+from tests.checkpoint.test_gguf_families import write as write_gguf
 from tests.families import LLAMA3, MakeSource, sparse_source
 from transmla.checkpoint.read import Source
 from transmla.conversion.flow import convert
@@ -48,6 +49,11 @@ def test_headers_are_enough(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"a_setting_of_tomorrow": 1}), encoding="utf-8")
     assert libraries("plan", str(folder), "--latent", "24") >= {"torch", "transformers"}
+
+
+def test_headers_of_gguf_files_are_enough(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "qwen2")
+    assert libraries("plan", str(tmp_path / "m.gguf"), "--latent", "12", "--rope", "8") == set()
 
 
 @pytest.mark.parametrize(

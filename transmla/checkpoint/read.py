@@ -128,12 +128,15 @@ class Source:
         return SourceError(what, where=str(self.path), why=why, remedy=remedy)
 
 
-def open_source(path: Path) -> Source:
-    """Read config and headers of a model folder or a .gguf file; `SourceError` if that is not possible."""
+def open_source(path: Path, *, sizes_only: bool = False) -> Source:
+    """Read config and headers of a model folder or a .gguf file; `SourceError` if that is not possible.
+
+    sizes_only: the config of a .gguf file may be less than transformers would make of it; see `GgufStore`
+    """
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise _not_a_model(path, "it is a file, but not a .gguf file", "pass a model folder or a .gguf file")
-        store = GgufStore(path)
+        store = GgufStore(path, sizes_only=sizes_only)
         return Source(path, "gguf", store.config, f"{path} (metadata)", store)
     if not path.is_dir():
         raise _not_a_model(path, "no such folder", "check the path")

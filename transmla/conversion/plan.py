@@ -180,7 +180,7 @@ def plan(
     settings = redivided(_recipe(source, recipe), latent, rope, overrides.get("total"))
     settings = settings.with_overrides(latent=latent, rope=rope, **overrides)
     resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
-    opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path)
+    opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path, sizes_only=not download)
     where = opened.config_where
     with understood(where):
         family = family_of(opened.config, where)
@@ -188,7 +188,9 @@ def plan(
         gqa_geometry(opened.config, where)  # refuses what is missing or impossible before a class fills in its defaults
         # a conversion needs the class itself, which takes seconds to load
         outline = None if download else outline_of_headers(opened, family)
-        outline = outline or _ask_class(opened, family)
+        if outline is None:
+            opened = open_source(resolved.path) if opened.format == "gguf" else opened
+            outline = _ask_class(opened, family)
         config = outline.config
         gqa = gqa_geometry(filled(opened.config, config), where)
         found = obstacles(config, family, encoded=outline.encoded)

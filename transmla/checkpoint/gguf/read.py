@@ -15,6 +15,7 @@ from transmla.checkpoint.gguf.config import (
     config_of_gguf,
     correct_from_tensors,
     family_of_gguf,
+    sizes_of_gguf,
     unsupported_gguf,
 )
 from transmla.checkpoint.gguf.header import check_header
@@ -55,15 +56,17 @@ class _Blocks:
 class GgufStore:
     """`WeightStore` of a .gguf file, and the config that transformers makes of its metadata."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, sizes_only: bool = False) -> None:
+        """sizes_only: what the metadata says by itself is config enough, if that can be had without transformers"""
+        self._path, self._sizes_only = path, sizes_only
         reader = open_gguf(path)
         with understood(f"{path} (metadata)"):
             self._describe(reader, path)
 
     def _describe(self, reader: GGUFReader, path: Path) -> None:
         self.family = family_of_gguf(reader, path)
-        self.config = config_of_gguf(reader, path, self.family)
+        sizes = sizes_of_gguf(reader, path, self.family) if self._sizes_only else None
+        self.config = sizes or config_of_gguf(reader, path, self.family)
         self._blocks: dict[str, _Blocks] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.rope_frequency_factors: list[float] | None = None
