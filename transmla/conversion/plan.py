@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from transmla.checkpoint.destination import check_destination
-from transmla.checkpoint.hub_headers import open_on_hub
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.store import understood
@@ -180,7 +179,7 @@ def plan(
     settings = redivided(_recipe(source, recipe), latent, rope, overrides.get("total"))
     settings = settings.with_overrides(latent=latent, rope=rope, **overrides)
     resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
-    opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path, sizes_only=not download)
+    opened = _opened(resolved, sizes_only=not download)
     where = opened.config_where
     with understood(where):
         family = family_of(opened.config, where)
@@ -290,6 +289,14 @@ def plan(
             Split(one.mla, tuple(verdict.engine for verdict in one.engines if verdict.accepts)) for one in splits
         ),
     )
+
+
+def _opened(resolved: ResolvedSource, *, sizes_only: bool) -> Source:
+    if not resolved.weights_on_hub:
+        return open_source(resolved.path, sizes_only=sizes_only)
+    from transmla.checkpoint.hub_headers import open_on_hub
+
+    return open_on_hub(resolved)
 
 
 def _ask_class(source: Source, family: Family) -> Outline:

@@ -8,7 +8,7 @@ layout says. `transmla.model.skeleton.outline_of_class` is asked then, and what 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transmla.checkpoint.read import Source
@@ -36,7 +36,7 @@ class Outline:
     """
 
     config: Mapping[str, Any]
-    tensors: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, tuple[int, ...]] = field(repr=False)
     head: tuple[int, ...]
     biased: bool
     output_bias: bool
