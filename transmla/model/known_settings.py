@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# settings of each rope type beside the base; those in brackets may be missing
+# what each rope type needs beside its base, and what else it may have
 _ROTARY: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
