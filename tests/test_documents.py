@@ -92,3 +92,19 @@ def test_what_plan_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     for page in shown:
         block = page.read_text("utf-8").partition("<!-- plan -->\n```text\n")[2].partition("\n```\n<!-- end -->")[0]
         assert block.splitlines() == ["$ transmla plan stories260k", *lines]
+
+
+def test_times_that_nobody_measured_are_called_projected(reference: ModuleType) -> None:
+    """Twice the layers take twice what grows with them; other shapes in proportion to what a layer costs."""
+    times = {
+        "whole": [{"recipe": "small", "machine": "2 CPU cores", "seconds": 615}],
+        "layers": [
+            {"recipe": "large", "machine": "GPU", "layers": 2, "spent": {"tokens": 100.0, "convert layers": 60.0}}
+        ],
+    }
+    works = {"small": 1.0, "large": 10.0, "huge": 100.0}
+    assert reference.time_of("large", works, 4, times) == "about 4 min projected from 2 layers (GPU)"
+    assert reference.time_of("huge", works, 80, times) == "about 6.7 h projected from 2 layers of large (GPU)"
+    small = "10 min (2 CPU cores), about 106 s projected from 2 layers of large (GPU)"
+    assert reference.time_of("small", works, 2, times) == small
+    assert reference.time_of("huge", works, 80, {"whole": [], "layers": []}) == "not measured"

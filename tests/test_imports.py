@@ -48,7 +48,7 @@ FLOORS = (
     ("errors", "progress", "tables"),
     ("extras",),
     ("settings",),
-    ("families", "geometry", "recipe"),
+    ("families", "geometry", "layouts", "recipe"),
     ("maths", "devices"),
     ("processes", "checkpoint"),
     ("text",),
@@ -91,7 +91,7 @@ def test_maths_knows_torch_alone(module: str) -> None:
     assert top(names) <= {"torch", "transmla"} and within(own(names), "transmla.maths")
 
 
-@pytest.mark.parametrize("module", ["families", "geometry", "errors", "recipe", "settings"])
+@pytest.mark.parametrize("module", ["families", "geometry", "layouts", "errors", "recipe", "settings"])
 def test_tables_need_the_standard_library_only(module: str) -> None:
     names = imported(f"transmla.{module}")
     parts = ("families", "geometry", "errors", "recipe", "recipes", "settings")

@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import click
+from times import read_times, time_of
 
 import transmla
 from tests.families import sparse_source
 from transmla.cli import SECTIONS, main
 from transmla.cli.help import Command
+from transmla.conversion.needs import layer_values
+from transmla.conversion.plan import Plan
 from transmla.evaluation.results import FrontierRow, frontier_rows, read_published, read_results
 from transmla.recipe import find_recipe, load_recipe
 
@@ -71,13 +74,8 @@ TEXTS = {
     "32 + 16, `fast`": "smollm2-32-16-fast", "32 + 16, `full`": "smollm2-32-16-full",
     "32 + 16, healed on 0.3M tokens": "smollm2-32-16-healed",
 }  # fmt: skip
-# recipe -> what was measured of its time
-SIZES = {
-    "smollm2-135m": "10 min (2 CPU cores), 56 s (H100)",
-    "llama-3.2-1b": "not measured",
-    "llama-3-8b": "not measured",
-    "llama-3.1-70b": "not measured",
-}
+# recipes of the table of sizes; their times are in benchmarks/results/times.json
+SIZES = ("smollm2-135m", "llama-3.2-1b", "llama-3-8b", "llama-3.1-70b")
 
 
 def frontier() -> list[FrontierRow]:
@@ -137,19 +135,26 @@ def tasks_table() -> str:
 
 def sizes_table() -> str:
     head = ["| model | cached values | memory | disk | time |", "|---|---:|---:|---:|---|"]
-    lines = []
-    for name, time in SIZES.items():
-        path = find_recipe(name)
-        assert path is not None
-        model = load_recipe(path).model
-        assert model is not None
-        with tempfile.TemporaryDirectory() as folder:
-            found = transmla.plan(str(sparse_source(Path(folder) / "model", model.config)), recipe=name)
+    lines, plans = [], {name: _planned(name) for name in SIZES}
+    works = {
+        name: float(layer_values(found.source, found.family) * found.recipe.num_tokens) for name, found in plans.items()
+    }
+    for name, found in plans.items():
         size = f"{found.mla.kv_lora_rank}+{found.mla.qk_rope_head_dim}"
         values = f"{found.gqa.cache_values():,} -> {found.mla.cache_values()} ({size})"
         needs = " | ".join(f"{value / 2**30:,.1f} GiB" for value in (found.memory_bytes, found.disk_bytes))
+        time = time_of(name, works, found.gqa.num_hidden_layers, read_times())
         lines.append(f"| {name} | {values} | {needs} | {time} |")
     return "\n".join([*head, *lines])
+
+
+def _planned(recipe: str) -> Plan:
+    path = find_recipe(recipe)
+    assert path is not None
+    model = load_recipe(path).model
+    assert model is not None
+    with tempfile.TemporaryDirectory() as folder:
+        return transmla.plan(str(sparse_source(Path(folder) / "model", model.config)), recipe=recipe)
 
 
 def tensor_parallel_table() -> str:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SHOWN = ("benchmarks", "eval", "examples", "transmla/evaluation")
 ENDINGS = (".md", ".png", ".json", ".html", ".toml", ".py", ".ipynb")
 _BLOCK, _INLINE = re.compile(r"\$\$(.+?)\$\$", re.DOTALL), re.compile(r"(?<![\w$`])\$([^$`\n]+?)\$(?![\w$`])")
+_PICTURE = re.compile(r'(<img [^>]*src="([^"]+)"[^>]*>)')
 _LINK = re.compile(r"\]\(([^)\s#]+)")
 
 
@@ -63,3 +64,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     markdown = _BLOCK.sub(lambda found: convert(found[1].strip(), display="block"), markdown)
     return _INLINE.sub(lambda found: convert(found[1]), markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A picture leads to itself: on a phone its words are too small to read where it stands."""
+    return _PICTURE.sub(r'<a href="\2">\1</a>', html)

@@ -68,4 +68,7 @@ def test_is_planned(tmp_path: Path, model_type: str) -> None:
     planned = transmla.plan(str(tmp_path / "m.gguf"), latent=12, rope=8)
     assert planned.form == ("deepseek_v3" if model_type == "qwen2" else "transmla")
     assert planned.family.model_type == model_type
+    assert (planned.outline.facts is None) == (model_type != "gemma3_text"), "it has too few layers for its pattern"
+    asked = transmla.plan(str(tmp_path / "m.gguf"), latent=12, rope=8, download=True)
+    assert asked.outline.facts is not None and planned.summary() == asked.summary()
     assert (planned.gqa.num_key_value_heads, planned.gqa.head_dim) == (2, 12)

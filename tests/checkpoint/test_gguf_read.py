@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 
+import transmla
 from transmla.checkpoint.companions import copy_companions, tokenizer
 from transmla.checkpoint.read import open_source
 from transmla.errors import SourceError, UnsupportedError
@@ -118,6 +119,28 @@ def test_agrees_with_transformers(tmp_path, tensors, encoding):
 def test_row_order_matters_here(tensors):
     weight = tensors[KEYS].numpy()
     assert not np.array_equal(interleaved(weight, 2), weight)
+
+
+@pytest.mark.parametrize("variant", ["plain", "linear", "biased", "untied"])
+def test_a_plan_is_the_same_with_and_without_transformers(tmp_path, tensors, variant):
+    from gguf import RopeScalingType
+
+    fields = {"add_name": "A name"}
+    if variant == "linear":
+        fields |= {"add_rope_scaling_type": RopeScalingType.LINEAR, "add_rope_scaling_factor": 2.0}
+    elif variant == "biased":
+        rows = {name: len(value) for name, value in tensors.items() if name.endswith("_proj.weight")}
+        biases = {
+            name.replace("weight", "bias"): torch.ones(size) for name, size in rows.items() if "self_attn" in name
+        }
+        tensors = tensors | biases
+    elif variant == "untied":
+        tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    path = write_gguf(tmp_path / "m.gguf", tensors, **fields)
+    planned, asked = (transmla.plan(str(path), latent=16, rope=4, download=asked) for asked in (False, True))
+    assert planned.outline.facts is None and asked.outline.facts is not None
+    assert planned.summary() == asked.summary()
+    assert planned.outline.biased == (variant == "biased") and ("linear" in str(planned.notes)) == (variant == "linear")
 
 
 def test_config_is_that_of_the_model_alone(tmp_path, tensors):

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from transformers import AutoConfig
 
 import transmla
+from tests.checkpoint.test_gguf_families import write as write_gguf
 from tests.families import LLAMA3, MakeSource, sparse_source
 from transmla.checkpoint.read import Source
 from transmla.conversion.flow import convert
@@ -25,6 +29,38 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Source, "read", fail)
     monkeypatch.setattr(Source, "rows", fail)
+
+
+def libraries(*words: str) -> set[str]:
+    """Those of the slow ones that a command imports."""
+    code = (
+        "import sys; from transmla.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print(*{'torch', 'transformers', 'tokenizers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_headers_are_enough(tmp_path: Path) -> None:
+    """A plan takes a third of a second because nothing that takes longer is imported; where there is a doubt, it is."""
+    assert libraries("plan", "stories260k", "--latent", "24") == set()
+    folder = tmp_path / "llama"
+    shutil.copytree(str(resources.files("transmla.data") / "stories260k"), folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"a_setting_of_tomorrow": 1}), encoding="utf-8")
+    assert libraries("plan", str(folder), "--latent", "24") >= {"torch", "transformers"}
+
+
+def test_headers_of_gguf_files_are_enough(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "qwen2")
+    assert libraries("plan", str(tmp_path / "m.gguf"), "--latent", "12", "--rope", "8") == set()
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "stories260k", "--json"], ["recipes"], ["families"], ["doctor", "stories260k"]], ids=str
+)
+def test_what_answers_at_once(words: list[str]) -> None:
+    assert libraries(*words) == set()
 
 
 @pytest.mark.usefixtures("no_reading")

@@ -9,7 +9,7 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from transmla.geometry import MlaGeometry
-from transmla.maths.fold import EPS
+from transmla.maths import EPS
 from transmla.maths.pad import Widths, pad_attention
 from transmla.targets.stock import deepseek_v3_config
 

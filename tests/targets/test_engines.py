@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 
 from transmla.geometry import MlaGeometry
+from transmla.model.modeling_transmla import TransmlaConfig
 from transmla.targets.engines import (
     ENGINES,
     EVIDENCE,
     LLAMA_CPP,
     MLX,
+    OWN_MODEL_TYPE,
     REFUSES,
     RULES,
     RUNS,
@@ -42,6 +44,10 @@ def outcomes(given: dict[str, Any]) -> dict[str, str]:
 def test_every_engine_runs_what_is_written_at_its_size() -> None:
     assert set(outcomes(config()).values()) == {RUNS}
     assert set(ENGINES) == set(EVIDENCE) == set(outcomes(config()))
+
+
+def test_the_own_form_has_the_name_of_its_class() -> None:
+    assert TransmlaConfig.model_type == OWN_MODEL_TYPE
 
 
 SIZES: list[tuple[int, int, int, set[str]]] = [

@@ -1,13 +1,17 @@
 """pytorch_model.bin, one file or shards: read only where torch can do it without running any of its code."""
 
+from __future__ import annotations
+
 import pickle
 import zipfile
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from transmla.checkpoint.shards import indexed_tensors, shard_of_tensors
 from transmla.checkpoint.store import TensorInfo, broken_file, broken_tensor
+
+if TYPE_CHECKING:
+    import torch
 
 _TO_SAFETENSORS = "convert the model to safetensors, on a machine where you trust its author, and pass that folder"
 
@@ -49,6 +53,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file as views of the mapped file: no bytes are read before they are used."""
+    import torch
+
     _check_container(path)
     try:
         tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from transmla.checkpoint.store import TensorInfo, WeightStore, broken_tensor
+
+if TYPE_CHECKING:
+    import torch
 
 # of the format: in the header of a file
 FP8 = "f8_e4m3"

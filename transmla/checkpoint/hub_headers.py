@@ -1,9 +1,11 @@
 """Headers of safetensors files that stay on the hub: enough for a plan, a few kilobytes instead of gigabytes."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from huggingface_hub import get_safetensors_metadata
 
 from transmla.checkpoint.read import Source, read_config
@@ -11,6 +13,9 @@ from transmla.checkpoint.resolve import ResolvedSource
 from transmla.checkpoint.safetensors_file import STORED_DTYPES
 from transmla.checkpoint.store import TensorInfo
 from transmla.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class HubStore:

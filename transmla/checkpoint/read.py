@@ -1,10 +1,13 @@
-"""Open a model folder or a GGUF file: config and headers first, tensors one at a time when asked for."""
+"""Open a model folder or a GGUF file: config and headers first, tensors one at a time when asked for.
+
+Headers are read without torch.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from transmla.checkpoint.bin_file import BinStore
 from transmla.checkpoint.destination import clear_finished
@@ -13,6 +16,9 @@ from transmla.checkpoint.gguf.read import GgufStore
 from transmla.checkpoint.safetensors_file import SafetensorsStore
 from transmla.checkpoint.store import FLOAT_DTYPES, TensorInfo, WeightStore, broken_tensor, first_few, parsed_json
 from transmla.errors import SourceError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
 
 # the first that exists is taken, in the order in which transformers looks
 _WEIGHT_FILES = (
@@ -59,6 +65,8 @@ class Source:
         check_finite: bool = True,
     ) -> torch.Tensor:
         """A tensor in memory of its own, in `dtype` (default: as stored; GGUF blocks: float32)."""
+        import torch
+
         self._check_readable(name)
         stored = self._store.view(name)
         wanted = dtype or stored.dtype
@@ -120,12 +128,15 @@ class Source:
         return SourceError(what, where=str(self.path), why=why, remedy=remedy)
 
 
-def open_source(path: Path) -> Source:
-    """Read config and headers of a model folder or a .gguf file; `SourceError` if that is not possible."""
+def open_source(path: Path, *, sizes_only: bool = False) -> Source:
+    """Read config and headers of a model folder or a .gguf file; `SourceError` if that is not possible.
+
+    sizes_only: the config of a .gguf file may be less than transformers would make of it; see `GgufStore`
+    """
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise _not_a_model(path, "it is a file, but not a .gguf file", "pass a model folder or a .gguf file")
-        store = GgufStore(path)
+        store = GgufStore(path, sizes_only=sizes_only)
         return Source(path, "gguf", store.config, f"{path} (metadata)", store)
     if not path.is_dir():
         raise _not_a_model(path, "no such folder", "check the path")
@@ -199,5 +210,5 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     if tensor.numel() == 0:
         return True
     # NaN passes through minimum and maximum; unlike isfinite, no mask as large as the tensor is made
-    lowest, highest = torch.aminmax(tensor)
-    return bool(torch.isfinite(lowest)) and bool(torch.isfinite(highest))
+    lowest, highest = tensor.aminmax()
+    return bool(lowest.isfinite()) and bool(highest.isfinite())

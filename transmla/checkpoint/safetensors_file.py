@@ -1,15 +1,19 @@
 """Safetensors, one file or shards. The headers are checked here, the tensors read by safetensors itself."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from transmla.checkpoint.shards import indexed_tensors, shard_of_tensors
 from transmla.checkpoint.store import REDOWNLOAD, TensorInfo, broken_file, broken_tensor, parsed_json
 from transmla.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
 MOST_BRACKETS = 3 * 2**20  # three for each tensor; what is parsed takes up to a hundred bytes for each

@@ -7,6 +7,8 @@ from transmla.checkpoint.store import TensorInfo, first_few, parsed_json
 from transmla.errors import SourceError
 
 MOST_INDEX_BYTES = 2**27
+# of one weight file that is written, unless another size is asked for
+SHARD_BYTES = 4 * 2**30
 
 
 def shard_of_tensors(index: Path) -> dict[str, Path]:

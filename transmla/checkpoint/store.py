@@ -1,23 +1,21 @@
 """What a weight format has to offer, and the errors that all formats share."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transmla.errors import SourceError, TransmlaError
 
-# the element types that weights may have
-FLOAT_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+if TYPE_CHECKING:
+    import torch
+
+# the element types that weights may have, by their names in torch
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 REDOWNLOAD = "download the file again; a partly copied checkpoint cannot be converted"
 

@@ -26,13 +26,11 @@ from transmla.checkpoint.destination import (
     sync,
 )
 from transmla.checkpoint.hashes import sha256
+from transmla.checkpoint.shards import SHARD_BYTES
 from transmla.checkpoint.store import readable
 from transmla.errors import VerificationError
 
 __all__ = ["SHARD_BYTES", "CheckpointWriter", "check_destination"]
-
-# of one weight file, unless another size is asked for
-SHARD_BYTES = 4 * 2**30
 
 
 class CheckpointWriter:

@@ -41,7 +41,7 @@ def geometry_options(decorated: Any) -> Any:
             "--rope",
             metavar="DIM",
             help="qk_rope_head_dim: cached rotary values per token and layer, an even number; auto: the division of "
-            "--total with the smallest measured error. [default: depends on SRC, see `plan`]",
+            "--total with the smallest measured error. [default: depends on SRC; `plan` shows it]",
             group="Size of the cache",
         ),
         option(
@@ -210,6 +210,8 @@ def convert_command(
     **given: Any,
 ) -> None:
     """Convert SRC and write DST: one folder for transformers and, where deepseek_v3 can express SRC, for other engines.
+
+    SRC is a Hugging Face folder, a .gguf file, a hub id, the name of a recipe, or stories260k.
 
     DST defaults to NAME-mla-LATENT-ROPE in the working directory and is never overwritten. It appears only when all
     of it is written and the class that it is for computes from it what was converted. A conversion that was

@@ -18,18 +18,21 @@ from transmla.cli.frame import as_json, command, emit, errors, option, quiet, qu
     "--to",
     type=click.Choice(("gguf", "vllm")),
     default="gguf",
+    group="Form",
     help="gguf: one file for llama.cpp; vllm: a folder, padded with zeros to a size that GPU kernels are built for.",
 )
 @option(
     "--type",
     type=click.Choice(GGUF_TYPES),
     metavar="TYPE",
+    group="Form",
     help=f"Of the GGUF weights: {', '.join(GGUF_TYPES)}; from q6_k on with llama.cpp's own quantiser, if that is "
     "installed. [default: bf16]",
 )
 @option(
     "--size",
     metavar="RANK+ROPE",
+    group="Form",
     help="With --to vllm: 256+64 or 512+64. [default: the smallest that is large enough]",
 )
 @as_json

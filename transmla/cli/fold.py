@@ -9,11 +9,19 @@ import click
 from transmla.cli.frame import command, device, errors, option, quiet, quiet_libraries
 from transmla.recipe import DTYPES
 
+dtype = option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    group="Result",
+    help="Dtype of the written weights; auto: that of MODEL.",
+)
+
 
 @command("unfold", "transmla unfold OUT TRAIN", "transmla unfold OUT TRAIN --dtype float32")
 @click.argument("model", metavar="MODEL")
 @click.argument("out", metavar="OUT")
-@option("--dtype", type=click.Choice(DTYPES), default="auto", help="Dtype of the written weights; auto: that of MODEL.")
+@dtype
 @quiet
 def unfold_command(model: str, out: str, dtype: str, quiet: bool) -> None:
     """Write the converted folder MODEL in the form for training: weights of ordinary size, no norm on the latent.
@@ -34,8 +42,14 @@ def unfold_command(model: str, out: str, dtype: str, quiet: bool) -> None:
 @command("fold", "transmla fold TRAINED OUT2")
 @click.argument("model", metavar="MODEL")
 @click.argument("out", metavar="OUT")
-@option("--text", metavar="TEXT", default="wikitext", help="Of which a piece is run through both forms.")
-@option("--dtype", type=click.Choice(DTYPES), default="auto", help="Dtype of the written weights; auto: that of MODEL.")
+@option(
+    "--text",
+    metavar="TEXT",
+    default="wikitext",
+    group="Result",
+    help="Of which a piece is run through both forms.",
+)
+@dtype
 @device
 @quiet
 def fold_command(model: str, out: str, quiet: bool, **given: Any) -> None:

@@ -110,8 +110,12 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def quiet_libraries(bars: bool = True) -> None:
-    """Only what this program says itself; bars: progress bars of libraries may show (downloads)."""
+def quiet_libraries(bars: bool = True, *, loading: bool = True) -> None:
+    """Only what this program says itself.
+
+    bars:    progress bars of libraries may show (downloads)
+    loading: transformers will load a model; otherwise it is not imported for this alone
+    """
     import logging
     import warnings
 
@@ -120,10 +124,12 @@ def quiet_libraries(bars: bool = True) -> None:
 
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
-    from transformers.utils import logging as transformers_logging
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # read when it is imported
+    if loading or "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     for name in ("torch", "gguf", "lm_eval", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

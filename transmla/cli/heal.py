@@ -300,9 +300,10 @@ class Count(click.ParamType[int]):
 def heal_command(model: str | None, destination: str | None, json_file: str | None, quiet: bool, **given: Any) -> None:
     """Distil SRC's predictions into the converted folder OUT; writes DST, a folder of the same kind.
 
-    DST defaults to OUT-healed and is never overwritten; OUT stays as it is. The best of all measured states is kept:
-    the nearest to SRC on average over the measured texts, and on none of them further from it than OUT by more than
-    the error. A run that was killed resumes when the same command is given again. On several processes or GPUs (DDP or
+    DST defaults to OUT-healed and is never overwritten; OUT stays as it is, and with --recipe defaults to the
+    folder that `convert` of that recipe writes in this directory. The best of all measured states is kept: the
+    nearest to SRC on average over the measured texts, and on none of them further from it than OUT by more than the
+    error. A run that was killed resumes when the same command is given again. On several processes or GPUs (DDP or
     FSDP2, as accelerate is configured): accelerate launch -m transmla.heal OUT ...
     """
     with errors():

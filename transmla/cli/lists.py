@@ -12,7 +12,8 @@ from transmla.cli.frame import as_json, command, emit, errors, quiet_libraries
 def recipes_command(json_file: str | None) -> None:
     """List the installed recipes: what they convert, how much cache is left, and which engines run the result.
 
-    A recipe's name can stand for SRC in every command. Measured: there are results in eval/results; planned: not yet.
+    A recipe's name can stand for SRC in every command. Its state is measured where results are published with the
+    program, and planned where they are not yet.
     """
     _listed("recipes", json_file)
 
@@ -32,7 +33,7 @@ def _listed(what: str, json_file: str | None) -> None:
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(loading=False)
         rows = getattr(transmla, f"list_{what}")()
         from transmla.conversion import show_lists
 

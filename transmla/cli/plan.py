@@ -20,11 +20,15 @@ from transmla.cli.frame import as_json, command, emit, errors, quiet_libraries
 @geometry_options
 @as_json
 def plan_command(source: str, json_file: str | None, **given: Any) -> None:
-    """Say what `convert` would do, from file headers alone: geometry, cache, memory, disk, engines."""
+    """Say what `convert` would do, from file headers alone: geometry, cache, memory, disk, engines.
+
+    SRC is a Hugging Face folder, a .gguf file, a hub id, the name of a recipe, or stories260k. Nothing is written; of a
+    hub id, config and headers alone are downloaded.
+    """
     with errors():
         import transmla
 
-        quiet_libraries()
+        quiet_libraries(loading=False)
         found = transmla.plan(source, **sizes(given))
         from rich.console import Console
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from transmla.cli.frame import as_json, command, emit, errors, option, quiet_libraries
+from transmla.cli.frame import as_json, command, emit, errors, quiet, quiet_libraries
 from transmla.errors import VerificationError
 
 
 @command("verify", "transmla verify OUT", "transmla verify OUT --json")
 @click.argument("model", metavar="OUT")
 @as_json
-@option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@quiet
 def verify_command(model: str, json_file: str | None, quiet: bool) -> None:
     """Check that the folder OUT is what was written: SHA-256 of its files, shapes, finite values, tokenizer, a forward
     pass. Nothing is repaired; exit code 9 if a check fails, 3 if OUT cannot be read, 4 if it is no converted folder.

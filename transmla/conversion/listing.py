@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import AutoConfig
-
 from transmla.conversion.sizes import chosen_sizes
 from transmla.families import FAMILIES, Family, family_of, rope_parameters
-from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
-from transmla.model.skeleton import AttentionFacts, attention_facts, skeleton
+from transmla.geometry import gqa_geometry, mla_geometry
+from transmla.model.outline import Outline, outline_of_layout
 from transmla.recipe import find_recipe, load_recipe
 from transmla.recipe import list_recipes as recipe_names
-from transmla.targets.engines import RUNS, engine_verdicts
-from transmla.targets.own import MODEL_TYPE, obstacles
-from transmla.targets.stock import deepseek_v3_config
+from transmla.targets.engines import OWN_MODEL_TYPE, RUNS, engine_verdicts
+from transmla.targets.stock import deepseek_v3_config, obstacles
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,9 @@ def list_families() -> tuple[FamilyRow, ...]:
     """All families that can be converted, in the order of the table."""
     rows = []
     for family in FAMILIES.values():
-        config = AutoConfig.for_model(family.model_type, **_SMALL)
-        gqa = gqa_geometry(config.to_dict(), family.model_type)
-        found = obstacles(config.to_dict(), family, encoded=_facts(family, config, gqa).encoded)
-        rows.append(FamilyRow(family.model_type, MODEL_TYPE if found else "deepseek_v3", found))
+        outline = _outline({"model_type": family.model_type} | _SMALL, family, family.model_type)
+        found = obstacles(outline.config, family, encoded=outline.encoded)
+        rows.append(FamilyRow(family.model_type, OWN_MODEL_TYPE if found else "deepseek_v3", found))
     return tuple(rows)
 
 
@@ -78,19 +74,17 @@ def list_recipes() -> tuple[RecipeRow, ...]:
         recipe = load_recipe(path)
         if recipe.model is None:
             continue
-        config = AutoConfig.for_model(**recipe.model.config)
-        values = config.to_dict()
-        family = family_of(values, str(path))
+        family = family_of(recipe.model.config, str(path))
+        outline = _outline(recipe.model.config, family, str(path))
+        values = outline.config
         gqa = gqa_geometry(values, str(path))
-        short = _short(config)
-        facts = _facts(family, short, gqa)
-        found = obstacles(short.to_dict(), family, encoded=facts.encoded)
+        found = obstacles(values, family, encoded=outline.encoded)
         mla = replace(
             mla_geometry(gqa, *chosen_sizes(gqa, recipe), recipe.q_latent),
-            attention_bias=not found and (facts.biased or facts.output_bias),
-            query_bias=not found and facts.biased,
+            attention_bias=not found and (outline.biased or outline.output_bias),
+            query_bias=not found and outline.biased,
         )
-        target: dict[str, Any] = {"model_type": MODEL_TYPE}
+        target: dict[str, Any] = {"model_type": OWN_MODEL_TYPE}
         if not found:
             theta = float(rope_parameters(values)["rope_theta"])
             target = deepseek_v3_config(values, mla, theta, recipe.model.max_position_embeddings, "bfloat16")
@@ -99,18 +93,17 @@ def list_recipes() -> tuple[RecipeRow, ...]:
         rows.append(
             RecipeRow(
                 name, str(recipe.source), family.model_type, size, gqa.cache_values(), mla.cache_values(),
-                MODEL_TYPE if found else "deepseek_v3", engines, recipe.state,
+                OWN_MODEL_TYPE if found else "deepseek_v3", engines, recipe.state,
             )
         )  # fmt: skip
     return tuple(rows)
 
 
-def _short(config: Any) -> Any:
-    """The same model with six layers and few words: what its attention does is seen in one layer."""
-    values = config.to_dict() | {"num_hidden_layers": 6, "vocab_size": 64, "pad_token_id": 0}
-    values.pop("layer_types", None)
-    return AutoConfig.for_model(**values)
+def _outline(config: dict[str, Any], family: Family, where: str) -> Outline:
+    """Of a model of which there is nothing but a config. where: that is, for messages"""
+    found = outline_of_layout(config, family)
+    if found is None:
+        from transmla.model.skeleton import outline_of_class
 
-
-def _facts(family: Family, config: Any, gqa: GqaGeometry) -> AttentionFacts:
-    return attention_facts(family, skeleton(config), replace(gqa, num_hidden_layers=6))
+        found = outline_of_class(config, family, where)
+    return found

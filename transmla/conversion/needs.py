@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transmla.checkpoint.read import Source
-from transmla.checkpoint.write import SHARD_BYTES
+from transmla.checkpoint.shards import SHARD_BYTES
 from transmla.families import Family
 from transmla.geometry import GqaGeometry, MlaGeometry
 from transmla.recipe import Recipe

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from transmla.checkpoint.hub_headers import open_on_hub
+from transmla.checkpoint.destination import check_destination
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.store import understood
-from transmla.checkpoint.write import check_destination
 from transmla.conversion.levels import LEAST_PER_FEATURE
 from transmla.conversion.needs import (
     COMPANION_BYTES,
@@ -33,22 +33,15 @@ from transmla.geometry import (
     gqa_geometry,
     mla_geometry,
 )
-from transmla.model.skeleton import (
-    AttentionFacts,
-    attention_facts,
-    checkpoint_tensors,
-    complete_config,
-    is_tied,
-    skeleton,
-    source_config,
-    source_frequencies,
-)
+from transmla.model.outline import Outline, filled, is_tied, outline_of_headers
 from transmla.recipe import Recipe, find_recipe, load_recipe
 from transmla.tables import Shown
-from transmla.targets.engines import EngineVerdict, engine_verdicts
-from transmla.targets.own import obstacles, own_config
-from transmla.targets.stock import deepseek_v3_config
+from transmla.targets.engines import OWN_MODEL_TYPE, EngineVerdict, engine_verdicts
+from transmla.targets.stock import deepseek_v3_config, obstacles
 from transmla.text.mixes import needs_source, parse_mix
+
+if TYPE_CHECKING:
+    from transmla.model.skeleton import AttentionFacts
 
 # positions that calibration windows are spread over, if nothing is said
 MOST_CALIBRATION_CONTEXT = 8192
@@ -78,8 +71,7 @@ class Split:
 class Plan(Shown):
     """Everything that is known before a weight is read.
 
-    config:    of the source, with the defaults of its class
-    attention: what the attention of its first layer does
+    outline:   what is known of the source's class, which `config` and `attention` ask for the rest
     obstacles: what keeps stock deepseek_v3 from expressing the model
     form:      of the folder that is written: "deepseek_v3" or "transmla", see targets/own.py
     splits:    what `rope="auto"` chooses from, the usual one first; empty otherwise
@@ -88,9 +80,8 @@ class Plan(Shown):
     resolved: ResolvedSource
     source: Source
     recipe: Recipe
-    config: Mapping[str, Any]
     family: Family
-    attention: AttentionFacts
+    outline: Outline
     obstacles: tuple[str, ...]
     form: str
     gqa: GqaGeometry
@@ -103,6 +94,22 @@ class Plan(Shown):
     memory_bytes: int
     notes: tuple[str, ...]
     splits: tuple[Split, ...] = ()
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Of the source, with the defaults of its class."""
+        if self.outline.facts is not None:
+            return self.outline.config
+        from transmla.model.skeleton import complete_config
+
+        return complete_config(self.source.config)
+
+    @cached_property
+    def attention(self) -> AttentionFacts:
+        """What the attention of the source's first layer does."""
+        if self.outline.facts is not None:
+            return self.outline.facts
+        return _ask_class(self.source, self.family).facts  # type: ignore[return-value]
 
     @property
     def calibration_context(self) -> int:
@@ -164,23 +171,28 @@ def plan(
     latent:      kv_lora_rank;  rope: qk_rope_head_dim;  None: see `geometry.default_sizes`; latent "auto": chosen by
                  measured loss, planned for the largest; rope "auto": by measured error, planned for the usual width
     recipe:      path or name of a recipe; its values give way to the arguments
-    download:    bring the weights of a hub id into the local cache; False: read their headers where they are
+    download:    bring the weights of a hub id into the local cache, and let the source's class in transformers judge;
+                 False: read headers where they are, and ask the class only where they and the config leave doubts
     overrides:   any other field of `transmla.recipe.Recipe`
     Raises SourceError, UnsupportedError, GeometryError, DestinationError, RecipeError, DataError (too few tokens).
     """
     settings = redivided(_recipe(source, recipe), latent, rope, overrides.get("total"))
     settings = settings.with_overrides(latent=latent, rope=rope, **overrides)
     resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
-    opened = open_on_hub(resolved) if resolved.weights_on_hub else open_source(resolved.path)
+    opened = _opened(resolved, sizes_only=not download)
     where = opened.config_where
     with understood(where):
         family = family_of(opened.config, where)
         refuse_quantised(opened)
         gqa_geometry(opened.config, where)  # refuses what is missing or impossible before a class fills in its defaults
-        config, model = complete_config(opened.config), skeleton(source_config(opened.config))
-        gqa = gqa_geometry(_filled(opened.config, config), where)
-        facts = attention_facts(family, model, gqa)
-        found = obstacles(config, family, encoded=facts.encoded)
+        # a conversion needs the class itself, which takes seconds to load
+        outline = None if download else outline_of_headers(opened, family)
+        if outline is None:
+            opened = open_source(resolved.path) if opened.format == "gguf" else opened
+            outline = _ask_class(opened, family)
+        config = outline.config
+        gqa = gqa_geometry(filled(opened.config, config), where)
+        found = obstacles(config, family, encoded=outline.encoded)
         form = _form(settings, found, where)
         candidates = tried_latents(gqa, settings)
         latent, rope = chosen_sizes(gqa, settings, candidates)
@@ -188,8 +200,8 @@ def plan(
         stock = form == "deepseek_v3"
         mla = replace(
             divided[0] if divided else mla_geometry(gqa, latent, rope, settings.q_latent),
-            attention_bias=stock and (facts.biased or facts.output_bias),
-            query_bias=stock and facts.biased,
+            attention_bias=stock and (outline.biased or outline.output_bias),
+            query_bias=stock and outline.biased,
         )
         settings, wanted = settings.for_width(mla.widest), LEAST_PER_FEATURE * mla.widest
         if settings.q_latent is not None and form != "deepseek_v3":
@@ -199,7 +211,7 @@ def plan(
                 why=f"it is written in the form of {family.model_type}: {'; '.join(found) or 'as asked for'}",
                 remedy="leave out --q-latent; it saves no cache",
             )
-        _check_tensors(opened, family, model, tied=is_tied(config))
+        _check_tensors(opened, family, outline)
         dtype = _output_dtype(opened, family, settings.dtype)
         context, notes = _context(opened, config, form)
         if settings.context and settings.context > context:
@@ -252,9 +264,8 @@ def plan(
         resolved=resolved,
         source=opened,
         recipe=settings,
-        config=config,
         family=family,
-        attention=facts,
+        outline=outline,
         obstacles=found,
         form=form,
         gqa=gqa,
@@ -267,6 +278,9 @@ def plan(
         memory_bytes=memory_bytes(config, gqa, settings, weights, 4 * layer_values(opened, family)),
         notes=tuple(notes),
     )
+    if outline.facts is not None:
+        with understood(where):  # what the class does not understand is said now, and not when all is done
+            target_config(planned, float(rope_parameters(config)["rope_theta"]))
     splits = (with_sizes(planned, one) for one in divided)
     return replace(
         planned,
@@ -277,11 +291,18 @@ def plan(
     )
 
 
-def _filled(config: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the sizes that it leaves to its class, as transformers does. complete: with all defaults"""
-    wanted = ("num_key_value_heads", "head_dim", "rms_norm_eps", "intermediate_size")
-    defaults = {key: complete[key] for key in wanted if complete.get(key) is not None}
-    return defaults | {key: value for key, value in config.items() if value is not None}
+def _opened(resolved: ResolvedSource, *, sizes_only: bool) -> Source:
+    if not resolved.weights_on_hub:
+        return open_source(resolved.path, sizes_only=sizes_only)
+    from transmla.checkpoint.hub_headers import open_on_hub
+
+    return open_on_hub(resolved)
+
+
+def _ask_class(source: Source, family: Family) -> Outline:
+    from transmla.model.skeleton import outline_of_class
+
+    return outline_of_class(source.config, family, source.config_where)
 
 
 def _check_tokens(recipe: Recipe, context: int) -> None:
@@ -336,8 +357,11 @@ def target_config(
     """
     if planned.form == "deepseek_v3":
         assert theta is not None
-        source = _filled(planned.source.config, planned.config)
+        source = filled(planned.source.config, planned.outline.config)
         return deepseek_v3_config(source, planned.mla, theta, planned.max_position_embeddings, planned.dtype)
+    from transmla.model.skeleton import source_config, source_frequencies
+    from transmla.targets.own import own_config
+
     config = dict(planned.config) if tied is None else dict(planned.config) | {"tie_word_embeddings": tied}
     facts = planned.attention
     _, factor = source_frequencies(source_config(planned.source.config), planned.gqa, planned.family, 0)
@@ -349,8 +373,10 @@ def target_config(
 
 
 def _planned_config(planned: Plan) -> dict[str, Any]:
-    """The same before the rotary frequencies are chosen."""
-    return target_config(planned, float(rope_parameters(planned.config)["rope_theta"]))
+    """As much of it as engines look at, before the rotary frequencies are chosen."""
+    if planned.form == OWN_MODEL_TYPE:
+        return {"model_type": OWN_MODEL_TYPE}
+    return target_config(planned, float(rope_parameters(planned.outline.config)["rope_theta"]))
 
 
 def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:
@@ -378,9 +404,9 @@ def _recipe(source: str, recipe: str | Path | None) -> Recipe:
     return load_recipe(named) if named is not None else Recipe(source=source)
 
 
-def _check_tensors(source: Source, family: Family, model: Any, tied: bool) -> None:
-    head, shape = f"{family.lm_head}.weight", tuple(model.get_output_embeddings().weight.shape)
-    if not tied and head not in source.tensors:
+def _check_tensors(source: Source, family: Family, outline: Outline) -> None:
+    head = f"{family.lm_head}.weight"
+    if not is_tied(outline.config) and head not in source.tensors:
         raise SourceError(
             "tensors are missing",
             where=str(source.path),
@@ -389,8 +415,8 @@ def _check_tensors(source: Source, family: Family, model: Any, tied: bool) -> No
             "config.json",
         )
     if head in source.tensors:
-        source.require({head: shape})
-    source.require(checkpoint_tensors(family, model, tied))
+        source.require({head: outline.head})
+    source.require(outline.tensors)
 
 
 def _output_dtype(source: Source, family: Family, wanted: str) -> str:

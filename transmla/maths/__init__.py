@@ -12,3 +12,6 @@ Legend used by every file of this package
 Rotary pairs are stored half-split: pair p of a head is (x[p], x[p + P]), the complex number
 x[p] + i x[p + P], and turning by the angle f_p * t multiplies it by exp(i f_p t).
 """
+
+# The one epsilon of folded norms: transformers and MLX fix it on the latent norm, the others read it from the config.
+EPS = 1e-6

@@ -21,10 +21,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from transmla.maths import EPS
 from transmla.maths.attention import MlaWeights
 
-# The one epsilon: transformers and MLX fix it on the latent norm, the others read it from the config.
-EPS = 1e-6
 INPUT_NORM_GAIN = 2.0**-7
 # Relative deviation of the latent norm from a linear map that we accept, (s rms c)^2 / (2 EPS).
 MAX_NORM_DEVIATION = 1e-3

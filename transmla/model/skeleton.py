@@ -18,9 +18,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.families import Family, has_rotary_kinds, is_unrotated, layer_kind, rope_parameters, rotary_dim
-from transmla.geometry import GqaGeometry
+from transmla.geometry import GqaGeometry, gqa_geometry
 from transmla.maths.attention import inverse_frequencies
 from transmla.model.modeling_transmla import as_encoder, encode
+from transmla.model.outline import Outline, filled, is_tied
 
 # an attention function that notes what it is called with
 _NOTE = "transmla_note"
@@ -45,11 +46,6 @@ def skeleton(config: PreTrainedConfig) -> Any:
     with torch.device("meta"):
         # grouped products have no gradient on every device
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a complete config says that lm_head is the embeddings; the default differs between families."""
-    return bool(config.get("tie_word_embeddings"))
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,4 +193,20 @@ def attention_facts(family: Family, model: Any, geometry: GqaGeometry, index: in
         # some configs say "no window" with -1
         window=window if (window := seen.get("sliding_window")) and window > 0 else None,
         softcap=seen.get("softcap"),
+    )
+
+
+def outline_of_class(config: Mapping[str, Any], family: Family, where: str) -> Outline:
+    """What a plan has to know of a source, from its class. where: the config is, for messages"""
+    complete, model = complete_config(config), skeleton(source_config(config))
+    gqa = gqa_geometry(filled(config, complete), where)
+    facts = attention_facts(family, model, gqa)
+    return Outline(
+        config=complete,
+        tensors=checkpoint_tensors(family, model, is_tied(complete)),
+        head=tuple(model.get_output_embeddings().weight.shape),
+        biased=facts.biased,
+        output_bias=facts.output_bias,
+        encoded=facts.encoded,
+        facts=facts,
     )

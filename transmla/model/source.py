@@ -19,7 +19,8 @@ from transmla.families import Family
 from transmla.geometry import GqaGeometry
 from transmla.model.head import Head, logit_scale
 from transmla.model.layer import SourceLayer, build_layer
-from transmla.model.skeleton import is_tied, layer_tensors, skeleton, source_config
+from transmla.model.outline import is_tied
+from transmla.model.skeleton import layer_tensors, skeleton, source_config
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.gguf.describe import describe_gguf
-from transmla.checkpoint.gguf.vocab import read_vocab
 from transmla.checkpoint.read import Source, open_source
 from transmla.errors import TransmlaError, UnsupportedError
 from transmla.tables import Shown
@@ -19,6 +18,7 @@ from transmla.targets.engines import (
     EVIDENCE,
     LLAMA_CPP,
     OWN,
+    OWN_MODEL_TYPE,
     REFUSES,
     RUNS,
     WRONG,
@@ -27,7 +27,6 @@ from transmla.targets.engines import (
     engine_verdicts,
 )
 from transmla.targets.gguf import ARCHITECTURE
-from transmla.targets.own import MODEL_TYPE, own_tensors
 from transmla.targets.stock import MODELING_FILE, expected_tensors
 
 
@@ -75,14 +74,16 @@ def doctor(model: str | Path) -> Diagnosis:
         return _of_gguf(Path(model))
     source = open_source(Path(model))
     config = source.config
-    if config.get("model_type") not in ("deepseek_v3", MODEL_TYPE) or not config.get("kv_lora_rank"):
+    if config.get("model_type") not in ("deepseek_v3", OWN_MODEL_TYPE) or not config.get("kv_lora_rank"):
         raise UnsupportedError(
             "this is not a converted model",
             where=source.config_where,
             why=f"model_type is {config.get('model_type')!r}",
             remedy="use `transmla plan` for a source that is not converted yet, or fold an unfolded model first",
         )
-    if config["model_type"] == MODEL_TYPE:
+    if config["model_type"] == OWN_MODEL_TYPE:
+        from transmla.targets.own import own_tensors
+
         source.require(own_tensors(config))
     elif config.get("latent_norm_folded"):
         source.require(expected_tensors(config))
@@ -122,6 +123,8 @@ def _with_folder(verdict: EngineVerdict, source: Source) -> EngineVerdict:
         why = f"auto_map names {MODELING_FILE}, which is missing; the model may have been saved from the stock class"
         return _worse(verdict, Finding(REFUSES, why, "load the folder with transmla.load and save it again"))
     if verdict.engine == LLAMA_CPP and verdict.accepts:
+        from transmla.checkpoint.gguf.vocab import read_vocab
+
         try:
             read_vocab(source.path, source.config["vocab_size"], tokenizer(source))
         except TransmlaError as error:

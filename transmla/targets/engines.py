@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transmla.geometry import GPU_KERNELS
-from transmla.maths.pad import Widths
+
+# of folders in the own form, as `TransmlaConfig` has it
+OWN_MODEL_TYPE = "transmla"
 
 RUNS, REFUSES, WRONG = "runs", "refuses", "computes something else"
 
@@ -111,17 +113,6 @@ class EngineVerdict:
         return asdict(self) | {"findings": [asdict(finding) for finding in self.findings]}
 
 
-def widths_of(config: Config) -> Widths:
-    """The sizes of the attention in a deepseek_v3 config."""
-    return Widths(
-        heads=config["num_attention_heads"],
-        rank=config["kv_lora_rank"],
-        rope=config["qk_rope_head_dim"],
-        nope=config["qk_nope_head_dim"],
-        value=config["v_head_dim"],
-    )
-
-
 def rope_type(config: Config) -> str:
     """The rope type of a config, from `rope_scaling` or `rope_parameters`; "default" if it names none."""
     settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -130,8 +121,7 @@ def rope_type(config: Config) -> str:
 
 def _kernel(config: Config) -> tuple[int, int] | None:
     """Head widths (nope, value) of the GPU kernels for this latent and rotary size; None if there are no kernels."""
-    sizes = widths_of(config)
-    return GPU_KERNELS.get((sizes.rank, sizes.rope))
+    return GPU_KERNELS.get((config["kv_lora_rank"], config["qk_rope_head_dim"]))
 
 
 def _head_widths(config: Config) -> tuple[int, int]:
@@ -280,7 +270,7 @@ OWN_FORM_RULES: tuple[Rule, ...] = (
         tuple(engine for engine in ENGINES if engine != OWN),
         lambda config: True,
         REFUSES,
-        "it has no class for model_type transmla",
+        f"it has no class for model_type {OWN_MODEL_TYPE}",
         "use transformers, with trust_remote_code=True, or transmla.load",
     ),
 )
@@ -290,7 +280,7 @@ def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
     """One verdict per engine, from the config.json of a converted folder alone, in either form."""
     verdicts = []
     for engine, note in ENGINES.items():
-        own = config.get("model_type") == "transmla"
+        own = config.get("model_type") == OWN_MODEL_TYPE
         table = OWN_FORM_RULES if own else RULES
         evidence = "source code" if own and engine != OWN else EVIDENCE[engine]
         rules = [rule for rule in table if engine in rule.engines and rule.applies(config)]

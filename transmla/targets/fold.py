@@ -21,8 +21,8 @@ from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named, release
 from transmla.errors import UnsupportedError
+from transmla.maths import EPS
 from transmla.maths.fold import (
-    EPS,
     biased_query,
     constant_query,
     fold_layer,

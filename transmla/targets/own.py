@@ -33,36 +33,11 @@ from transmla.model.modeling_transmla import (
 from transmla.model.skeleton import skeleton
 from transmla.progress import Progress
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits
+from transmla.targets.engines import OWN_MODEL_TYPE
 from transmla.targets.stock import MODELING_FILE, modeling_source
 
-MODEL_TYPE = TransmlaConfig.model_type
+MODEL_TYPE = OWN_MODEL_TYPE
 ARCHITECTURE = TransmlaForCausalLM.__name__
-
-
-def obstacles(config: Mapping[str, Any], family: Family, *, encoded: bool) -> tuple[str, ...]:
-    """What stock deepseek_v3 cannot express of a source; empty if it can express all of it.
-
-    config:  its complete config, with the defaults of its class
-    encoded: whether queries and keys go through norms
-    """
-    found = list(family.obstacles)
-    if encoded:
-        found.append("norms on queries and keys")
-    if config.get("mlp_bias"):
-        found.append("biases in the MLP")
-    activation = config.get("hidden_activation") or config.get("hidden_act")
-    if activation not in (None, "silu", "swish"):
-        found.append(f"an MLP with {activation}")
-    if len(set(config.get("layer_types") or ())) > 1:
-        found.append("layers with and without a window")
-    if config.get("attn_logit_softcapping"):
-        found.append("capped attention scores")
-    if config.get("final_logit_softcapping"):
-        found.append("capped logits")
-    multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
-    if any(config.get(key) not in (None, 1, 1.0) for key in multipliers):
-        found.append("multipliers of embeddings, residuals or logits")
-    return tuple(found)
 
 
 def own_config(

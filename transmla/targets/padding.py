@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +17,18 @@ from transmla.errors import GeometryError
 from transmla.geometry import GPU_KERNELS
 from transmla.maths.pad import Widths, pad_attention
 from transmla.progress import Progress
-from transmla.targets.engines import widths_of
 from transmla.targets.stock import MODELING_FILE, expected_tensors
+
+
+def widths_of(config: Mapping[str, Any]) -> Widths:
+    """The sizes of the attention in a deepseek_v3 config."""
+    return Widths(
+        heads=config["num_attention_heads"],
+        rank=config["kv_lora_rank"],
+        rope=config["qk_rope_head_dim"],
+        nope=config["qk_nope_head_dim"],
+        value=config["v_head_dim"],
+    )
 
 
 def padded_widths(old: Widths, size: str | None = None) -> Widths:

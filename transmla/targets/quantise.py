@@ -23,8 +23,9 @@ from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named, narrow_dtype
 from transmla.errors import UnsupportedError
+from transmla.maths import EPS
 from transmla.maths.coding import coding_basis, lloyd_max, spread_basis
-from transmla.maths.fold import EPS, largest_mean_square, latent_scale
+from transmla.maths.fold import largest_mean_square, latent_scale
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.progress import Progress, silent

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from transmla.families import Family
 from transmla.geometry import MlaGeometry
-from transmla.maths.fold import EPS
+from transmla.maths import EPS
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 MODELING_FILE = "modeling_transmla.py"
@@ -21,6 +22,32 @@ _KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
     "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+
+
+def obstacles(config: Mapping[str, Any], family: Family, *, encoded: bool) -> tuple[str, ...]:
+    """What this form cannot express of a source; empty if it can express all of it.
+
+    config:  its complete config, with the defaults of its class
+    encoded: whether queries and keys go through norms
+    """
+    found = list(family.obstacles)
+    if encoded:
+        found.append("norms on queries and keys")
+    if config.get("mlp_bias"):
+        found.append("biases in the MLP")
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation not in (None, "silu", "swish"):
+        found.append(f"an MLP with {activation}")
+    if len(set(config.get("layer_types") or ())) > 1:
+        found.append("layers with and without a window")
+    if config.get("attn_logit_softcapping"):
+        found.append("capped attention scores")
+    if config.get("final_logit_softcapping"):
+        found.append("capped logits")
+    multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
+    if any(config.get(key) not in (None, 1, 1.0) for key in multipliers):
+        found.append("multipliers of embeddings, residuals or logits")
+    return tuple(found)
 
 
 def deepseek_v3_config(

@@ -7,12 +7,28 @@ from typing import TYPE_CHECKING, Any
 from transmla.checkpoint.store import TensorInfo
 from transmla.errors import SourceError, UnsupportedError
 from transmla.families import FAMILIES, Family
+from transmla.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
 # names and paths of the machine that reads, and what describes the blocks that are about to be dequantised
 _NOT_OF_THE_MODEL = ("_name_or_path", "_model_name_or_path", "quantization_config")
+
+
+# metadata -> its name in config.json
+_SIZES = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+_NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def family_of_gguf(reader: "GGUFReader", path: Path) -> Family:
@@ -42,6 +58,21 @@ def unsupported_gguf(path: Path, why: str) -> UnsupportedError:
     )
 
 
+def sizes_of_gguf(reader: "GGUFReader", path: Path, family: Family) -> dict[str, Any] | None:
+    """As much of the same config as the metadata says by itself; None where that is not enough."""
+    architecture = family.gguf_architecture
+    found = {ours: _field(reader, f"{architecture}.{theirs}") for theirs, ours in _SIZES.items()}
+    if isinstance(LAYOUTS[family.model_type].windows, int):
+        found["sliding_window"] = _field(reader, f"{architecture}.attention.sliding_window")
+    # a model of this name is read as one of another family
+    if _field(reader, "general.name") in ("mistral", None) and family.gguf_interleaved:
+        return None
+    if any(type(found[key]) is not int for key in _NEEDED):
+        return None
+    config = {key: value for key, value in found.items() if value is not None} | {"model_type": family.model_type}
+    return _with_scaling(config, reader, path, family)
+
+
 def config_of_gguf(reader: "GGUFReader", path: Path, family: Family) -> dict[str, Any]:
     """transformers' config of the file, and the rope scaling that transformers does not read."""
     from transformers import AutoConfig
@@ -58,13 +89,19 @@ def config_of_gguf(reader: "GGUFReader", path: Path, family: Family) -> dict[str
             why=f"{type(error).__name__}: {error}",
             remedy="convert from the original safetensors folder",
         ) from error
+    config = _with_scaling(config, reader, path, family)
+    return {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL and value is not None}
+
+
+def _with_scaling(config: dict[str, Any], reader: "GGUFReader", path: Path, family: Family) -> dict[str, Any]:
     scaling = _field(reader, f"{family.gguf_architecture}.rope.scaling.type") or "none"
     if scaling == "linear":
         factor = float(_field(reader, f"{family.gguf_architecture}.rope.scaling.factor"))
-        config["rope_parameters"] = config["rope_parameters"] | {"rope_type": "linear", "factor": factor}
+        plain = config.get("rope_parameters") or {"rope_theta": config.pop("rope_theta", 10000.0)}
+        config["rope_parameters"] = plain | {"rope_type": "linear", "factor": factor}
     elif scaling != "none":
         raise unsupported_gguf(path, f"its rope scaling is {scaling!r}, whose numbers GGUF keeps only in part")
-    return {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL and value is not None}
+    return config
 
 
 def correct_from_tensors(config: dict[str, Any], tensors: Mapping[str, TensorInfo], family: Family) -> None:

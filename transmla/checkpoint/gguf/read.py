@@ -3,17 +3,19 @@
 Shape legend: H heads, P pairs of rotary dimensions per head (head_dim / 2), D columns
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from transmla.checkpoint.gguf.config import (
     config_of_gguf,
     correct_from_tensors,
     family_of_gguf,
+    sizes_of_gguf,
     unsupported_gguf,
 )
 from transmla.checkpoint.gguf.header import check_header
@@ -22,6 +24,7 @@ from transmla.errors import SourceError
 from transmla.families import Family
 
 if TYPE_CHECKING:
+    import torch
     from gguf import GGUFReader
 
 # llama3 frequency scaling; GGUF has it as a tensor, a Hugging Face config as numbers
@@ -53,15 +56,17 @@ class _Blocks:
 class GgufStore:
     """`WeightStore` of a .gguf file, and the config that transformers makes of its metadata."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, sizes_only: bool = False) -> None:
+        """sizes_only: what the metadata says by itself is config enough, if that can be had without transformers"""
+        self._path, self._sizes_only = path, sizes_only
         reader = open_gguf(path)
         with understood(f"{path} (metadata)"):
             self._describe(reader, path)
 
-    def _describe(self, reader: "GGUFReader", path: Path) -> None:
+    def _describe(self, reader: GGUFReader, path: Path) -> None:
         self.family = family_of_gguf(reader, path)
-        self.config = config_of_gguf(reader, path, self.family)
+        sizes = sizes_of_gguf(reader, path, self.family) if self._sizes_only else None
+        self.config = sizes or config_of_gguf(reader, path, self.family)
         self._blocks: dict[str, _Blocks] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.rope_frequency_factors: list[float] | None = None
@@ -100,6 +105,7 @@ class GgufStore:
             return np.memmap(self._path, np.uint8, mode="r", offset=blocks.offset, shape=blocks.shape_in_bytes)
 
     def _dequantised(self, name: str, data: np.ndarray[Any, Any]) -> torch.Tensor:
+        import torch
         from gguf import GGMLQuantizationType, dequantize
 
         encoding = GGMLQuantizationType(self._blocks[name].encoding)
@@ -130,7 +136,7 @@ class GgufStore:
         )
 
 
-def open_gguf(path: Path) -> "GGUFReader":
+def open_gguf(path: Path) -> GGUFReader:
     """The reader of a file, headers read; `SourceError` if it is damaged."""
     from gguf import GGUFReader
 
