@@ -34,7 +34,7 @@ from weights import pack
 import transmla
 from transmla.checkpoint.provenance import commit, versions
 from transmla.evaluation.roofline import Rates, machine_rates, step_cost
-from transmla.evaluation.speed import ran_out_of_memory
+from transmla.evaluation.steps import ran_out_of_memory
 from transmla.geometry import gqa_geometry, mla_geometry
 from transmla.model import modeling_transmla as own
 from transmla.model.loading import load, load_any

@@ -128,6 +128,21 @@ def test_every_number_is_on_the_page(result: Path, timing: Path, tmp_path: Path)
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
 
 
+def test_what_a_budget_holds_is_on_the_page(result: Path, timing: Path, tmp_path: Path) -> None:
+    content = json.loads(timing.read_text())
+    held = {
+        "model": "mla", "cache": "latent-int4", "context": 4096, "texts": 77, "tokens": 77 * 4096,
+        "bytes_per_text": 654321, "tokens_per_second": 12.5, "slowest": 11.5, "fastest": 13.5, "speed_ratio": 1.75,
+        "remark": None,
+    }  # fmt: skip
+    counted = held | dict.fromkeys(("tokens_per_second", "slowest", "fastest", "speed_ratio")) | {"remark": "counted"}
+    timing.write_text(json.dumps(content | {"rows": [], "budget": {"bytes": 3 * 2**29, "rows": [held, counted]}}))
+    page = Page(transmla.report([result, timing], tmp_path / "page.html").read_text("utf-8"))
+    for shown in ("1.5 GiB of caches", "latent-int4", "77", "654,321", "12.5 (11.5-13.5)", "1.75", "counted"):
+        assert shown in page.shown, shown
+    assert "times the roofline" not in page.shown
+
+
 def test_the_page_stands_alone_and_is_reproducible(result: Path, timing: Path, tmp_path: Path) -> None:
     first, second = (
         transmla.report([result, timing], tmp_path / name).read_text("utf-8") for name in ("a.html", "b.html")

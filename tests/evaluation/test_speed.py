@@ -14,6 +14,7 @@ from transmla.checkpoint.resolve import resolve
 from transmla.cli import main
 from transmla.errors import GeometryError
 from transmla.evaluation import roofline, speed
+from transmla.evaluation.cache import held_bytes
 from transmla.model.loading import load_any
 
 STORIES = resolve("stories260k").path
@@ -59,6 +60,75 @@ def test_caches_of_its_own(converted: Path) -> None:
     assert refused.exit_code == 4 and "no latent cache of kind" in refused.output
 
 
+@pytest.fixture(scope="module")
+def prepared(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speed") / "coded"
+    transmla.quantise(converted, folder, tokens=4096)
+    return folder
+
+
+def test_as_many_texts_as_fit(prepared: Path) -> None:
+    """By bytes of the formats, and by those of a cache that really holds as many texts, or one more."""
+    budget, context, steps = 1_000_000, 200, 8
+    given: dict[str, Any] = {"contexts": (context,), "steps": steps, "repeats": 1, "dtype": "float32"}
+    report = transmla.bench(prepared, "stories260k", cache_budget=budget, **given)
+    assert report.rows == () and report.budget is not None and report.budget.bytes == budget
+    rows = {row.cache if row.model == "stories260k" else f"our {row.cache}": row for row in report.budget.rows}
+    assert list(rows) == [
+        "float32", "KIVI 4 bits", "rotated 4 bits", "our float32", "our latent-int8", "our latent-int4",
+        "our latent-coded3",
+    ]  # fmt: skip
+    # 5 layers; of 200 tokens the newest 72 are exact and there is room for all in packed form
+    assert rows["float32"].bytes_per_text == context * 5 * 64 * 4
+    assert rows["our float32"].bytes_per_text == context * 5 * 32 * 4 + 5 * 8
+    for bits in (4, 8):
+        packed = context * (24 * bits // 8 + 8 + 2 * 4)
+        assert rows[f"our latent-int{bits}"].bytes_per_text == 5 * (packed + (72 + 4) * 32 * 4 + 8)
+    # of 32 values per token and layer, exact but for the first 4 and 64 to 127 others
+    assert rows["rotated 4 bits"].bytes_per_text == 5 * ((4 + 127) * 256 + 64 * 8 * (4 + 2))
+    model = load_any(prepared, dtype=torch.float32)
+    ids = torch.zeros(1, context, dtype=torch.long)
+    for name, row in rows.items():
+        assert row.context == context and row.tokens == row.texts * context
+        assert row.texts == budget // row.bytes_per_text > 0
+        if "4 bits" in name:
+            assert row.tokens_per_second is None and "counted" in str(row.remark)
+            continue
+        assert row.remark is None and 0 < row.slowest <= row.tokens_per_second <= row.fastest
+        assert (row.speed_ratio == 1) == (name == "float32")
+        if name.startswith("our"):
+            kind = name.removeprefix("our latent-").replace("our float32", "exact")
+            most = 0
+            cache = model.latent_cache(kind, max_length=context)
+            with torch.no_grad():
+                model(ids[:, :-steps].repeat(row.texts + 1, 1), past_key_values=cache)
+                for _ in range(steps):
+                    model(ids[:, :1].repeat(row.texts + 1, 1), past_key_values=cache)
+                    most = max(most, held_bytes(cache))
+            assert most > budget >= most * row.texts / (row.texts + 1)
+    assert rows["our latent-int4"].texts > rows["our float32"].texts > rows["float32"].texts
+    json.dumps(report.plain(), allow_nan=False)
+
+
+def test_a_budget_that_no_text_fits_into(converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "budget.json"
+    words = ["bench", str(converted), "--against", "stories260k", "--steps", "2", "--repeats", "1", "-q"]
+    words += ["--context", "16,64", "--dtype", "float32", "--cache", "latent-int8"]
+    done = CliRunner().invoke(main, [*words, "--cache-budget", "45KiB", "--json", str(out)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "one text takes 80.0 KiB" in done.stdout and "fit into 45.0 KiB" in done.stdout
+    content = json.loads(out.read_text())["budget"]
+    assert content["bytes"] == 45 * 1024
+    assert [(row["cache"], row["texts"]) for row in content["rows"] if row["context"] == 64] == [
+        ("float32", 0), ("KIVI 4 bits", 0), ("rotated 4 bits", 0), ("latent-int8", 1)
+    ]  # fmt: skip
+    assert [row["speed_ratio"] for row in content["rows"] if row["context"] == 64] == [None] * 4
+    assert content["rows"][-1]["tokens_per_second"] > 0
+    assert CliRunner().invoke(main, [*words, "--cache-budget", "2 parsecs"]).exit_code == 2
+    too_short = CliRunner().invoke(main, [*words, "--context", "2", "--cache-budget", "1MB"])
+    assert too_short.exit_code == 6 and "are decoded" in too_short.output
+
+
 def test_rows_of_the_grid(converted: Path) -> None:
     report = transmla.bench(
         converted, "stories260k", contexts=(16, 40, 9000), batches=(1, 3), steps=3, repeats=2, stock=True,
@@ -94,7 +164,7 @@ def test_times_stand_beside_their_floor(
         return left[type(model).__name__].pop(0)
 
     monkeypatch.setattr(speed, "machine_rates", lambda *_: rates)
-    monkeypatch.setattr(speed, "_decode", decode)
+    monkeypatch.setattr(speed, "decode", decode)
     given: dict[str, Any] = {"contexts": (16,), "batches": (3,), "steps": 2, "repeats": 3, "dtype": "float32"}
     report = transmla.bench(converted, "stories260k", **given)
     for row, values, (model, cached) in zip(
@@ -148,14 +218,14 @@ def test_cost_of_a_step_counts_every_product() -> None:
 
 
 def test_a_size_that_does_not_fit_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = speed._fill
+    real = speed.fill
 
     def failing(model: Any, ids: torch.Tensor, *make: Any) -> Any:
         if len(ids) == 2 and type(model).__name__.startswith("Llama"):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, ids, *make)
 
-    monkeypatch.setattr(speed, "_fill", failing)
+    monkeypatch.setattr(speed, "fill", failing)
     report = transmla.bench(converted, "stories260k", contexts=(8,), batches=(1, 2), steps=2, repeats=1)
     assert [row.failed for row in report.rows] == [None, None, "out of memory", None]
     assert report.rows[3].speed_ratio is None and report.rows[3].tokens_per_second
@@ -165,7 +235,7 @@ def test_other_errors_are_not_swallowed(converted: Path, monkeypatch: pytest.Mon
     def failing(*_: Any) -> None:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(speed, "_decode", failing)
+    monkeypatch.setattr(speed, "decode", failing)
     with pytest.raises(RuntimeError, match="shapes differ"):
         transmla.bench(converted, contexts=(8,), steps=2, repeats=1)
 

@@ -20,8 +20,33 @@ from transmla.cli.frame import (
 )
 from transmla.recipe import DTYPES
 
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
-@command("bench", "transmla bench OUT", "transmla bench OUT --against SRC --context 512,4096 --batch 1,8 --stock")
+
+class Size(click.ParamType[int]):
+    """2GiB, 512MiB, 1.5GB, 100000 -> int"""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        unit = next((unit for unit in _UNITS if value.endswith(unit)), "")
+        try:
+            found = int(float(value.removesuffix(unit)) * _UNITS.get(unit, 1))
+        except (ValueError, OverflowError):
+            found = 0
+        if found < 1:
+            self.fail(f"{value!r} is not a number of bytes such as 2GiB, 512MiB or 1.5GB", param, context)
+        return found
+
+
+@command(
+    "bench",
+    "transmla bench OUT",
+    "transmla bench OUT --against SRC --context 512,4096 --batch 1,8 --stock",
+    "transmla bench OUT --context 2048 --cache-budget 2GiB",
+)
 @click.argument("model", metavar="MODEL")
 @option(
     "--against",
@@ -74,6 +99,14 @@ from transmla.recipe import DTYPES
     metavar="KIND",
     help="Also time MODEL with a cache of its own: latent, latent-int4, latent-coded3 ...; repeatable.",
     group="Models",
+)
+@option(
+    "--cache-budget",
+    type=Size(),
+    metavar="SIZE",
+    help="Instead of --batch: as many texts as fit into caches of so much memory, as 2GiB, in each cache of MODEL and "
+    "SRC; at 4 bits, SRC's texts are counted only.",
+    group="Timings",
 )
 @option(
     "--dtype",

@@ -61,7 +61,7 @@ def errors() -> Iterator[None]:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        from transmla.evaluation.speed import ran_out_of_memory
+        from transmla.evaluation.steps import ran_out_of_memory
 
         if not ran_out_of_memory(error):
             raise

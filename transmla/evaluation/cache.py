@@ -21,6 +21,17 @@ def measured_bytes_per_token(model: Any, num_tokens: int = 64) -> float:
     return (sizes[1] - sizes[0]) / (num_tokens - num_tokens // 2)
 
 
+def held_bytes(cache: Any) -> int:
+    """Bytes of memory behind all tensors of a cache: also those with room for more tokens, or that a view keeps."""
+    storages = {}
+    for layer in cache.layers:
+        for value in (layer.tensors() if hasattr(layer, "tensors") else vars(layer)).values():
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors of a transformers cache, of a `LatentCache` without room for more tokens."""
     return sum(

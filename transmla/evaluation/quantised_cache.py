@@ -95,6 +95,11 @@ class PackedLayer(DynamicLayer):
         """Tokens of each text."""
         return int(super().get_seq_length()) + self.num_packed
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored, by name."""
+        exact = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return exact | {f"packed.{number}": tensor for number, tensor in enumerate(self.packed_tensors())}
+
     def packed_tensors(self) -> list[Tensor]:
         """What is stored of the packed tokens."""
         return [tensor for block in self.packed for half in block for tensor in half.values()]

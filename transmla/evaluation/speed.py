@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import Cache, DynamicCache
 
 from transmla.checkpoint.provenance import commit, portable, versions
 from transmla.devices import named, usable
 from transmla.errors import GeometryError
+from transmla.evaluation.budget import Budget, held_within, kinds_of
 from transmla.evaluation.cache import cache_bytes
 from transmla.evaluation.roofline import Rates, machine_rates, step_cost, wait
+from transmla.evaluation.steps import decode, fill, ran_out_of_memory
 from transmla.model.generation import own_cache
 from transmla.model.loading import is_converted, load, load_any
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
-
-PREFILL_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchReport(Shown):
-    """rows: by batch and context, the source first; speed_ratio is to it."""
+    """rows: by batch and context, the source first; speed_ratio is to it.  budget: what fits, if that was asked for"""
 
     rows: tuple[Timing, ...]
     rates: Rates
     notes: tuple[str, ...]
     setting: dict[str, Any]
+    budget: Budget | None = None
 
     def plain(self) -> dict[str, Any]:
         """For JSON, without absolute paths."""
@@ -78,6 +78,7 @@ class BenchReport(Shown):
             "rates": asdict(self.rates),
             "notes": list(self.notes),
             "setting": self.setting,
+            "budget": None if self.budget is None else asdict(self.budget),
         }
         found: dict[str, Any] = portable(content)
         return found
@@ -98,6 +99,7 @@ def bench(
     repeats: int = 3,
     stock: bool = False,
     caches: Sequence[str] = (),
+    cache_budget: int | None = None,
     dtype: str = "bfloat16",
     device: str = "auto",
     progress: Progress | None = None,
@@ -109,12 +111,15 @@ def bench(
     steps:    decoding steps per timing;  repeats: timings, after one that warms up
     stock:    also the stock transformers class of a converted folder
     caches:   also a converted folder with these caches of its own, as "latent-int4"
+    cache_budget: bytes of caches; in place of `batches`, as many texts as fit in each cache: the source's as computed
+              and, counted alone, at 4 bits, and `caches` of the converted folder (by default its own as computed, int8,
+              int4, and coded3 if it is prepared)
     """
     tell = progress or silent
     device = named(device)
     where, number_format = usable(device), getattr(torch, dtype)
     models = _loaded(model, against, stock, number_format, where)
-    makers = _caches(models, str(model), caches)
+    makers = {} if cache_budget is not None else _caches(models, str(model), caches)
     longest = min(int(one.config.max_position_embeddings) for one in models.values())
     if min(contexts) > longest:
         raise GeometryError(
@@ -127,24 +132,23 @@ def bench(
     sizes = [min(size, longest - steps) for size in contexts if size <= longest]
     rates = machine_rates(where, number_format)
     for one in models.values():  # what is compiled or allocated once is not to be timed
-        _fill(one, torch.zeros(1, 8, dtype=torch.long, device=where))
+        fill(one, torch.zeros(1, 8, dtype=torch.long, device=where))
     rows: list[Timing] = []
-    for number, (batch, context) in enumerate((batch, context) for batch in batches for context in sizes):
-        tell("bench", number, len(batches) * len(sizes), f"batch {batch}, context {context:,}")
+    budget = None
+    if cache_budget is not None:
+        contexts = [size for size in contexts if size <= longest]
+        kinds = kinds_of(models, caches, dtype)
+        budget = held_within(cache_budget, kinds, contexts, steps, repeats, where, tell)
+    grid = [] if budget else [(batch, context) for batch in batches for context in sizes]
+    for number, (batch, context) in enumerate(grid):
+        tell("bench", number, len(grid), f"batch {batch}, context {context:,}")
         rows += _measured(models, makers, batch, context, steps, repeats, where, rates)
-    tell("bench", len(batches) * len(sizes), len(batches) * len(sizes), "")
+    tell("bench", 1, 1, "")
     setting = {
         "dtype": dtype, "device": device, "device_name": _device_name(where), "threads": torch.get_num_threads(),
         "steps": steps, "repeats": repeats, "versions": versions(), "commit": commit(),
     }  # fmt: skip
-    return BenchReport(tuple(rows), rates, tuple(notes), setting)
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether that is what an error says, on any device; also when no batch size was small enough."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return should_reduce_batch_size(error) or "No executable batch size found" in str(error)
+    return BenchReport(tuple(rows), rates, tuple(notes), setting, budget)
 
 
 def _loaded(
@@ -198,7 +202,7 @@ def _measured(
             torch.cuda.reset_peak_memory_stats(device)
         try:
             started = time.perf_counter()
-            caches[name] = _fill(model, ids_BS[:, :context], makers[name])
+            caches[name] = fill(model, ids_BS[:, :context], makers[name])
             wait(device)
             first[name] = time.perf_counter() - started
         except (MemoryError, RuntimeError) as error:
@@ -210,7 +214,7 @@ def _measured(
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for repeat in range(-1, repeats):
         for name, cache in caches.items():
-            elapsed = _decode(models[name], cache, ids_BS[:, context:], device)
+            elapsed = decode(models[name], cache, ids_BS[:, context:], device)
             cache.crop(-steps)
             if repeat >= 0:  # the first one warms up kernels and allocators
                 seconds[name].append(elapsed / steps)
@@ -242,24 +246,6 @@ def _measured(
             )
         )
     return rows
-
-
-@torch.inference_mode()
-def _fill(model: Any, ids_BS: torch.Tensor, make: Callable[[], Cache] = DynamicCache) -> Cache:
-    cache = make()
-    for chunk in torch.split(ids_BS, PREFILL_CHUNK, dim=1):
-        model(chunk, past_key_values=cache, logits_to_keep=1)
-    return cache
-
-
-@torch.inference_mode()
-def _decode(model: Any, cache: Cache, ids_BT: torch.Tensor, device: torch.device) -> float:
-    wait(device)
-    started = time.perf_counter()
-    for token_B1 in torch.split(ids_BT, 1, dim=1):
-        model(token_B1, past_key_values=cache)
-    wait(device)
-    return time.perf_counter() - started
 
 
 def _device_name(device: torch.device) -> str:

@@ -113,8 +113,8 @@ class _Pieces:
             self._text = text
 
 
-def own_cache(loaded: Any, kind: str, model: str) -> Any:
-    """An empty cache; `UnsupportedError` if the model has none of that kind."""
+def own_cache(loaded: Any, kind: str, model: str, **settings: Any) -> Any:
+    """An empty cache; `UnsupportedError` if the model has none of that kind. settings: of `LatentCache`"""
     if not hasattr(loaded, "latent_cache"):
         raise UnsupportedError(
             "only converted models have a latent cache",
@@ -126,7 +126,7 @@ def own_cache(loaded: Any, kind: str, model: str) -> Any:
     try:
         if prefix != "latent":
             raise ValueError(f"{kind!r} does not begin with latent")
-        return loaded.latent_cache(name or "exact")
+        return loaded.latent_cache(name or "exact", **settings)
     except ValueError as error:
         raise UnsupportedError(
             f"the model has no cache {kind!r}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from transmla.evaluation.evaluate import quantised_sizes
 from transmla.evaluation.results import Result, frontier_rows, perplexity_of
+from transmla.tables import size
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,27 @@ def speed(timings: list[Result], shown: dict[str, Picture]) -> Section | None:
             "model", "batch", "context", "first token, s", "prefill, tokens/s", "decoding, tokens/s",
             "times the source", "times the roofline's floor",
         )  # fmt: skip
-        tables.append(Table(caption, head, rows))
+        if rows:
+            tables.append(Table(caption, head, rows))
+        if timing.content.get("budget"):
+            tables.append(_budget(timing.content["budget"], setting))
     return Section("Speed", [], tables, _one(shown, "speed")) if tables else None
+
+
+def _budget(budget: dict[str, Any], setting: dict[str, Any]) -> Table:
+    rows = [
+        [row["model"], row["cache"], f"{row['context']:,}", f"{row['texts']:,}", f"{row['bytes_per_text']:,}",
+         *([f"{row['tokens_per_second']:.1f} ({row['slowest']:.1f}-{row['fastest']:.1f})",
+            f"{row['speed_ratio']:.2f}" if row["speed_ratio"] else ""]
+           if row["tokens_per_second"] is not None else [Cell(row["remark"] or "", "text")])]
+        for row in budget["rows"]
+    ]  # fmt: skip
+    caption = (
+        f"As many texts as fit into {size(budget['bytes'])} of caches; {setting['dtype']} on {setting['device_name']}, "
+        f"{setting['threads']} threads, medians of {setting['repeats']} alternating runs (slowest-fastest)"
+    )
+    head = ("model", "cache", "context", "texts", "bytes per text", "decoding, tokens/s", "times the source")
+    return Table(caption, head, rows)
 
 
 def texts_written(results: list[Result]) -> Section | None:

@@ -1,0 +1,46 @@
+"""The steps that `transmla bench` times: fill a cache, decode with it.
+
+Legend: B batch, S cached tokens, T tokens decoded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from transmla.evaluation.roofline import wait
+
+PREFILL_CHUNK = 512
+
+
+@torch.inference_mode()
+def fill(model: Any, ids_BS: Tensor, make: Callable[[], Cache] = DynamicCache) -> Cache:
+    """A cache that has read these tokens, chunk by chunk."""
+    cache = make()
+    for chunk in torch.split(ids_BS, PREFILL_CHUNK, dim=1):
+        model(chunk, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+@torch.inference_mode()
+def decode(model: Any, cache: Cache, ids_BT: Tensor, device: torch.device) -> float:
+    """Seconds that these tokens take one by one."""
+    wait(device)
+    started = time.perf_counter()
+    for token_B1 in torch.split(ids_BT, 1, dim=1):
+        model(token_B1, past_key_values=cache)
+    wait(device)
+    return time.perf_counter() - started
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error says, on any device; also when no batch size was small enough."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return should_reduce_batch_size(error) or "No executable batch size found" in str(error)
