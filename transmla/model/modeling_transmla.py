@@ -16,6 +16,7 @@ e qk_rope_head_dim, k = r + e, n qk_nope_head_dim, v v_head_dim, N tokens that a
 import copy
 import functools
 import heapq
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,8 +86,11 @@ ROTARY_BITS = 8
 DEALT_TOGETHER = 8
 # bits of what one token has of its own in the coded formats: the root of its mean square, float16
 GAIN_BITS = 16
-# packed tokens that attention unpacks at once
-BLOCK = 2048
+# values that attention unpacks at once, of all texts together: on a CPU they stay in its caches; and least tokens
+UNPACKED = {"cpu": 2**20, "other": 2**26}
+LEAST_BLOCK = 128
+# buffers that grow do so by pieces of so many tokens
+PIECE = 2048
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -169,22 +173,30 @@ class GroupCode:
             scales += [step[..., 0], low[..., 0]]
         return {"codes": torch.cat(codes, dim=-1), "scales": torch.cat(scales, dim=-1)}
 
-    def decode(self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False) -> torch.Tensor:
-        """[B, N, k]"""
-        found, at, scale = [], 0, 0
-        scales = packed["scales"].to(dtype)
-        for size, groups, bits in self.parts:
+    def decode(
+        self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False, room: int = 0
+    ) -> torch.Tensor:
+        """[B, N + room, k], of which the last `room` tokens are there to be written; rounded to the dtype once"""
+        codes, scales = packed["codes"], packed["scales"]
+        wide = torch.promote_types(dtype, torch.float32)
+        tokens, width = codes.shape[-2], sum(size for size, _, _ in self.parts)
+        whole = torch.empty((*codes.shape[:-2], tokens + room, width), dtype=wide, device=codes.device)
+        found = whole[..., :tokens, :]
+        at, bytes_at = 0, 0
+        for size, _, bits in self.parts:
             width = packed_width(size, bits)
-            codes = unpack(packed["codes"][..., at : at + width], bits, size).to(dtype)
-            step, low = scales[..., scale : scale + groups], scales[..., scale + groups : scale + 2 * groups]
-            if size == groups * GROUP:
-                codes = codes.unflatten(-1, (groups, -1)).mul_(step[..., None]).add_(low[..., None]).flatten(-2)
-            else:
-                step, low = (part.repeat_interleave(GROUP, dim=-1)[..., :size] for part in (step, low))
-                codes = codes.mul_(step).add_(low)
-            found.append(codes)
-            at, scale = at + width, scale + 2 * groups
-        return torch.cat(found, dim=-1)
+            found[..., at : at + size].copy_(unpack(codes[..., bytes_at : bytes_at + width], bits, size))
+            at, bytes_at = at + size, bytes_at + width
+        by_part = scales.split([groups for _, groups, _ in self.parts for _ in range(2)], dim=-1)
+        # side by side in memory, which is faster to read
+        step, low = (torch.cat(by_part[which::2], dim=-1).to(wide) for which in range(2))
+        if all(size == groups * GROUP for size, groups, _ in self.parts):
+            found.unflatten(-1, (-1, GROUP)).mul_(step[..., None]).add_(low[..., None])
+        else:
+            widths = [min(GROUP, size - place) for size, _, _ in self.parts for place in range(0, size, GROUP)]
+            for number, (width, end) in enumerate(zip(widths, itertools.accumulate(widths), strict=True)):
+                found[..., end - width : end].mul_(step[..., number, None]).add_(low[..., number, None])
+        return whole.to(dtype)
 
 
 class TransformCode:
@@ -247,26 +259,38 @@ class TransformCode:
             start += count
         return {"codes": torch.cat(codes, dim=-1), "scales": gain_BN1}
 
-    def decode(self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False) -> torch.Tensor:
-        """[B, N, k]; ordered: with the coordinates in the order of their bits, which saves the most expensive step"""
-        codes, gain = packed["codes"], packed["scales"].to(dtype)
+    def decode(
+        self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False, room: int = 0
+    ) -> torch.Tensor:
+        """[B, N + room, k], of which the last `room` tokens are there to be written; rounded to the dtype once
+
+        ordered: with the coordinates in the order of their bits, which saves an expensive step
+        """
+        codes = packed["codes"]
+        wide = torch.promote_types(dtype, torch.float32)
         self._on(codes.device)
-        levels, mean, deviation = self._in(dtype)
-        parts, at = [], 0
+        levels, mean, deviation = self._in(wide)
+        tokens = codes.shape[-2]
+        whole = mean.new_empty((*codes.shape[:-2], tokens + room, len(mean)))
+        found, start, at = whole[..., :tokens, :], 0, 0
         for bits, count in self.runs:
+            part = found[..., start : start + count]
+            start += count
             if not bits:
-                parts.append(gain.new_zeros((*gain.shape[:-1], count)))
+                part.zero_()
                 continue
             width = packed_width(count, bits)
-            found = unpack(codes[..., at : at + width], bits, count)
+            places = unpack(codes[..., at : at + width], bits, count)
             # as fast as it gets: a flat index of 32 bits
-            values = torch.index_select(levels[bits], 0, found.flatten().int())
-            parts.append(values.view(found.shape))
+            part.copy_(torch.index_select(levels[bits], 0, places.flatten().int()).view(places.shape))
             at += width
-        z_BNk = torch.cat(parts, dim=-1).mul_(gain)
-        if ordered:
-            return z_BNk.mul_(deviation[self.order]).add_(mean[self.order])
-        return z_BNk[..., self.back].mul_(deviation).add_(mean)
+        found.mul_(packed["scales"].to(wide))
+        if not ordered:
+            whole = whole[..., self.back]
+            whole[..., :tokens, :].mul_(deviation).add_(mean)
+        else:
+            found.mul_(deviation[self.order]).add_(mean[self.order])
+        return whole.to(dtype)
 
 
 def dealt_bits(importance: list[list[float]], distortion: list[float], average: float) -> list[list[int]]:
@@ -384,35 +408,45 @@ class LatentLayer(CacheLayerMixin):
         taken = x_BNk.gather(1, at_BK.clamp(0, x_BNk.shape[1] - 1)[..., None].expand(-1, -1, x_BNk.shape[-1]))
         self.sinks = torch.where(inside_BK[..., None], taken, self.sinks)
 
-    def blocks(self, size: int = BLOCK, ordered: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+    def blocks(self, size: int | None = None, ordered: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """The place of the first token and [B, 1, N, k] of each piece of the cache; one is unpacked at a time.
 
         ordered: with the coordinates in the order of the code
         """
         order = self.code.order if ordered and self.code is not None else None
+        if size is None:
+            size = self._block_size()
         for start in range(0, self.num_packed, size):
             end = min(start + size, self.num_packed)
             part = {name: buffer[:, start:end] for name, buffer in self.packed.items()}
-            x_BNk = self.code.decode(part, self.dtype, order is not None)
-            yield start, self._with_sinks(x_BNk, start, order)[:, None]
+            yield start, self._unpacked(part, start, end - start, order)[:, None]
         if self.num_exact:
             assert self.exact is not None
             x_BNk = self.exact[:, : self.num_exact]
             yield self.num_packed, (x_BNk if order is None else x_BNk[..., order])[:, None]
 
-    def _with_sinks(self, x_BNk: torch.Tensor, start: int, order: torch.Tensor | None) -> torch.Tensor:
+    def _block_size(self) -> int:
+        if self.exact is None:
+            return LEAST_BLOCK
+        texts, _, width = self.exact.shape
+        values = UNPACKED["cpu" if self.exact.device.type == "cpu" else "other"]
+        return max(values // (texts * width), LEAST_BLOCK)
+
+    def _unpacked(
+        self, part: dict[str, torch.Tensor], start: int, size: int, order: torch.Tensor | None
+    ) -> torch.Tensor:
+        """So many packed tokens from `start` on, with the first ones of each text as they were."""
         if self.sinks is None:
-            return x_BNk
+            return self.code.decode(part, self.dtype, order is not None)
         assert self.first is not None
-        size = x_BNk.shape[1]
-        at_BK = self.first[:, None] + torch.arange(self.sink, device=x_BNk.device) - start
+        at_BK = self.first[:, None] + torch.arange(self.sink, device=self.first.device) - start
         inside_BK = (at_BK >= 0) & (at_BK < size)
-        # what is elsewhere goes into a token behind the block
-        places = torch.where(inside_BK, at_BK, size)[..., None].expand(-1, -1, x_BNk.shape[-1])
         if start > 0 and not bool(inside_BK.any()):
-            return x_BNk
-        sinks = self.sinks if order is None else self.sinks[..., order]
-        return nn.functional.pad(x_BNk, (0, 0, 0, 1)).scatter_(1, places, sinks)[:, :size]
+            return self.code.decode(part, self.dtype, order is not None)
+        # what is elsewhere goes into a token behind the block
+        x_BNk = self.code.decode(part, self.dtype, order is not None, 1)
+        places = torch.where(inside_BK, at_BK, size)[..., None].expand(-1, -1, x_BNk.shape[-1])
+        return x_BNk.scatter_(1, places, self.sinks if order is None else self.sinks[..., order])[:, :size]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -509,7 +543,7 @@ def _grown(buffer: torch.Tensor, used: int, wanted: int, capacity: int | None) -
     """[B, tokens, ...] with room for `wanted` tokens: the same, or a copy of the used part with a quarter more room."""
     if buffer.shape[1] >= wanted:
         return buffer
-    room = max(wanted, capacity or wanted + wanted // 4 // BLOCK * BLOCK)
+    room = max(wanted, capacity or wanted + wanted // 4 // PIECE * PIECE)
     larger = buffer.new_empty((buffer.shape[0], room, *buffer.shape[2:]))
     larger[:, :used] = buffer[:, :used]
     return larger
@@ -684,7 +718,7 @@ class CachedLatent:
         total = attended = top
         for start, key_B1Nk in layer.blocks(ordered=absorbs):
             key, value = (key_B1Nk, key_B1Nk) if absorbs else self.expand(key_B1Nk)
-            scores = (query @ key.transpose(-1, -2)).to(wide) * self.scaling
+            scores = _scores(query, key, wide) * self.scaling
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             bias = None if mask is None else _additive(mask[..., start : start + key.shape[2]], wide)
@@ -855,6 +889,13 @@ class LatentAttention(CachedLatent, stock.DeepseekV3Attention):  # type: ignore[
         rotate = stock.apply_rotary_pos_emb_interleave if interleave else stock.apply_rotary_pos_emb
         q_rot_BHTe, k_rot_B1Te = rotate(q_rot_BHTe, k_rot_BTe[:, None], *position_embeddings)
         return q_nope_BHTn, q_rot_BHTe, torch.cat((latent_BTr[:, None], k_rot_B1Te), dim=-1)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """query keyᵀ in a dtype; few queries of a single text from the other side, where CPUs copy no keys."""
+    if key.shape[0] > 1 or 8 * query.shape[-2] > key.shape[-2] or key.shape[1] > 1:
+        return (query @ key.transpose(-1, -2)).to(dtype)
+    return (key @ query.transpose(-1, -2)).transpose(-1, -2).to(dtype, memory_format=torch.contiguous_format)
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
