@@ -22,6 +22,8 @@ BEGIN = ("half", "all", "none")
 FORMATS = ("auto", "deepseek_v3", "transmla")
 TRAINED = ("attention", "all")
 PRECISIONS = ("bfloat16", "float32")
+# bits per value of the packed latent caches that take them all alike
+LATENT_BITS = (2, 3, 4, 8)
 # of a recipe: whether someone has run it and the results are in eval/results, or it is a plan
 STATES = ("measured", "planned")
 
@@ -36,7 +38,7 @@ _POSITIVE = (
 )  # fmt: skip
 # tokens: less says nothing of attention
 _LEAST = {"window": 8, "long_window": 8}
-_NOT_NEGATIVE = ("sampled", "hidden")
+_NOT_NEGATIVE = ("sampled", "hidden", "latent_recent")
 _SHARES = ("warmup", "cross_entropy", "on_policy", "layerwise", "long_share")
 
 
@@ -105,6 +107,8 @@ class Healing:
     layerwise: float = 0.0  # share of the steps, the first, in which every layer learns for itself
     long_share: float = 0.0  # share of the tokens, the last, that come in windows of long_window
     long_window: int = 4096
+    latent_bits: int | None = None  # latents are rounded as in the cache latent-intN; None: they are exact
+    latent_recent: int = 64  # with latent_bits: newest tokens that stay exact
     checkpointing: bool = False  # layers are computed twice and need less memory
     compile: bool = False  # layers and loss through torch.compile
     seed: int = 0
@@ -214,6 +218,8 @@ def _objection(key: str, value: Any) -> str | None:
         return f"{key} must be at least {_LEAST[key]}"
     if key in _NOT_NEGATIVE and not 0 <= value < float("inf"):
         return f"{key} cannot be negative"
+    if key == "latent_bits" and value not in LATENT_BITS:
+        return f"there are caches of {', '.join(map(str, LATENT_BITS))} bits"
     if key in _SHARES and not 0 <= value <= 1:
         return f"{key} is a share, from 0 to 1"
     return None

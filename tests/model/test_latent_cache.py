@@ -257,6 +257,40 @@ def test_padding_changes_nothing(model: Any) -> None:
     assert not torch.equal(found, model.generate(both, attention_mask=mask, past_key_values=others, **settings))
 
 
+@torch.no_grad()
+def test_a_compiled_step_reads_the_packed_cache(model: Any) -> None:
+    """In one graph, and not in a new one for every length: more tokens come, and some are packed five times."""
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(2, 60, model.config.hidden_size, generator=torch.Generator().manual_seed(12)).double()
+    mask = torch.ones(2, 1, 60, 60, dtype=torch.bool).tril()
+    mask[1, :, :, :3] = False
+    angles = model.model.rotary_emb(hidden, torch.arange(60)[None])
+    caches = [model.latent_cache("int4", recent=4, max_length=100) for _ in range(2)]
+
+    def step(cache: Any, start: int, end: int, run: Any = attention) -> torch.Tensor:
+        places = tuple(part[:, start:end] for part in angles)
+        out: torch.Tensor = run(hidden[:, start:end], places, mask[:, :, start:end, :end], past_key_values=cache)[0]
+        return out
+
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend=count, fullgraph=True)
+    packed = set()
+    for cache in caches:
+        step(cache, 0, 40)
+    for start in range(40, 60):
+        wanted, found = step(caches[0], start, start + 1), step(caches[1], start, start + 1, compiled)
+        assert relative(found, wanted) < 1e-9
+        packed.add(caches[1].layers[0].num_packed)
+    assert len(packed) == 6 and 0 < len(graphs) <= 5
+    torch._dynamo.reset()
+
+
 def test_rejected_drafts_leave_no_trace(model: Any) -> None:
     ids = torch.randint(3, VOCAB, (1, 80), generator=torch.Generator().manual_seed(10))
     alone = greedy(model, ids, past_key_values=model.latent_cache("int8", recent=24))

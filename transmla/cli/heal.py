@@ -17,7 +17,7 @@ from transmla.cli.frame import (
     quiet,
     quiet_libraries,
 )
-from transmla.recipe import BEGIN, MIX, MIX_OF_CHATS, PRECISIONS, TRAINED
+from transmla.recipe import BEGIN, LATENT_BITS, MIX, MIX_OF_CHATS, PRECISIONS, TRAINED
 
 _SCALES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -193,6 +193,20 @@ class Count(click.ParamType[int]):
     metavar="R",
     help="Train adapters of rank R, merged at the end.",
     group="What is trained",
+)
+@option(
+    "--latent-bits",
+    type=click.Choice(LATENT_BITS),
+    help="Round latents as the cache latent-intN does, in training and measuring, so that the weights make up for it. "
+    "[default: exact latents]",
+    group="Objective",
+)
+@option(
+    "--latent-recent",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --latent-bits: newest tokens that stay exact. [default: 64, as in the caches]",
+    group="Objective",
 )
 @option(
     "--temperature",

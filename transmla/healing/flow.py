@@ -74,6 +74,7 @@ class HealReport(Shown):
     seconds:       duration of the whole run
     tokens_per_second: of the steps of this run, without measuring and saving
     of_floor:      seconds per token over those of its matrix products at the rate at which the device multiplies
+    latent_bits:   of the packed cache that the model learned for and was measured with; None: latents were exact
     """
 
     parent: Path
@@ -93,6 +94,7 @@ class HealReport(Shown):
     seconds: float
     tokens_per_second: float
     of_floor: float
+    latent_bits: int | None = None
 
     def show(self, console: Console) -> None:
         from transmla.healing.show import show_healing
@@ -181,6 +183,7 @@ def heal(
         trained.best_step, trained.num_trained, trained.rate,
         min(plan.num_windows, plan.windows_seen) * options.window, passes,
         _raised(trained), time.monotonic() - started, trained.clock.rate if trained.clock else 0.0, of_floor,
+        options.latent_bits,
     )  # fmt: skip
 
 
@@ -198,7 +201,7 @@ def _train(
     # Trainer moves the model to its device
     unfolded: Any = load(weights_of(preparation.converted, work), dtype=torch.float32)
     objective = Objective(settings.temperature, settings.cross_entropy, settings.compile)
-    student = teach(unfolded, teacher, objective, settings.hidden)
+    student = teach(unfolded, teacher, objective, settings.hidden, settings.latent_bits, settings.latent_recent)
     select_trained(student, settings.train)
     if settings.checkpointing:
         # the method has this name in newer versions of transformers

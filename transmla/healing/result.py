@@ -129,11 +129,15 @@ def _card(entry: dict[str, Any]) -> str:
         f"| {shown(text)} | {entry['before'][text]['recovery']:.1%} | {entry['after'][text]['recovery']:.1%} |"
         for text in entry["after"]
     )
+    bits = entry["settings"]["latent_bits"]
+    rounded = ""
+    if bits is not None:
+        rounded = f"Latents were rounded as in a cache\n`latent-int{bits}`, in training and in this table. "
     return f"""## Healed
 
 Distilled from the source on {entry["tokens"]:,} tokens ({shown(entry["settings"]["data"])}), {entry["steps"]:,} steps;
-trained weights: {entry["settings"]["train"]}. Recovery is the perplexity of the source over that of the model, on
-held-out windows. The training curves are in `{LOG_FILE}` and `{PLOT_FILE}`.
+trained weights: {entry["settings"]["train"]}. {rounded}Recovery is the perplexity of the source over that of the model,
+on held-out windows. The training curves are in `{LOG_FILE}` and `{PLOT_FILE}`.
 
 | text | before | after |
 |---|---:|---:|

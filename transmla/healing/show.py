@@ -32,6 +32,8 @@ def show_healing(report: HealReport, console: Console) -> None:
     if repeated:
         facts.add_row("texts that were repeated", ", ".join(repeated))
     facts.add_row("trained", f"{report.num_trained:,} parameters, steps of at most {report.rate:g} of their size")
+    if report.latent_bits is not None:
+        facts.add_row("latents", f"rounded as in a cache latent-int{report.latent_bits}, here and in training")
     facts.add_row("time", f"{report.seconds:,.0f} s")
     if report.tokens_per_second:
         floor = f"{report.of_floor:.1f} times what its matrix products take"

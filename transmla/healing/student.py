@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from transmla.healing.rounding import Rounding, round_latents
 from transmla.healing.teacher import Lesson
 from transmla.model.head import head_of
 from transmla.text.packing import IGNORED
@@ -48,6 +49,8 @@ class Student(PreTrainedModel):
     hidden_weight: float
     # whether every layer learns for itself, from the source's own input of it
     layerwise: bool = False
+    # of latents, if the model learns for a packed cache
+    rounding: Rounding | None = None
     teacher: Teacher
 
     def forward(
@@ -67,6 +70,8 @@ class Student(PreTrainedModel):
         divergence, nats (loss of the model) and source_nats (loss of the source) are means over the tokens of a window
         that have a label.
         """
+        if self.rounding is not None:
+            self.rounding.begin(None if labels is None else position_ids)
         if labels is None:  # it is writing
             plain: Any = super()
             return plain.forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
@@ -142,18 +147,29 @@ class Student(PreTrainedModel):
         return torch.stack([stream_error(own, target) for own, target in pairs]).mean()
 
 
-def teach(model: Any, teacher: Teacher, objective: Objective, hidden_weight: float = 0.0) -> Student:
+def teach(
+    model: Any,
+    teacher: Teacher,
+    objective: Objective,
+    hidden_weight: float = 0.0,
+    latent_bits: int | None = None,
+    latent_recent: int = 64,
+) -> Student:
     """The same model, changed in place to a `Student`.
 
     model:         an unfolded model or one in the own form, as `transmla.load` returns it
     teacher:       gives the source's predictions
     objective:     what the loss is made of
     hidden_weight: weight of the error of the residual streams
+    latent_bits:   of the packed cache that it learns for; None: it learns with exact latents
+    latent_recent: newest tokens that stay exact in it
     """
     student: Student = model
     if not isinstance(model, Student):
         student.__class__ = type("Student", (Student, type(model)), {})
     student.objective, student.hidden_weight = objective, hidden_weight
+    if latent_bits is not None:
+        student.rounding = round_latents(student, latent_bits, latent_recent)
     # set around nn.Module, which would register a teacher that is a module as a part of the model
     object.__setattr__(student, "teacher", teacher)
     return student

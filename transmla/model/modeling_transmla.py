@@ -416,10 +416,13 @@ class LatentLayer(CacheLayerMixin):
         order = self.code.order if ordered and self.code is not None else None
         if size is None:
             size = self._block_size()
-        for start in range(0, self.num_packed, size):
-            end = min(start + size, self.num_packed)
-            part = {name: buffer[:, start:end] for name, buffer in self.packed.items()}
-            yield start, self._unpacked(part, start, end - start, order)[:, None]
+        if self.num_packed <= size:
+            # a compiled step is not compiled anew when something is packed, as long as it fits into one piece
+            if self.num_packed:
+                yield 0, self._unpacked(0, self.num_packed, order)[:, None]
+        else:
+            for start in range(0, self.num_packed, size):
+                yield start, self._unpacked(start, min(start + size, self.num_packed), order)[:, None]
         if self.num_exact:
             assert self.exact is not None
             x_BNk = self.exact[:, : self.num_exact]
@@ -432,10 +435,9 @@ class LatentLayer(CacheLayerMixin):
         values = UNPACKED["cpu" if self.exact.device.type == "cpu" else "other"]
         return max(values // (texts * width), LEAST_BLOCK)
 
-    def _unpacked(
-        self, part: dict[str, torch.Tensor], start: int, size: int, order: torch.Tensor | None
-    ) -> torch.Tensor:
-        """So many packed tokens from `start` on, with the first ones of each text as they were."""
+    def _unpacked(self, start: int, end: int, order: torch.Tensor | None) -> torch.Tensor:
+        """The packed tokens between these places [B, N, k], with the first ones of each text as they were."""
+        part, size = {name: buffer[:, start:end] for name, buffer in self.packed.items()}, end - start
         if self.sinks is None:
             return self.code.decode(part, self.dtype, order is not None)
         assert self.first is not None

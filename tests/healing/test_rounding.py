@@ -1,0 +1,107 @@
+"""Training with rounded latents: what a token attends to is what the packed cache holds when it comes."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import lively_config, lively_model
+from tests.healing.test_student import unfolded
+from tests.model.test_attention import relative
+from transmla.healing.rounding import round_latents
+from transmla.healing.student import teach
+from transmla.healing.teacher import OnlineTeacher
+from transmla.healing.train import autocast
+from transmla.train.losses import Objective
+
+LENGTH = 40
+
+
+def lively(seed: int = 1) -> Any:
+    """With weights large enough that rounding is seen in the logits."""
+    model = unfolded(lively_config(), seed).double()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight.mul_(8)
+    return model
+
+
+def texts(count: int, length: int = LENGTH) -> torch.Tensor:
+    return torch.randint(3, 200, (count, length), generator=torch.Generator().manual_seed(count))
+
+
+def through_cache(model: Any, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Logits of a text that is read token by token."""
+    cache = model.latent_cache(**settings)
+    tokens = ids.split(1, dim=1)
+    return torch.cat([model(token, past_key_values=cache).logits for token in tokens], dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("bits", "sink", "recent"), [(2, 0, 0), (4, 0, 0), (2, 3, 0), (2, 4, 1), (3, 2, 6), (2, 0, 13)]
+)
+def test_a_window_is_read_as_through_the_cache(bits: int, sink: int, recent: int, implementation: str) -> None:
+    model, ids = lively(), texts(2)
+    model.set_attn_implementation(implementation)
+    positions = torch.arange(LENGTH)[None].expand(2, -1)
+    exact = model(ids, use_cache=False).logits
+    wanted = through_cache(model, ids, kind=f"int{bits}", sink=sink, recent=recent)
+    other = through_cache(model, ids, kind=f"int{bits}", sink=sink, recent=recent + 2)
+    rounding = round_latents(model, bits, recent, sink)
+    rounding.begin(positions)
+    found = model(ids, position_ids=positions, use_cache=False).logits
+    # eager attention has a softmax in float32
+    assert relative(found, wanted) < (1e-6 if implementation == "sdpa" else 1e-4)
+    for wrong in (exact, other):
+        assert relative(found, wrong) > 1e-3, "rounding changes nothing, the test sees nothing"
+    rounding.begin(None)
+    assert torch.equal(model(ids, use_cache=False).logits, exact)
+
+
+@torch.no_grad()
+def test_documents_in_a_window_have_caches_of_their_own() -> None:
+    model, (first, second) = lively(), (texts(1, 23), texts(1, 17))
+    wanted = torch.cat([through_cache(model, ids, kind="int2", sink=2, recent=3) for ids in (first, second)], dim=1)
+    rounding = round_latents(model, 2, recent=3, sink=2)
+    positions = torch.cat([torch.arange(23), torch.arange(17)])[None]
+    rounding.begin(positions)
+    ids = torch.cat([first, second], dim=1)
+    assert relative(model(ids, position_ids=positions, use_cache=False).logits, wanted) < 1e-6
+
+
+def test_gradients_pass_the_rounding() -> None:
+    """As if it were not there: that of a sum of the rounded keys is that of a sum of the exact ones."""
+    rounding = round_latents(lively(), 2, recent=0)
+    key = torch.randn(1, 1, 5, 12, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(1, 1, 5, 12, dtype=torch.float64)
+    rounded = rounding.rounded(key)
+    assert not torch.allclose(rounded, key, atol=0.05)
+    assert torch.equal(rounded, rounding.code.decode(rounding.code.encode(key[:, 0]), key.dtype)[:, None])
+    (rounded * weights).sum().backward()
+    assert key.grad is not None and torch.equal(key.grad, weights)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_makes_the_latents_learns(checkpointing: bool) -> None:
+    source = lively_model(lively_config())
+    teacher = OnlineTeacher(source, autocast("float32", torch.device("cpu")))
+    student = teach(lively().float(), teacher, Objective(), latent_bits=2, latent_recent=2)
+    if checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    ids = texts(1)
+    given = {"position_ids": torch.arange(LENGTH)[None], "labels": ids.roll(-1, 1), "index": torch.zeros(1).long()}
+    loss = student.train()(input_ids=ids, **given)["loss"]
+    loss.backward()
+    for layer in student.model.layers:
+        for weight in (layer.self_attn.kv_a_proj_with_mqa.weight, layer.self_attn.kv_b_proj.weight):
+            assert weight.grad is not None and (weight.grad != 0).all()
+    assert student.rounding is not None
+    student.rounding.recent = 1000
+    exact = student(input_ids=ids, **given)["loss"]
+    assert float(exact.detach()) != pytest.approx(float(loss.detach()), rel=1e-4)
+    written = student.eval()(input_ids=ids).logits
+    del student.rounding
+    assert torch.equal(student(input_ids=ids).logits, written), "what it writes is not rounded"
