@@ -81,6 +81,7 @@ def main() -> None:
     words.add_argument("--tokenizer")
     words.add_argument("--python", default=sys.executable)
     words.add_argument("--out")
+    words.add_argument("--engine", default="llama.cpp in xllamacpp", help="its version, for the result")
     words.add_argument("--text", default="wikitext-valid")
     for name, default in (("windows", 4), ("context", 512), ("scored", 48), ("threads", 1)):
         words.add_argument(f"--{name}", type=int, default=default)
@@ -118,7 +119,8 @@ def main() -> None:
                     assert base is not None
                     divergences = (np.exp(reference) * (reference - found)).sum(-1)
                     changes = [one - other for one, other in zip(losses, base, strict=True)]
-                    sizes = re.findall(r"size = +([\d.]+) MiB \( *(\d+) cells", said)
+                    # said once more of a context that it measures first
+                    sizes = set(re.findall(r"size = +([\d.]+) MiB \( *(\d+) cells", said))
                     rows[-1] |= {
                         "bytes_per_token": sum(float(size) * 2**20 / int(cells) for size, cells in sizes) or None,
                         "ratio": math.exp(statistics.mean(changes)),
@@ -132,6 +134,7 @@ def main() -> None:
     if given.out:
         Path(given.out).write_text(json.dumps({"rows": rows, "setting": {
             "text": given.text, "windows": given.windows, "context": length, "scored": given.scored,
+            "engine": given.engine,
         }}, indent=1) + "\n", encoding="utf-8")  # fmt: skip
 
 

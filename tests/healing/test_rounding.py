@@ -1,17 +1,27 @@
 """Training with rounded latents: what a token attends to is what the packed cache holds when it comes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+import transmla
 from tests.families import lively_config, lively_model
 from tests.healing.test_student import unfolded
 from tests.model.test_attention import relative
+from transmla.cli import main
+from transmla.errors import RecipeError
+from transmla.evaluation.perplexity import perplexity, ratio, text_windows
 from transmla.healing.rounding import round_latents
 from transmla.healing.student import teach
 from transmla.healing.teacher import OnlineTeacher
 from transmla.healing.train import autocast
+from transmla.model.loading import load, load_tokenizer
+from transmla.recipe import Healing
+from transmla.text.sources import read_text
 from transmla.train.losses import Objective
 
 LENGTH = 40
@@ -105,3 +115,39 @@ def test_what_makes_the_latents_learns(checkpointing: bool) -> None:
     written = student.eval()(input_ids=ids).logits
     del student.rounding
     assert torch.equal(student(input_ids=ids).logits, written), "what it writes is not rounded"
+
+
+def test_weights_learn_to_live_with_it(tmp_path: Path) -> None:
+    """In a basis that is bad for equal bits: the same steps with and without rounding, read through a real cache."""
+    transmla.convert("smoke", tmp_path / "plain", refine="off")
+    transmla.quantise(tmp_path / "plain", tmp_path / "start", tokens=4096)
+    settings: dict[str, Any] = {
+        "tokens": 24576, "window": 128, "batch": 4, "micro": 4, "evaluations": 1, "rate": 5e-3,
+        "heldout": 4, "data": "stories", "precision": "float32", "source": "stories260k", "device": "cpu",
+    }  # fmt: skip
+    text = read_text("tinystories-valid", 60_000, evaluation=True)
+    ids = load_tokenizer("stories260k")(text, verbose=False).input_ids
+    windows = text_windows(ids, 128, 96, "tinystories-valid")
+    measured = {}
+    for bits in (None, 2):
+        out = tmp_path / f"healed-{bits}"
+        report = transmla.heal(tmp_path / "start", out, latent_bits=bits, latent_recent=1, **settings)
+        assert report.latent_bits == bits
+        model = load(out, dtype=torch.float32)
+        measured[bits] = perplexity(
+            model, windows, cache=lambda m=model: m.latent_cache("int2", recent=1), batch=96, chunk=1
+        )
+    better = ratio(measured[2], measured[None])
+    print(better)
+    assert better.value + 4 * better.standard_error < 1
+    entry = json.loads((tmp_path / "healed-2" / "transmla.json").read_text())["healed"][-1]
+    assert (entry["settings"]["latent_bits"], entry["settings"]["latent_recent"]) == (2, 1)
+    assert "latent-int2" in (tmp_path / "healed-2" / "README.md").read_text()
+    assert "latent-int2" not in (tmp_path / "healed-None" / "README.md").read_text()
+    assert "as in a cache latent-int2" in str(report)
+
+
+def test_bits_of_no_cache_are_refused() -> None:
+    with pytest.raises(RecipeError, match="there are caches of 2, 3, 4, 8 bits"):
+        Healing().with_overrides(latent_bits=5)
+    assert CliRunner().invoke(main, ["heal", "OUT", "--latent-bits", "5"]).exit_code == 2

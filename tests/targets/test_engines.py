@@ -1,5 +1,7 @@
 """The written contract of each engine: what our config keeps, and which changes each rule sees."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from transmla.targets.engines import (
 )
 from transmla.targets.stock import deepseek_v3_config, flat_rotary
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "engines"
 SOURCE = {
     "vocab_size": 97, "hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 32,
     "hidden_act": "silu",
@@ -107,6 +110,25 @@ def test_rotary_settings_that_one_engine_does_not_see() -> None:
     found = outcomes(saved_by_transformers())
     assert {engine for engine, outcome in found.items() if outcome != RUNS} == {MLX} and found[MLX] == WRONG
     assert flat_rotary(saved_by_transformers()) == config()
+
+
+def note_of(given: dict[str, Any]) -> str:
+    return next(verdict.note for verdict in engine_verdicts(given) if verdict.engine == LLAMA_CPP)
+
+
+def test_what_llama_cpp_caches_is_what_was_measured() -> None:
+    rows = json.loads((RESULTS / "llama-cpp-caches.json").read_text("utf-8"))["rows"]
+    sizes = {"96-32": (96, 32), "160-32": (160, 32), "512-64": (512, 64), "24-8": (24, 8)}
+    seen = set()
+    for name, (rank, rope) in sizes.items():
+        note = note_of(config(rank, rope))
+        for row in (row for row in rows if row["file"].endswith(f"{name}.gguf") and row["cache"] != "f16"):
+            runs = "none of its quantised caches" not in note and row["flash_attention"] == "enabled"
+            assert (row["refused"] is None) == runs, row
+            if runs:
+                assert (row["ratio"] > 1.5) == (row["cache"] == "q4_0") and "-fa on -ctk q8_0 -ctv q8_0" in note
+            seen.add((name, row["cache"], row["flash_attention"]))
+    assert len(seen) == 4 * 2 * 2
 
 
 def test_every_rule_applies_to_some_case_above() -> None:

@@ -140,8 +140,19 @@ _SMALL_ROWS = (
     "; quantise with transmla export --type, which keeps attn_kv_a_mqa at f16: its latent rows are too small for "
     "quantised blocks (error in q6_k 100 %, q5_k and q4_k up to 25 %, q8_0 up to 6 %)"
 )
+# measured: benchmarks/results/engines/llama-cpp-caches.json
+_GGML_BLOCK = 32
 _SIZES = " and ".join(f"{rank}+{rope}" for rank, rope in GPU_KERNELS)
 _CONVERT = "convert the model with transmla, which writes plain frequencies"
+
+
+def _cache_types(config: Config) -> str:
+    """What llama.cpp's own quantised caches do with these sizes."""
+    sizes = widths_of(config)
+    if sizes.rank % _GGML_BLOCK or (sizes.rank + sizes.rope) % _GGML_BLOCK:
+        return "; none of its quantised caches: latent and key are not multiples of 32"
+    return "; its quantised cache: -fa on -ctk q8_0 -ctv q8_0 (q4_0 ruins the text)"
+
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -289,5 +300,7 @@ def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
         findings = tuple(Finding(rule.outcome, rule.why, rule.remedy) for rule in rules)
         if engine == LLAMA_CPP and config.get("latent_norm_folded"):
             note += _SMALL_ROWS
+        if engine == LLAMA_CPP and not own:
+            note += _cache_types(config)
         verdicts.append(EngineVerdict(engine, outcome, evidence, note, findings))
     return tuple(verdicts)
