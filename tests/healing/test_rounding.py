@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._dynamo.backends.registry import lookup_backend
 
 import transmla
 from tests.families import lively_config, lively_model
@@ -151,3 +152,27 @@ def test_bits_of_no_cache_are_refused() -> None:
     with pytest.raises(RecipeError, match="there are caches of 2, 3, 4, 8 bits"):
         Healing().with_overrides(latent_bits=5)
     assert CliRunner().invoke(main, ["heal", "OUT", "--latent-bits", "5"]).exit_code == 2
+
+
+# dynamo looks at the gradients of what it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_layers_share_a_graph() -> None:
+    source = lively_model(lively_config())
+    teacher = OnlineTeacher(source, autocast("float32", torch.device("cpu")))
+    student = teach(lively().float(), teacher, Objective(), latent_bits=2, latent_recent=2).train()
+    ids = texts(1)
+    given = {"position_ids": torch.arange(LENGTH)[None], "labels": ids.roll(-1, 1), "index": torch.zeros(1).long()}
+    weights = [layer.self_attn.kv_a_proj_with_mqa.weight for layer in student.model.layers]
+    found, graphs = [], []
+
+    def traced(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    for _ in range(2):
+        loss = student(input_ids=ids, **given)["loss"]
+        found.append([loss.detach(), *torch.autograd.grad(loss, weights)])
+        for layer in student.model.layers:
+            layer.compile(backend=traced)
+    assert len(graphs) == 1
+    assert all(relative(one, other) < 1e-4 for one, other in zip(*found, strict=True))

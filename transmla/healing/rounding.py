@@ -70,20 +70,24 @@ class Rounding:
         with torch.no_grad():
             packed = self.code.encode(key_B1Sk.detach()[:, 0])
             rounded_B1Sk = self.code.decode(packed, key_B1Sk.dtype)[:, None]
-        found: Tensor = _StraightThrough.apply(key_B1Sk, rounded_B1Sk)  # type: ignore[no-untyped-call]
-        return found
+        # plus nothing, which has the gradient
+        return rounded_B1Sk + (key_B1Sk - key_B1Sk.detach())
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:
-        """The second argument"""
-        return rounded.clone()
+class Rounded:
+    """Before the class of an attention module: what it attends to goes through `rounding`."""
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Of the first argument"""
-        return gradient, None
+    rounding: Rounding
+
+    def decompressed(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As of that class, for rounded keys."""
+        plain: Any = super()
+        return self.rounding.attend(plain.decompressed, *args, **kwargs)
+
+
+@functools.cache
+def _rounded(kind: Any) -> Any:
+    return type(f"Rounded{kind.__name__}", (Rounded, kind), {})
 
 
 def round_latents(model: Any, bits: int, recent: int, sink: int = SINK) -> Rounding:
@@ -93,5 +97,6 @@ def round_latents(model: Any, bits: int, recent: int, sink: int = SINK) -> Round
     for module in model.modules():
         if isinstance(module, CachedLatent):
             attention: Any = module
-            attention.decompressed = functools.partial(rounding.attend, attention.decompressed)
+            attention.__class__ = _rounded(attention.__class__)
+            attention.rounding = rounding
     return rounding

@@ -690,6 +690,8 @@ class CachedLatent:
 
     def latent_layer(self, cache: Any) -> Any:
         """The layer of a `LatentCache`; None for any other cache. It may come from another copy of this file."""
+        if cache is None:  # without a look at layer_idx: compiled layers share a graph in training
+            return None
         layers = getattr(cache, "layers", ())
         layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         return layer if type(layer).__name__ == LatentLayer.__name__ else None
