@@ -95,16 +95,18 @@ def test_gradients_pass_the_rounding() -> None:
     assert key.grad is not None and torch.equal(key.grad, weights)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_makes_the_latents_learns(checkpointing: bool) -> None:
+@pytest.mark.parametrize(("checkpointing", "precision"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+def test_what_makes_the_latents_learns(checkpointing: bool, precision: str) -> None:
     source = lively_model(lively_config())
-    teacher = OnlineTeacher(source, autocast("float32", torch.device("cpu")))
+    context = autocast(precision, torch.device("cpu"))
+    teacher = OnlineTeacher(source, context)
     student = teach(lively().float(), teacher, Objective(), latent_bits=2, latent_recent=2)
     if checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     ids = texts(1)
     given = {"position_ids": torch.arange(LENGTH)[None], "labels": ids.roll(-1, 1), "index": torch.zeros(1).long()}
-    loss = student.train()(input_ids=ids, **given)["loss"]
+    with context():
+        loss = student.train()(input_ids=ids, **given)["loss"]
     loss.backward()
     for layer in student.model.layers:
         for weight in (layer.self_attn.kv_a_proj_with_mqa.weight, layer.self_attn.kv_b_proj.weight):

@@ -170,15 +170,16 @@ class GroupCode:
             step = (spread / (2**bits - 1)).clamp(1e-7, FLOAT16_MAX).half()
             found = ((wide - low.float()) / step.float()).round().clamp(0, 2**bits - 1)
             codes.append(pack(found.flatten(-2)[..., :size].to(torch.uint8), bits))
-            scales += [step[..., 0], low[..., 0]]
-        return {"codes": torch.cat(codes, dim=-1), "scales": torch.cat(scales, dim=-1)}
+            scales += [step[..., 0].float(), low[..., 0].float()]
+        # side by side before they are halved again: autocast to bfloat16 joins no float16
+        return {"codes": torch.cat(codes, dim=-1), "scales": torch.cat(scales, dim=-1).half()}
 
     def decode(
         self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False, room: int = 0
     ) -> torch.Tensor:
         """[B, N + room, k], of which the last `room` tokens are there to be written; rounded to the dtype once"""
-        codes, scales = packed["codes"], packed["scales"]
         wide = torch.promote_types(dtype, torch.float32)
+        codes, scales = packed["codes"], packed["scales"].to(wide)
         tokens, width = codes.shape[-2], sum(size for size, _, _ in self.parts)
         whole = torch.empty((*codes.shape[:-2], tokens + room, width), dtype=wide, device=codes.device)
         found = whole[..., :tokens, :]
@@ -189,7 +190,7 @@ class GroupCode:
             at, bytes_at = at + size, bytes_at + width
         by_part = scales.split([groups for _, groups, _ in self.parts for _ in range(2)], dim=-1)
         # side by side in memory, which is faster to read
-        step, low = (torch.cat(by_part[which::2], dim=-1).to(wide) for which in range(2))
+        step, low = (torch.cat(by_part[which::2], dim=-1) for which in range(2))
         if all(size == groups * GROUP for size, groups, _ in self.parts):
             found.unflatten(-1, (-1, GROUP)).mul_(step[..., None]).add_(low[..., None])
         else:
