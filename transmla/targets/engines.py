@@ -148,8 +148,7 @@ _CONVERT = "convert the model with transmla, which writes plain frequencies"
 
 def _cache_types(config: Config) -> str:
     """What llama.cpp's own quantised caches do with these sizes."""
-    sizes = widths_of(config)
-    if sizes.rank % _GGML_BLOCK or (sizes.rank + sizes.rope) % _GGML_BLOCK:
+    if config["kv_lora_rank"] % _GGML_BLOCK or config["qk_rope_head_dim"] % _GGML_BLOCK:
         return "; none of its quantised caches: latent and key are not multiples of 32"
     return "; its quantised cache: -fa on -ctk q8_0 -ctv q8_0 (q4_0 ruins the text)"
 
