@@ -126,9 +126,9 @@ def test_what_llama_cpp_caches_is_what_was_measured() -> None:
             runs = "none of its quantised caches" not in note and row["flash_attention"] == "enabled"
             assert (row["refused"] is None) == runs, row
             if runs:
-                assert (row["ratio"] > 1.5) == (row["cache"] == "q4_0") and "-fa on -ctk q8_0 -ctv q8_0" in note
+                assert (row["ratio"] > 1.2) == (row["cache"] == "q4_0") and "-fa on -ctk q8_0 -ctv q8_0" in note
             seen.add((name, row["cache"], row["flash_attention"]))
-    assert len(seen) == 4 * 2 * 2
+    assert len(seen) == 4 * 2 * 2, "every size with both types, with and without flash attention"
 
 
 def test_every_rule_applies_to_some_case_above() -> None:

@@ -150,7 +150,7 @@ def _cache_types(config: Config) -> str:
     """What llama.cpp's own quantised caches do with these sizes."""
     if config["kv_lora_rank"] % _GGML_BLOCK or config["qk_rope_head_dim"] % _GGML_BLOCK:
         return "; none of its quantised caches: latent and key are not multiples of 32"
-    return "; its quantised cache: -fa on -ctk q8_0 -ctv q8_0 (q4_0 ruins the text)"
+    return "; its quantised cache: -fa on -ctk q8_0 -ctv q8_0 (q4_0 loses far more)"
 
 
 RULES: tuple[Rule, ...] = (
