@@ -726,8 +726,7 @@ def heal(run: Run) -> dict[str, Any]:
     found["loss"] = [[one["tokens"], one["loss"]] for one in curve["train"]]
     run.keep(found)
     _quality(run, target, found)
-    if not run.tiny:
-        pack(target, run.source, run.out / "back", 15 * 2**20)
+    pack(target, run.source, run.out / "back", 15 * 2**20)
     return found
 
 
