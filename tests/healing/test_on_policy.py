@@ -69,6 +69,8 @@ def test_a_share_of_the_windows_is_exchanged(model: Any, train: Windows, tmp_pat
     )
 
 
+# dynamo looks at the gradients of what it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_nothing_is_compiled_for_writing(train: Windows, tmp_path: Path) -> None:
     """A cache makes a graph of every layer and every step, until there are too many for training, too."""
     model, graphs = lively_model(lively_config(layers=1)), []
