@@ -56,6 +56,40 @@ def test_healing_fits_into_its_time(module: Any, seconds: float) -> None:
     assert 0.6 * seconds < 45 + tokens * (1 / 58_100 + 3.2e-6) < seconds
 
 
+def test_what_heal_reads_of_heal_rate(module: Any, tmp_path: Path) -> None:
+    """The best of each way; a way that failed or was left out says nothing."""
+    stages, rates = module("stages"), module("rates")
+    rows: list[dict[str, Any]] = [
+        {"way": name, "windows": windows, "train": train, "compiled": list(compiled)}
+        for name, windows, train, compiled in rates.WAYS
+    ]
+    found = {"plain": [90e3, 100e3], "both": [130e3, 110e3]}
+    for row in rows:
+        if row["train"] == "attention" and row["compiled"] != ["loss"]:
+            row["tokens_per_second"] = found["both" if row["compiled"] else "plain"].pop(0)
+        else:
+            row["tokens_per_second"] = 1e6  # of no use to heal
+    assert not any(found.values())
+    (tmp_path / "stages").mkdir()
+
+    def fastest() -> tuple[bool, float]:
+        record = json.dumps({"status": "done", "result": {"rows": rows}})
+        (tmp_path / "stages" / "heal-rate.json").write_text(record, encoding="utf-8")
+        answer: tuple[bool, float] = stages._fastest(SimpleNamespace(out=tmp_path))
+        return answer
+
+    assert fastest() == (True, 130e3)
+    rows[0] = {**rows[0], "failed": "out of memory"}
+    del rows[0]["tokens_per_second"]
+    assert fastest() == (True, 130e3)
+    for row in rows:
+        if row["compiled"]:
+            row.pop("tokens_per_second")
+    assert fastest() == (False, 100e3)
+    rows.clear()
+    assert fastest() == stages._fastest(SimpleNamespace(out=tmp_path / "none")) == (False, 55e3)
+
+
 def test_the_time_is_dealt_out(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that fails costs only itself; what is done is not run again; nothing runs past the end."""
     campaign, clock, started = module("campaign"), [0.0], []
@@ -145,6 +179,8 @@ def test_tables_of_the_dry_run(module: Any) -> None:
     assert content["tiny"] and content["device"] == "cpu"
     text = module("report").markdown(content)
     assert "dry run" in text and "32 layers, s (extrapolated)" in text
+    rate = content["stages"]["heal-rate"]["result"]["rows"][0]
+    assert f"| x{1 / rate['of_floor']:.1f} |" in text and rate["of_floor"] < 1
     # every stage that was done has a section
     assert text.count("### ") == sum("result" in record for record in content["stages"].values())
     content["stages"]["heal"]["surprise"] = 1

@@ -116,11 +116,12 @@ def _graphs(result: dict[str, Any]) -> list[str]:
 
 def _heal_rate(result: dict[str, Any]) -> list[str]:
     rows = [
-        (one["way"], f"{one['tokens_per_second']:,.0f}", f"x{one['of_floor']:.1f}", f"{one['peak'] / 2**30:.1f} GiB")
-        if one.get("peak")
-        else (one["way"], _number(one.get("tokens_per_second", one.get("failed"))), _number(one.get("of_floor")), "")
+        (one["way"], f"{one['tokens_per_second']:,.0f}", f"x{1 / one['of_floor']:.1f}",
+         f"{one['peak'] / 2**30:.1f} GiB" if one.get("peak") else "")
+        if "tokens_per_second" in one
+        else (one["way"], _number(one["failed"]), "", "")
         for one in result["rows"]
-    ]
+    ]  # fmt: skip
     lines = _table(("way", "tokens a second", "times the floor of its products", "peak"), rows)
     for one in (result["rows"][0], result["rows"][-1]):
         if "kernels" in one:

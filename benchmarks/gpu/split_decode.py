@@ -65,20 +65,29 @@ def _attend(
 @triton.jit
 def _join(
     partial, weight, joined, num_heads, num_parts,
-    RANK: tl.constexpr, RANK_2: tl.constexpr, PARTS_2: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one head of one text, weighted by their sums of exponentials."""
+    """The parts of one head of one text, weighted by their sums of exponentials: some values of the latent."""
     text, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    parts_P, ranks_r = tl.arange(0, PARTS_2), tl.arange(0, RANK_2)
-    cells_P = (text * num_parts + parts_P) * num_heads + head
-    is_part, is_rank = parts_P < num_parts, ranks_r < RANK
-    weight_P = tl.load(weight + cells_P, mask=is_part, other=-float("inf"))
-    share_P = tl.exp(weight_P - tl.max(weight_P, 0))
-    share_P = share_P / tl.sum(share_P, 0)
-    part_Pr = tl.load(
-        partial + cells_P[:, None] * RANK + ranks_r[None, :], mask=is_part[:, None] & is_rank[None, :], other=0.0
-    )
-    found_r = tl.sum(part_Pr * share_P[:, None], 0)
+    parts_P, ranks_r = tl.arange(0, PARTS), tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    is_rank = ranks_r < RANK
+    top = -float("inf")
+    for first in range(0, num_parts, PARTS):
+        cells_P = (text * num_parts + first + parts_P) * num_heads + head
+        weight_P = tl.load(weight + cells_P, mask=first + parts_P < num_parts, other=-float("inf"))
+        top = tl.maximum(top, tl.max(weight_P, 0))
+    total_P = tl.zeros([PARTS], tl.float32)
+    sum_r = tl.zeros([RANKS], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        cells_P = (text * num_parts + first + parts_P) * num_heads + head
+        is_part = first + parts_P < num_parts
+        share_P = tl.exp(tl.load(weight + cells_P, mask=is_part, other=-float("inf")) - top)
+        part_Pr = tl.load(
+            partial + cells_P[:, None] * RANK + ranks_r[None, :], mask=is_part[:, None] & is_rank[None, :], other=0.0
+        )
+        total_P += share_P
+        sum_r += tl.sum(part_Pr * share_P[:, None], 0)
+    found_r = sum_r / tl.sum(total_P, 0)
     tl.store(joined + (text * num_heads + head) * RANK + ranks_r, found_r.to(joined.dtype.element_ty), mask=is_rank)
 
 
@@ -103,7 +112,9 @@ def split_decode(query_BHk: torch.Tensor, key_BSk: torch.Tensor, rank: int, scal
         RANK=rank, ROPE=rope, RANK_2=rank_2, ROPE_2=max(16, triton.next_power_of_2(rope)), HEADS=block, TOKENS=tile,
         num_warps=8 if block * rank_2 >= 16384 else 4, num_stages=2,
     )  # fmt: skip
-    _join[(batch, heads)](
-        partial, weight, joined, heads, parts, RANK=rank, RANK_2=rank_2, PARTS_2=triton.next_power_of_2(parts)
+    # few values and parts at once stay in registers, whatever the number of parts
+    ranks = min(128, rank_2)
+    _join[(batch, heads, triton.cdiv(rank, ranks))](
+        partial, weight, joined, heads, parts, RANK=rank, RANKS=ranks, PARTS=16
     )
     return joined

@@ -11,13 +11,14 @@ import json
 import math
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,6 +165,7 @@ def own_form(run: Run) -> dict[str, Any]:
         sizes = {"model_type": model_type, "layers": 4, "head_dim": 16}
         source = lively_source(run.work / f"{model_type}-source", **sizes)
         folder = run.work / f"{model_type}-own"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, which was ended
         given: dict[str, Any] = {"latent": 24, "rope": 8, "tokens": 2048, "window": 64, "refine": "off"}
         report = transmla.convert(str(source), folder, device=str(run.device), calibration=str(text), **given)
         there, here = load(folder, dtype=torch.float32, device=run.device), load(folder, dtype=torch.float32)
@@ -216,11 +218,11 @@ def _attempt(work: Callable[[], Any]) -> Any:
     """What a call returns, or in words why it does not."""
     try:
         return work()
-    except (MemoryError, RuntimeError, ValueError, TypeError) as error:
-        _free()
-        if ran_out_of_memory(error):
-            return "out of memory"
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+    except Exception as error:  # Triton's are of no kind that is known here
+        short = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        told = "out of memory" if ran_out_of_memory(error) else short
+    _free()  # what the error held
+    return told
 
 
 def _free() -> None:
@@ -268,34 +270,29 @@ def kernels(run: Run) -> dict[str, Any]:
     decoding: list[dict[str, Any]] = []
     prefill: list[dict[str, Any]] = []
     found = {"rates": vars(rates), "heads": heads, "decoding": decoding, "prefill": prefill}
-    for rank, rope in ((512, 64), (448, 128), (96, 32)):
-        for batch in (1, 16):
-            for size in [64] if run.tiny else [2048, 8192, 65536]:
-                query = torch.randn(batch, heads, 1, rank + rope, device=run.device, dtype=run.dtype)
-                key = torch.randn(batch, 1, size, rank + rope, device=run.device, dtype=run.dtype)
-                rows = query.transpose(1, 2)
-                ways: dict[str, Callable[[], Any]] = {
-                    "rows": lambda q=rows, k=key: attend(q, k, k),
-                    "heads": lambda q=query, k=key: attend(q, k, k, enable_gqa=True),
-                    "products": lambda q=rows, k=key, r=rank: own._products(q, k, r, None, 1.0),
-                }
-                row = {
-                    "rank": rank,
-                    "rope": rope,
-                    "batch": batch,
-                    "context": size,
-                    "chosen": own._kernel(query, key, None),
-                }
-                row["floor_ms"] = 1e3 * key.numel() * key.itemsize / rates.bytes
-                # one fused call of grouped heads at a width above 256 expands the key for every head
-                if rank + rope > 256 and batch * size > 2**17:
-                    del ways["heads"]
-                if run.cuda:
-                    ways["split"] = lambda q=query[:, :, 0], k=key[:, 0], r=rank: _split(q, k, r)
-                    row["split_error"] = _attempt(lambda ways=ways, r=rank: _difference(ways, r))
-                for name, way in ways.items():
-                    row[name] = _attempt(lambda way=way: milliseconds(way, run.device, repeats))
-                decoding.append(row)
+    shapes = [
+        (rank, rope, batch, size)
+        for rank, rope in ((512, 64), (448, 128), (96, 32))
+        for batch in (1, 16)
+        for size in ([64] if run.tiny else [2048, 8192, 65536])
+    ]
+    for rank, rope, batch, size in shapes:
+        query, key = _query_and_key(run, heads, rank + rope, batch, size)
+        rows, scale = query.transpose(1, 2), (rank + rope) ** -0.5
+        ways: dict[str, Callable[[], Any]] = {
+            "rows": lambda q=rows, k=key: attend(q, k, k),
+            "heads": lambda q=query, k=key: attend(q, k, k, enable_gqa=True),
+            "products": lambda q=rows, k=key, r=rank, s=scale: own._products(q, k, r, None, s),
+        }
+        row: dict[str, Any] = {"rank": rank, "rope": rope, "batch": batch, "context": size}
+        row["chosen"] = own._kernel(query, key, None)
+        row["floor_ms"] = 1e3 * key.numel() * key.itemsize / rates.bytes
+        # one fused call of grouped heads at a width above 256 expands the key for every head
+        if rank + rope > 256 and batch * size > 2**17:
+            del ways["heads"]
+        for name, way in ways.items():
+            row[name] = _attempt(lambda way=way: milliseconds(way, run.device, repeats))
+        decoding.append(row)
         run.keep(found)
     for query_width, value_width in ((192, 128), (256, 128), (128, 128)):
         for size in [64] if run.tiny else [2048, 8192, 32768]:
@@ -310,20 +307,30 @@ def kernels(run: Run) -> dict[str, Any]:
                 row["backends"] = _backends(q, k, v, repeats, run.device)
             prefill.append(row)
             run.keep(found)
+    if run.cuda:  # at last: a kernel that fails can leave the device unusable
+        for row, (rank, rope, batch, size) in zip(decoding, shapes, strict=True):
+            query, key = _query_and_key(run, heads, rank + rope, batch, size)
+            one = _attempt(partial(_split, query, key, rank, repeats))
+            row |= one if isinstance(one, dict) else {"split": one}
+            run.keep(found)
     return found
 
 
-def _split(query_BHk: torch.Tensor, key_BSk: torch.Tensor, rank: int) -> torch.Tensor:
-    """By the kernel of split_decode.py, where there is Triton."""
+def _query_and_key(run: Run, heads: int, width: int, batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random [B, H, 1, k] and [B, 1, S, k]."""
+    given = {"device": run.device, "dtype": run.dtype}
+    return torch.randn(batch, heads, 1, width, **given), torch.randn(batch, 1, size, width, **given)
+
+
+def _split(query_BH1k: torch.Tensor, key_B1Sk: torch.Tensor, rank: int, repeats: int) -> dict[str, float]:
+    """Milliseconds by the kernel of split_decode.py, and how far its result is from that of two products."""
     from split_decode import split_decode
 
-    return split_decode(query_BHk, key_BSk, rank, 1.0)
-
-
-def _difference(ways: dict[str, Callable[[], Any]], rank: int) -> float:
-    """Of the kernel's result and that of two products, relative to it."""
-    wanted = ways["products"]()[0][..., :rank]
-    return _relative(ways["split"]().float(), wanted.reshape(*wanted.shape[:1], -1, rank).float())
+    scale = query_BH1k.shape[-1] ** -0.5
+    call = partial(split_decode, query_BH1k[:, :, 0], key_B1Sk[:, 0], rank, scale)
+    wanted_B1Hr, _ = own._products(query_BH1k.transpose(1, 2), key_B1Sk, rank, None, scale)
+    error = _relative(call().float(), wanted_B1Hr[:, 0].float())
+    return {"split": milliseconds(call, query_BH1k.device, repeats), "split_error": error}
 
 
 def _prefill_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pad: int, repeats: int) -> float:
@@ -703,37 +710,36 @@ def heal(run: Run) -> dict[str, Any]:
     window, batch = (128, 4) if run.tiny else (1024, 32)
     compiled, rate = _fastest(run)
     found |= {"compiled": compiled, "data": data.replace(str(run.data), "DATA")}
-    tokens = 16384 if run.tiny else healing_tokens(min(run.left - 30, 300), rate, fixed=75.0 if compiled else 45.0)
-    report = transmla.heal(
-        folder, target, source=run.source, device=str(run.device), tokens=tokens, window=window, batch=batch,
-        micro=batch, compile=compiled, rate=5e-3 if run.tiny else 1.4e-3, data=data, watch=watched,
-        evaluations=2 if run.tiny else 8, heldout=2 if run.tiny else 8, restart=True, progress=_watch(run, found),
-    )  # fmt: skip
-    found |= {"tokens": report.tokens, "distinct": report.distinct, "passes": list(report.passes.values())}
-    found |= {"seconds": report.seconds, "num_trained": report.num_trained, "rate": report.rate}
-    found |= {"before": list(report.before.values()), "after": list(report.after.values())}
-    found["tokens_per_second"] = report.tokens / found["spent"]["heal"]
+    if not target.is_dir():  # else an earlier call has come that far
+        tokens = 16384 if run.tiny else healing_tokens(min(run.left - 30, 300), rate, fixed=75.0 if compiled else 45.0)
+        report = transmla.heal(
+            folder, target, source=run.source, device=str(run.device), tokens=tokens, window=window, batch=batch,
+            micro=batch, compile=compiled, rate=5e-3 if run.tiny else 1.4e-3, data=data, watch=watched,
+            evaluations=2 if run.tiny else 8, heldout=2 if run.tiny else 8, restart=True, progress=_watch(run, found),
+        )  # fmt: skip
+        found |= {"tokens": report.tokens, "distinct": report.distinct, "passes": list(report.passes.values())}
+        found |= {"seconds": report.seconds, "num_trained": report.num_trained, "rate": report.rate}
+        found |= {"before": list(report.before.values()), "after": list(report.after.values())}
+        found["tokens_per_second"] = report.tokens / found["spent"]["heal"]
     curve = json.loads((target / "healing.json").read_text("utf-8"))
     found["curve"] = [[one["tokens"], one["loss"]] for one in curve["heldout"]]
     found["loss"] = [[one["tokens"], one["loss"]] for one in curve["train"]]
     run.keep(found)
     _quality(run, target, found)
-    if not run.tiny:
-        pack(target, run.source, run.out / "back", 15 * 2**20)
+    pack(target, run.source, run.out / "back", 15 * 2**20)
     return found
 
 
 def _fastest(run: Run) -> tuple[bool, float]:
     """Whether compiled layers pay, and tokens per second, as heal-rate has found; else those of the first visit."""
-    try:
+    rates: dict[bool, float] = {}
+    with suppress(OSError, ValueError, KeyError):  # it may not have run, or not have come that far
         record = json.loads((run.out / "stages" / "heal-rate.json").read_text("utf-8"))
-        rates = {
-            bool(row["compiled"]): row["tokens_per_second"]
-            for row in record["result"]["rows"]
-            if row["train"] == "attention" and set(row["compiled"]) in (set(), {"layers", "loss"})
-        }
-    except (OSError, ValueError, KeyError):
-        rates = {}
+        for row in record["result"]["rows"]:
+            ways = row["train"] == "attention" and set(row["compiled"]) in (set(), {"layers", "loss"})
+            if ways and "tokens_per_second" in row:  # else it has failed, or was left out
+                way = bool(row["compiled"])
+                rates[way] = max(rates.get(way, 0.0), row["tokens_per_second"])
     plain, compiled = rates.get(False, 55_000.0), rates.get(True, 0.0)
     return (True, compiled) if compiled > 1.15 * plain else (False, plain)
 
@@ -755,6 +761,7 @@ def convert_8b(run: Run) -> dict[str, Any]:
         _free()
         torch.cuda.reset_peak_memory_stats() if run.cuda else None
     found: dict[str, Any] = {"layers": layers}
+    shutil.rmtree(run.work / "8b", ignore_errors=True)
     given: dict[str, Any] = {"latent": 512, "rope": 64, "window": 2048, "tokens": 180224, "theta": 5e5}
     if run.tiny:
         given = {"latent": 48, "rope": 16, "window": 64, "tokens": 1024, "theta": 5e5}

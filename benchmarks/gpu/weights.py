@@ -15,8 +15,9 @@ import argparse
 import io
 import json
 import lzma
+import shutil
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,9 @@ def pack(folder: Path, source: str, out: Path, limit: int) -> None:
     """Upper bytes of all numbers, which hardly differ, then lower ones, which do not shrink."""
     tensors: dict[str, torch.Tensor] = {}
     out.mkdir(parents=True, exist_ok=True)
-    unfold(folder, out.with_name(f"{out.name}-unfolded"), dtype="float32", progress=silent)
-    folder = out.with_name(f"{out.name}-unfolded")
+    unfolded = out.with_name(f"{out.name}-unfolded")
+    shutil.rmtree(unfolded, ignore_errors=True)  # of an earlier call
+    folder = unfold(folder, unfolded, dtype="float32", progress=silent)
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     rest = rest_of(source)
@@ -62,7 +64,7 @@ def pack(folder: Path, source: str, out: Path, limit: int) -> None:
     whole = np.concatenate(halves).view(np.uint8).reshape(-1, 2)
     plain = [np.ascontiguousarray(whole[:, place]).tobytes() for place in (1, 0)]
     pieces = [half[start : start + PIECE] for half in plain for start in range(0, len(half), PIECE)]
-    with ProcessPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:  # compressing holds no lock, and a process with a GPU is not to be forked
         small = list(pool.map(squeezed, pieces))
     with tarfile.open(out / "folder.tar.xz", "w:xz") as archive:
         for file in sorted(folder.iterdir()):

@@ -69,6 +69,24 @@ def test_a_share_of_the_windows_is_exchanged(model: Any, train: Windows, tmp_pat
     )
 
 
+# dynamo looks at the gradients of what it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_nothing_is_compiled_for_writing(train: Windows, tmp_path: Path) -> None:
+    """A cache makes a graph of every layer and every step, until there are too many for training, too."""
+    model, graphs = lively_model(lively_config(layers=1)), []
+
+    def traced(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    for layer in model.model.layers:
+        layer.compile(backend=traced)
+    batches(own(model, train, tmp_path / "own"), train, range(2), 3)
+    assert not graphs
+    model(torch.arange(3, 9)[None], use_cache=False)
+    assert graphs
+
+
 def test_a_resumed_run_sees_the_same_windows(model: Any, train: Windows, tmp_path: Path) -> None:
     whole = batches(own(model, train, tmp_path / "own"), train, range(15), 1)
     assert sorted(path.name for path in (tmp_path / "own").iterdir()) == [f"00000{n}-0.npy" for n in range(3)]

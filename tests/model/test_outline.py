@@ -136,6 +136,13 @@ def test_doubts_are_left_to_the_class(doubt: dict[str, Any]) -> None:
     assert by_layout(config_of("llama", **doubt)) is None
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_half_a_rotary_pair_is_left_to_the_class(share: float) -> None:
+    """Of 12 values none turn, or three."""
+    assert by_layout(config_of("glm4")) is not None
+    assert by_layout(config_of("glm4", partial_rotary_factor=share)) is None
+
+
 def test_files_that_are_not_as_the_layout_says_are_left_to_the_class(tmp_path: Path) -> None:
     config = config_of("llama")
     source = open_source(sparse_source(tmp_path / "source", config))

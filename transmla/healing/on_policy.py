@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from transmla.healing.windows import Windows, write_windows
@@ -109,7 +110,8 @@ class OnPolicy:
         while len(made) < count:
             missing = (count - len(made)) * settings.window
             prompts = [self._prompt(draw) for _ in range(1 + missing // settings.on_policy_tokens)]
-            with self._precision():
+            # with a cache every layer would be a graph of its own, and compiled anew for each
+            with self._precision(), torch.compiler.set_stance("force_eager"):
                 texts = write(self._student, prompts, settings.on_policy_tokens, seed=seed, first=first)
             first += len(prompts)
             for prompt, text in zip(prompts, texts, strict=True):

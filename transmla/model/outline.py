@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transmla.checkpoint.read import Source
 from transmla.errors import SourceError
-from transmla.families import Family, rope_parameters
+from transmla.families import Family, rope_parameters, rotary_dim
 from transmla.layouts import LAYOUTS, Layout
 from transmla.model.known_settings import IGNORED, is_known, is_usual_rotary
 
@@ -177,6 +177,9 @@ def _is_rotary(values: Mapping[str, Any], layout: Layout) -> bool:
     partly = "partial_rotary_factor" in layout.defaults or "rotary_pct" in layout.defaults
     if not partly and ("partial_rotary_factor" in values or "rotary_pct" in values):
         return False
+    turning = rotary_dim(values, values["head_dim"])
+    if not turning or turning % 2:
+        return False  # half a pair cannot turn
     if new is None:
         # where layers differ, the class looks for the newer of the two names alone
         named = old is not None and (not layout.rotary_kinds or "rope_type" in old)

@@ -281,10 +281,12 @@ def _write(source: Source, writer: CheckpointWriter, attention: str, maps: list[
         if (norm := f"{prefix}kv_a_layernorm.weight") in names:
             # the norm multiplies by weight / sqrt(eps), and stays that far from being one
             map_rr = map_rr * (read("kv_a_layernorm.weight") / math.sqrt(EPS))
-            rows = read("kv_a_proj_with_mqa.weight")[:rank]
+            rows = map_rr @ read("kv_a_proj_with_mqa.weight")[:rank]
+            has_bias = f"{prefix}kv_a_proj_with_mqa.bias" in names  # of latents that healing has given one
+            offset_r = map_rr @ read("kv_a_proj_with_mqa.bias")[:rank] if has_bias else None
             input_norm = prefix.removesuffix("self_attn.") + "input_layernorm.weight"
             gain_D = source.read(input_norm, dtype=torch.float32).double()
-            scale = latent_scale(largest_mean_square(map_rr @ rows, gain_D))
+            scale = latent_scale(largest_mean_square(rows, gain_D, offset_r))
             changed[norm] = torch.full((rank,), math.sqrt(EPS) / scale, dtype=torch.float64)
         for name in ("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"):
             if prefix + name in names:
