@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--refine", default="off")
     parser.add_argument("--theta", type=float)
+    parser.add_argument("--dtype", help="of the written weights")
     parser.add_argument("--checkout", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -135,6 +136,7 @@ def main() -> None:
     target = args.work.resolve() / f"{name}-mla"
     settings = {"source": str(source.resolve()), "destination": str(target), "restart": True, "refine": args.refine}
     settings |= {"latent": args.latent, "rope": args.rope, "tokens": args.tokens, "theta": args.theta}
+    settings |= {"dtype": args.dtype}
     settings = {key: value for key, value in settings.items() if value is not None}
     shutil.rmtree(target, ignore_errors=True)
     result = args.work.resolve() / "report.json"
