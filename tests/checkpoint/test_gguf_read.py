@@ -13,6 +13,7 @@ import transmla
 from transmla.checkpoint.companions import copy_companions, tokenizer
 from transmla.checkpoint.read import open_source
 from transmla.errors import SourceError, UnsupportedError
+from transmla.layouts import LAYOUTS
 
 LAYER = {
     "attn_q": "self_attn.q_proj",
@@ -141,6 +142,12 @@ def test_a_plan_is_the_same_with_and_without_transformers(tmp_path, tensors, var
     assert planned.outline.facts is None and asked.outline.facts is not None
     assert planned.summary() == asked.summary()
     assert planned.outline.biased == (variant == "biased") and ("linear" in str(planned.notes)) == (variant == "linear")
+
+
+def test_a_family_without_a_layout_is_planned_by_its_class(tmp_path, tensors, monkeypatch):
+    monkeypatch.delitem(LAYOUTS, "llama")
+    planned = transmla.plan(str(write_gguf(tmp_path / "m.gguf", tensors, add_name="A name")), latent=16, rope=4)
+    assert planned.outline.facts is not None
 
 
 def test_config_is_that_of_the_model_alone(tmp_path, tensors):

@@ -188,6 +188,21 @@ def test_compiled_layers_train_alike(
     assert curve(tmp_path / "compiled") == pytest.approx(curve(tmp_path / "plain"), rel=1e-4)
 
 
+def test_without_a_compiler_it_says_what_to_install(
+    converted: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before text is packed and models are loaded."""
+    plain = torch.compile
+
+    def missing(*_: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: plain(function, backend=missing))
+    with pytest.raises(UnsupportedError, match="No working C\\+\\+ compiler") as caught:
+        transmla.heal(converted, tmp_path / "out", **SETTINGS | {"data": str(text_file)}, compile=True)
+    assert "g++" in caught.value.remedy and not list(tmp_path.iterdir())
+
+
 def test_it_heals_on_every_device(converted: Path, text_file: Path, tmp_path: Path, device: torch.device) -> None:
     common = SETTINGS | {"data": str(text_file), "tokens": 1536, "evaluations": 2}
     report = transmla.heal(converted, tmp_path / "out", device=device.type, **common)

@@ -1,6 +1,7 @@
 """Folders in the form of their source's class: healed, evaluated, diagnosed like any other."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from transformers import AutoModelForCausalLM
 import transmla
 from tests.families import MakeSource
 from tests.healing.test_flow import IDS, PROGRAM, SETTINGS, SHARDED, SHARDING, curve, launch, logits
+from transmla import devices
 from transmla.checkpoint.read import read_config
 from transmla.errors import UnsupportedError
+from transmla.healing import result
 from transmla.model.head import head_of
+from transmla.targets import own
 
 FAMILIES = ("qwen2", "qwen3", "gemma2", "gpt_neox")
 
@@ -55,6 +59,33 @@ def test_healing(pair: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any
         path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("healing")
     )
     assert made.config.kv_lora_rank == 8
+
+
+def test_one_model_at_a_time_is_in_memory(
+    lively: MakeSource, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trained one has gone before what was written is loaded to be compared with it."""
+    folder, source = tmp_path / "mla", str(lively(model_type="qwen3", layers=1))
+    given: dict[str, Any] = {"latent": 8, "rope": 4, "refine": "off", "tokens": 1024, "window": 64}
+    transmla.convert(source, folder, calibration=str(text_file), **given)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    left: list[int] = []
+    make, free = result._merged, devices.release
+
+    def made(*values: Any) -> Any:
+        alive.add(model := make(*values))
+        return model
+
+    monkeypatch.setattr(result, "_merged", made)
+
+    def freed(device: str) -> None:
+        free(device)
+        left.append(len(alive))
+
+    monkeypatch.setattr(own, "release", freed)
+    given = SETTINGS | {"tokens": 512, "rate": 3e-4}
+    transmla.heal(folder, tmp_path / "out", source=source, data=str(text_file), **given)
+    assert left == [0]
 
 
 def test_two_processes_heal_like_one(lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import transmla
 from tests.families import MakeSource
 from transmla.cli import main
-from transmla.errors import UnsupportedError, VerificationError
+from transmla.errors import DataError, UnsupportedError, VerificationError
 from transmla.targets.fold import open_unfolded
 
 IDS = torch.arange(3, 67)[None]
@@ -147,7 +147,11 @@ def test_weights_that_the_dtype_cannot_hold(converted: Path, tmp_path: Path) -> 
 def test_command_line(converted: Path, text_file: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["unfold", str(converted), str(tmp_path / "train"), "-q"])
     assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "train")
-    words = ["fold", str(tmp_path / "train"), str(tmp_path / "folded"), "--text", str(text_file), "-q"]
+    (tmp_path / "short.txt").write_text("a", encoding="utf-8")
+    words = ["fold", str(tmp_path / "train"), str(tmp_path / "folded"), "-q", "--text"]
+    done = CliRunner().invoke(main, [*words, str(tmp_path / "short.txt")])
+    assert done.exit_code == DataError.exit_code and "too short" in done.output
+    words.append(str(text_file))
     done = CliRunner().invoke(main, [*words, "--dtype", "bfloat16"])
     assert done.exit_code == 0, done.output
     assert relative(stock(tmp_path / "folded"), stock(converted)) < 0.05

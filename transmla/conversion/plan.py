@@ -188,7 +188,8 @@ def plan(
         # a conversion needs the class itself, which takes seconds to load
         outline = None if download else outline_of_headers(opened, family)
         if outline is None:
-            opened = open_source(resolved.path) if opened.format == "gguf" else opened
+            if not download and opened.format == "gguf":  # all of its config is needed now
+                opened = open_source(resolved.path)
             outline = _ask_class(opened, family)
         config = outline.config
         gqa = gqa_geometry(filled(opened.config, config), where)

@@ -31,6 +31,7 @@ from transmla.healing.prepare import Preparation, is_sharded, packed_texts
 from transmla.healing.result import write_healed
 from transmla.healing.schedule import Schedule, learning_rate, rest_rate, schedule
 from transmla.healing.student import (
+    check_compiling,
     compile_layers,
     halve_frozen,
     plain,
@@ -159,6 +160,8 @@ def heal(
     set_seed(options.seed)
     plan = schedule(options, processes.size)
     own_device = processes.device(device)
+    if options.compile:
+        check_compiling(own_device)
     preparation = Preparation(
         converted, source_checkpoint, options, plan.num_windows, processes, own_device, tell, plan.long_windows, larger
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,8 @@ def write_healed(
     sections = provenance | {"healed": [*provenance.get("healed", []), entry]}
     if is_own(parent):
         sections.pop("format", None)
-        model = _merged(weights_of(parent, work), trained.tensors, settings.lora)
-        write_own(writer, parent, model, sections, device, progress)
-        del model
+        make = partial(_merged, weights_of(parent, work), trained.tensors, settings.lora)
+        write_own(writer, parent, make, sections, device, progress)
     else:
         folder = _write_trained(work, trained, settings, sections)
         # the model has gone before another one is loaded to be compared with

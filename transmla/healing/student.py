@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from transmla.errors import UnsupportedError
 from transmla.healing.rounding import Rounding, round_latents
 from transmla.healing.teacher import Lesson
 from transmla.model.head import head_of
@@ -224,6 +225,20 @@ def share_frozen(student: Any, source: Any) -> int:
             if weight is not None and id(weight) in shared:
                 module._parameters[key] = shared[id(weight)]
     return saved
+
+
+def check_compiling(device: torch.device) -> None:
+    """`UnsupportedError` unless torch.compile can make something that runs on the device."""
+    try:
+        torch.compile(lambda x_1: 2 * x_1)(torch.ones(1, device=device))
+    except Exception as error:
+        raise UnsupportedError(
+            "torch.compile does not work here",
+            where="--compile",
+            # behind the first paragraph is how to debug it
+            why=" ".join(str(error).partition("\n\n")[0].split())[:300] or type(error).__name__,
+            remedy="install a C++ compiler (g++), and Triton for GPUs; or leave out --compile",
+        ) from error
 
 
 def compile_layers(*models: Any) -> None:

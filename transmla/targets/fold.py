@@ -135,7 +135,7 @@ def fold_into(
         add_special_tokens=False,
         verbose=False,
     ).input_ids
-    window = min(WITNESS_TOKENS, source.config["max_position_embeddings"], len(ids) // 2)
+    window = max(1, min(WITNESS_TOKENS, source.config["max_position_embeddings"], len(ids) // 2))
     witness_ids = windows(ids, 2 * window, window, name=text).ids_NT[-1:]
     expected_TV = _logits(source.path, witness_ids, device)
     release(device)

@@ -9,7 +9,7 @@ Shape legend: see transmla/maths/__init__.py. F values of all keys and values of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.companions import copy_companions
+from transmla.checkpoint.destination import disk_errors
 from transmla.checkpoint.provenance import write_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter
+from transmla.devices import release
 from transmla.errors import UnsupportedError
 from transmla.families import Family, rotary_dim
 from transmla.geometry import GqaGeometry, MlaGeometry
@@ -164,18 +166,25 @@ def open_own(folder: Path) -> Source:
 
 @torch.no_grad()
 def write_own(
-    writer: CheckpointWriter, parent: Source, model: Any, sections: Mapping[str, Any], device: str, progress: Progress
+    writer: CheckpointWriter,
+    parent: Source,
+    make: Callable[[], Any],
+    sections: Mapping[str, Any],
+    device: str,
+    progress: Progress,
 ) -> None:
     """Write trained weights of a folder in the own form, and verify them; the caller commits the writer.
 
     writer:   of the new folder
     parent:   the folder that was trained, of which everything but the weights is kept
-    model:    the trained model, float32 on the CPU
+    make:     gives the trained model, float32 on the CPU, which nobody else holds
     sections: of the provenance file;  device: where the result is run
     progress: called as progress(stage, done, total, remark)
 
-    Raises `VerificationError` if the written folder does not compute what `model` computes.
+    Raises `VerificationError` if the written folder does not compute what the model computes, and `DestinationError` if
+    it cannot be written or read back.
     """
+    model = make()
     state, names = model.state_dict(), own_tensors(parent.config)
     stored = str(parent.config["dtype"])
     for number, name in enumerate(names):
@@ -189,6 +198,11 @@ def write_own(
     write_provenance(writer, **sections)
     ids_1T = torch.arange(WITNESS_TOKENS)[None] * 7 % int(parent.config["text_config"]["vocab_size"])
     wanted_TV = model(ids_1T, use_cache=False).logits[0]
-    found: Any = TransmlaForCausalLM.from_pretrained(str(writer.partial), dtype=torch.float32, local_files_only=True)
+    del model, state
+    release(device)  # before another one is loaded to be compared with
+    with disk_errors(writer.partial):
+        found: Any = TransmlaForCausalLM.from_pretrained(
+            str(writer.partial), dtype=torch.float32, local_files_only=True
+        )
     found_TV = found.to(device).eval()(ids_1T.to(device), use_cache=False).logits[0].cpu()
     compare_logits(writer.partial, found_TV, wanted_TV, stored)

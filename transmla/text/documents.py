@@ -8,6 +8,7 @@ Legend: T tokens per window.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from transmla.text.windows import begin_tokens
 
 # characters that are tokenised at once, by one thread, and read of one text at most
 BLOCK, PLAIN_CHARACTERS = 2**20, 2**31
-# blocks that the tokenizer's threads share, at most
+# blocks that the tokenizer's threads share, at most, each with one: a block takes tens of megabytes as tokens
 BLOCKS_TOGETHER = 16
 
 
@@ -129,11 +130,11 @@ def mixed(texts: list[Text], seed: int) -> Iterator[list[int]]:
 
 def _tokens_of(text: str, tokenizer: Any) -> Iterator[int]:
     """Block by block, cut at line ends. More and more blocks at once: often only the beginning is wanted."""
-    blocks, together = _blocks(text), 1
+    blocks, together, most = _blocks(text), 1, min(BLOCKS_TOGETHER, os.cpu_count() or 1)
     while some := list(islice(blocks, together)):
         for ids in tokenizer(some, add_special_tokens=False, verbose=False).input_ids:
             yield from ids
-        together = min(2 * together, BLOCKS_TOGETHER)
+        together = min(2 * together, most)
 
 
 def _blocks(text: str) -> Iterator[str]:

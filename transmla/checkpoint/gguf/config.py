@@ -60,9 +60,11 @@ def unsupported_gguf(path: Path, why: str) -> UnsupportedError:
 
 def sizes_of_gguf(reader: "GGUFReader", path: Path, family: Family) -> dict[str, Any] | None:
     """As much of the same config as the metadata says by itself; None where that is not enough."""
-    architecture = family.gguf_architecture
+    layout, architecture = LAYOUTS.get(family.model_type), family.gguf_architecture
+    if layout is None:
+        return None
     found = {ours: _field(reader, f"{architecture}.{theirs}") for theirs, ours in _SIZES.items()}
-    if isinstance(LAYOUTS[family.model_type].windows, int):
+    if isinstance(layout.windows, int):
         found["sliding_window"] = _field(reader, f"{architecture}.attention.sliding_window")
     # a model of this name is read as one of another family
     if _field(reader, "general.name") in ("mistral", None) and family.gguf_interleaved:
