@@ -119,7 +119,8 @@ def unit_keys(split: RotarySplit, moment_DD: Tensor) -> RotarySplit:
     """
     square_e = torch.einsum("eD,DE,eE->e", split.k_rope_eD, moment_DD, split.k_rope_eD)
     size_e = square_e.unflatten(0, (2, -1)).mean(0).clamp_min(0).sqrt().repeat(2)
-    size_e1 = torch.where(size_e > 0, size_e, 1.0)[:, None]  # a pair that nothing is in stays so
+    # a pair that nothing is in, or nothing but rounding, stays so
+    size_e1 = torch.where(size_e > 1e-6 * size_e.max(), size_e, 1.0)[:, None]
     return replace(split, k_rope_eD=split.k_rope_eD / size_e1, q_rope_HeD=split.q_rope_HeD * size_e1)
 
 
