@@ -17,7 +17,7 @@ from transmla.maths.attention import (
     over_features,
     with_one,
 )
-from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
+from transmla.maths.closed_form import ClosedForm, Moments, _with_unseen, fit_layer
 from transmla.maths.reference import gqa_naive
 from transmla.maths.rotary_split import rotary_split
 
@@ -78,7 +78,7 @@ def test_without_positions_any_source_is_converted_exactly(groups: int) -> None:
 
 def test_loss_is_the_error_of_scores_and_values_in_the_output() -> None:
     """Per head: importance * |score error|^2 under received inputs, |Wo_i value error|^2 under attended ones."""
-    gqa, method = gqa_weights(heads=6, groups=2, hidden=30), ClosedForm(key_weight=3.0, plain_share=0.25)
+    gqa, method = gqa_weights(heads=6, groups=2, hidden=30), ClosedForm(key_weight=3.0, plain_share=0.25, unseen=0.0)
     seen = moments(gqa)
     found = fit_layer(gqa, seen, 9, 4, THETA, method)
     split = rotary_split(
@@ -99,6 +99,30 @@ def test_loss_is_the_error_of_scores_and_values_in_the_output() -> None:
 
     assert found.latent_loss == pytest.approx(energy(1.0) / energy(0.0), rel=1e-6)
     assert 0.01 < found.latent_loss < 0.9
+
+
+def test_directions_that_no_token_has_are_not_blown_up() -> None:
+    """With fewer directions in the tokens than values in the latent, other tokens have latents of ordinary size, too."""
+    gqa = gqa_weights(groups=2)
+    basis_DD = torch.linalg.qr(lively(24, 24, seed=8)).Q
+    seen_TD, unseen_TD = (lively(400, 5, seed=9 + part) @ basis_DD[5 * part : 5 * part + 5] for part in (0, 1))
+    moment_DD = seen_TD.T @ seen_TD / len(seen_TD)
+    same = dict.fromkeys(("converted_DD", "cross_DD", "received_DD", "attended_DD"), moment_DD)
+
+    def sizes(**method: float) -> tuple[float, float]:
+        down_rD = fit_layer(gqa, moments(gqa, **same), 12, 8, THETA, ClosedForm(**method)).mla.kv_down_rD
+        return tuple(float((x_TD @ down_rD.T).square().mean().sqrt()) for x_TD in (seen_TD, unseen_TD))  # type: ignore[return-value]
+
+    (seen, unseen), (_, unseen_before) = sizes(), sizes(unseen=0.0)
+    assert 0.3 < seen < 3 and unseen < 1e3 * seen and unseen_before > 1e3 * seen, (seen, unseen, unseen_before)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_added_for_unseen_directions(biased: bool) -> None:
+    """A share of the mean energy, none for the constant of a biased input, which is no direction of any token."""
+    moment_DD = torch.diag(torch.tensor([4.0, 2.0, 0.0, 6.0], dtype=torch.float64))
+    added_D = (_with_unseen(moment_DD, 0.5, biased) - moment_DD).diagonal()
+    assert added_D.tolist() == ([1.0, 1.0, 1.0, 0.0] if biased else [1.5, 1.5, 1.5, 1.5])
 
 
 def test_more_rank_loses_less() -> None:

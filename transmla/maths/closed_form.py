@@ -68,6 +68,8 @@ class ClosedForm:
     rank_pressure: see `rotary_split`
     key_weight:    of key errors against value errors; above 1 because errors of attended keys add up, too
     plain_share:   share of the plain moment in the attended one, against noise in few windows
+    unseen:        energy that every direction of the input has beside that of the calibration tokens, as a share of their
+                   mean: other tokens have some of what these lack, and a latent fitted to nothing there blows it up
     stream_ridge:  pull of the stream estimate towards the identity, relative to the mean input energy
     output_ridge:  pull of the refitted o_proj towards the source's, relative to the mean head energy
     ridge_steps:   times these, ascending: the first behind which windows that are set aside err more, layer by layer
@@ -76,6 +78,7 @@ class ClosedForm:
     rank_pressure: float = RANK_PRESSURE
     key_weight: float = 8.0
     plain_share: float = 0.3
+    unseen: float = 1e-3
     stream_ridge: float = 1e-3
     output_ridge: float = 1e-2
     ridge_steps: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
@@ -135,8 +138,11 @@ def fit_layer(
     mean_D = attended_DD[-1]
     if gqa.biased:  # what all tokens share is left to the bias of the output
         attended_DD = attended_DD - torch.outer(mean_D, mean_D)
+    received_DD, attended_DD = (
+        _with_unseen(moment_DD, method.unseen, gqa.biased) for moment_DD in (moments.received_DD, attended_DD)
+    )
     low = joint_low_rank(
-        Block(k_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), moments.received_DD),
+        Block(k_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), received_DD),
         Block(v_GdD.flatten(0, 1), _value_metric(gqa.o_DHd, groups, v_GdD.shape[1]), attended_DD),
         kv_lora_rank,
     )
@@ -163,6 +169,15 @@ def fit_layer(
         mean_value_Hv = (v_GdD @ mean_D).repeat_interleave(len(gqa.q_HdD) // groups, 0)
         mla = _with_biases(mla, mean_D, mean_value_Hv)
     return FittedLayer(mla, low.loss, stream_ridge, query_loss)
+
+
+def _with_unseen(moment_DD: Tensor, share: float, biased: bool) -> Tensor:
+    """The moment with a share of its mean energy in every direction, but for the constant of biased inputs."""
+    energy_D = moment_DD.diagonal().mean().expand(len(moment_DD)).clone()
+    if biased:
+        energy_D = energy_D.fill_(float(moment_DD.diagonal()[:-1].mean()))
+        energy_D[-1] = 0
+    return moment_DD + torch.diag(share * energy_D)
 
 
 def _with_biases(mla: MlaWeights, mean_D: Tensor, mean_value_Hv: Tensor) -> MlaWeights:
