@@ -102,7 +102,7 @@ def test_loss_is_the_error_of_scores_and_values_in_the_output() -> None:
 
 
 def test_directions_that_no_token_has_are_not_blown_up() -> None:
-    """With fewer directions in the tokens than values in the latent, other tokens have latents of ordinary size, too."""
+    """With fewer directions in the tokens than values in the latent, latents of other tokens are not huge."""
     gqa = gqa_weights(groups=2)
     basis_DD = torch.linalg.qr(lively(24, 24, seed=8)).Q
     seen_TD, unseen_TD = (lively(400, 5, seed=9 + part) @ basis_DD[5 * part : 5 * part + 5] for part in (0, 1))

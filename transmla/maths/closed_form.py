@@ -68,8 +68,8 @@ class ClosedForm:
     rank_pressure: see `rotary_split`
     key_weight:    of key errors against value errors; above 1 because errors of attended keys add up, too
     plain_share:   share of the plain moment in the attended one, against noise in few windows
-    unseen:        energy that every direction of the input has beside that of the calibration tokens, as a share of their
-                   mean: other tokens have some of what these lack, and a latent fitted to nothing there blows it up
+    unseen:        energy that every direction of the input has beside that of the calibration tokens, as a share of
+                   their mean: other tokens have some of what these lack, and a latent fitted to nothing there is huge
     stream_ridge:  pull of the stream estimate towards the identity, relative to the mean input energy
     output_ridge:  pull of the refitted o_proj towards the source's, relative to the mean head energy
     ridge_steps:   times these, ascending: the first behind which windows that are set aside err more, layer by layer
