@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import (
+    Scaled,
     as_json,
     command,
     device,
@@ -21,24 +22,6 @@ from transmla.cli.frame import (
 from transmla.recipe import DTYPES
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-class Size(click.ParamType[int]):
-    """2GiB, 512MiB, 1.5GB, 100000 -> int"""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        unit = next((unit for unit in _UNITS if value.endswith(unit)), "")
-        try:
-            found = int(float(value.removesuffix(unit)) * _UNITS.get(unit, 1))
-        except (ValueError, OverflowError):
-            found = 0
-        if found < 1:
-            self.fail(f"{value!r} is not a number of bytes such as 2GiB, 512MiB or 1.5GB", param, context)
-        return found
 
 
 @command(
@@ -102,7 +85,7 @@ class Size(click.ParamType[int]):
 )
 @option(
     "--cache-budget",
-    type=Size(),
+    type=Scaled("size", _UNITS, "bytes such as 2GiB, 512MiB or 1.5GB"),
     metavar="SIZE",
     help="Instead of --batch: as many texts as fit into caches of so much memory, as 2GiB, in each cache of MODEL and "
     "SRC; at 4 bits, SRC's texts are counted only.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -133,6 +133,29 @@ def quiet_libraries(bars: bool = True, *, loading: bool = True) -> None:
     for name in ("torch", "gguf", "lm_eval", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+
+
+class Scaled(click.ParamType[int]):
+    """A number of something, with a unit or without -> int.
+
+    name: of the type;  units: unit -> factor, in any case;  said: what is counted, and examples, for the error
+    """
+
+    def __init__(self, name: str, units: Mapping[str, int], said: str) -> None:
+        self.name, self._said = name, said
+        self._units = {unit.lower(): factor for unit, factor in units.items()}
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        unit = next((unit for unit in self._units if value.lower().endswith(unit)), "")
+        try:
+            found = round(float(value[: len(value) - len(unit)]) * self._units.get(unit, 1))
+        except (ValueError, OverflowError):
+            found = 0
+        if found < 1:
+            self.fail(f"{value!r} is not a number of {self._said}", param, context)
+        return found
 
 
 def integers(text: str, option: str) -> list[int]:

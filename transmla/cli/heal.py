@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import (
+    Scaled,
     as_json,
     command,
     emit,
@@ -19,25 +20,7 @@ from transmla.cli.frame import (
 )
 from transmla.recipe import BEGIN, LATENT_BITS, MIX, MIX_OF_CHATS, PRECISIONS, TRAINED
 
-_SCALES = {"K": 10**3, "M": 10**6, "B": 10**9}
-
-
-class Count(click.ParamType[int]):
-    """300000, 300K, 1.5M, 2B -> int"""
-
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        scale = _SCALES.get(value[-1:].upper(), 1)
-        try:
-            found = round(float(value if scale == 1 else value[:-1]) * scale)
-        except (ValueError, OverflowError):
-            found = 0
-        if found < 1:
-            self.fail(f"{value!r} is not a number of tokens such as 300000, 300K or 1.5M", param, context)
-        return found
+_TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 300000, 300K or 1.5M")
 
 
 @command(
@@ -71,14 +54,14 @@ class Count(click.ParamType[int]):
 )
 @option(
     "--tokens",
-    type=Count(),
+    type=_TOKENS,
     metavar="N",
     help="Total training tokens, for example 300K or 100M. [default: 1M]",
     group="Text",
 )
 @option(
     "--distinct",
-    type=Count(),
+    type=_TOKENS,
     metavar="N",
     help="Distinct tokens; they repeat after that. [default: all]",
     group="Text",
