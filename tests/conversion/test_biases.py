@@ -15,7 +15,7 @@ from tests.conversion.made import IDS, PLAIN, Convert, logits, weights
 from tests.families import THETA, MakeSource
 from tests.maths.weights import relative
 from transmla.conversion import write
-from transmla.conversion.plan import target_config
+from transmla.conversion.target import target_config
 from transmla.maths.attention import MlaWeights
 from transmla.maths.fold import unfolded_attention
 from transmla.model.loading import load

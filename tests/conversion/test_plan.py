@@ -17,7 +17,8 @@ from tests.checkpoint.test_gguf_families import write as write_gguf
 from tests.families import LLAMA3, MakeSource, sparse_source
 from transmla.checkpoint.read import Source
 from transmla.conversion.flow import convert
-from transmla.conversion.plan import cache_rows, plan, target_config
+from transmla.conversion.plan import cache_rows, plan
+from transmla.conversion.target import target_config
 from transmla.errors import DestinationError
 from transmla.geometry import GqaGeometry, mla_geometry
 

@@ -28,10 +28,11 @@ from transmla.conversion.fit import LayerReport, fit_layers
 from transmla.conversion.kept import KeptLayers
 from transmla.conversion.levels import LEVELS, Refinement, with_batch
 from transmla.conversion.measure import HeldoutNats, measure
-from transmla.conversion.plan import Plan, plan, target_config
+from transmla.conversion.plan import Plan, plan
 from transmla.conversion.run import Run
 from transmla.conversion.search import Trial, find_latent
 from transmla.conversion.split import SplitTrial, choose_split
+from transmla.conversion.target import target_config
 from transmla.conversion.theta import choose_theta
 from transmla.conversion.verify import Verification, Witness, verify
 from transmla.conversion.write import write_companions, write_weights

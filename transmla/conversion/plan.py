@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ from transmla.checkpoint.destination import check_destination
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.checkpoint.store import understood
-from transmla.conversion.levels import LEAST_PER_FEATURE
 from transmla.conversion.needs import (
     COMPANION_BYTES,
     DTYPE_BYTES,
@@ -23,7 +22,9 @@ from transmla.conversion.needs import (
     memory_bytes,
     weight_bytes,
 )
+from transmla.conversion.remarks import remarks
 from transmla.conversion.sizes import as_number, chosen_sizes, divisions, redivided, tried_latents
+from transmla.conversion.target import planned_config, target_config
 from transmla.errors import DataError, GeometryError, RecipeError, SourceError, UnsupportedError
 from transmla.families import Family, family_of, rope_parameters, rotary_dim
 from transmla.geometry import (
@@ -36,9 +37,9 @@ from transmla.geometry import (
 from transmla.model.outline import Outline, filled, is_tied, outline_of_headers
 from transmla.recipe import Recipe, find_recipe, load_recipe
 from transmla.tables import Shown
-from transmla.targets.engines import OWN_MODEL_TYPE, EngineVerdict, engine_verdicts
-from transmla.targets.stock import deepseek_v3_config, obstacles
-from transmla.text.mixes import needs_source, parse_mix
+from transmla.targets.engines import EngineVerdict, engine_verdicts
+from transmla.targets.stock import obstacles
+from transmla.text.mixes import parse_mix
 
 if TYPE_CHECKING:
     from transmla.model.skeleton import AttentionFacts
@@ -204,7 +205,7 @@ def plan(
             attention_bias=stock and (outline.biased or outline.output_bias),
             query_bias=stock and outline.biased,
         )
-        settings, wanted = settings.for_width(mla.widest), LEAST_PER_FEATURE * mla.widest
+        settings = settings.for_width(mla.widest)
         if settings.q_latent is not None and form != "deepseek_v3":
             raise GeometryError(
                 "this model keeps its queries as they are",
@@ -223,40 +224,6 @@ def plan(
                 remedy=f"give at most --context {context}",
             )
         _check_tokens(settings, context)
-    if candidates:
-        notes.append(
-            f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "
-            f"perplexity stays within {settings.budget:.1%}; up to {len(candidates).bit_length()} conversions"
-        )
-    if divided:
-        notes.append(
-            f"--rope auto: {len(divided)} ways to divide {mla.cache_values()} cached values, of which convert takes "
-            "the one with the smallest error in a few layers; all else here is for the first"
-        )
-    if form != "deepseek_v3" and found:
-        notes.append(f"written as {family.model_type} with latent attention: deepseek_v3 has no {', '.join(found)}")
-    if mla.query_bias:
-        notes.append(_query_bias(mla))
-    if settings.begin != "half":
-        which = "every" if settings.begin == "all" else "no"
-        notes.append(f"{which} calibration window starts with the begin token, where the tokenizer puts one first")
-    if settings.num_tokens < wanted:
-        notes.append(
-            f"{settings.num_tokens:,} calibration tokens are few for regressions over {mla.widest:,} features: "
-            f"{wanted:,} and more let each layer repair what was lost before it"
-        )
-    if settings.refine != "off":
-        notes.append("refinement takes as many layers at once as fit into half of the free memory")
-    if needs_source(settings.mix, settings.sampled):
-        notes.append(
-            "while it writes calibration text, the whole source is in memory, in addition to the memory given here"
-        )
-    if mla.cache_values() >= gqa.cache_values():
-        notes.append(
-            f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
-        )
-    if gqa.num_key_value_heads > 1:
-        notes.append(_tensor_parallel(gqa, mla))
     weights = weight_bytes(opened, family, gqa, mla, dtype)
     disk = weights + COMPANION_BYTES + journal_bytes(mla, settings)
     if destination is not None:
@@ -277,7 +244,7 @@ def plan(
         engines=(),
         disk_bytes=disk,
         memory_bytes=memory_bytes(config, gqa, settings, weights, 4 * layer_values(opened, family)),
-        notes=tuple(notes),
+        notes=(),
     )
     if outline.facts is not None:
         with understood(where):  # what the class does not understand is said now, and not when all is done
@@ -285,7 +252,8 @@ def plan(
     splits = (with_sizes(planned, one) for one in divided)
     return replace(
         planned,
-        engines=engine_verdicts(_planned_config(planned)),
+        notes=(*notes, *remarks(planned, candidates, len(divided))),
+        engines=engine_verdicts(planned_config(planned)),
         splits=tuple(
             Split(one.mla, tuple(verdict.engine for verdict in one.engines if verdict.accepts)) for one in splits
         ),
@@ -344,40 +312,7 @@ def with_sizes(planned: Plan, mla: MlaGeometry) -> Plan:
     """The same conversion at other sizes; biases stay those of the plan."""
     mla = replace(mla, attention_bias=planned.mla.attention_bias, query_bias=planned.mla.query_bias)
     planned = replace(planned, mla=mla, cache=cache_rows(planned.gqa, mla))
-    return replace(planned, engines=engine_verdicts(_planned_config(planned)))
-
-
-def target_config(
-    planned: Plan, theta: float | None, inv_freq_LM: Sequence[Sequence[float]] = (), *, tied: bool | None = None
-) -> dict[str, Any]:
-    """config.json of the folder that is written.
-
-    theta:       base of the rotary frequencies of a deepseek_v3 folder
-    inv_freq_LM: those of each layer, in the own form
-    tied:        whether lm_head is the embeddings, in the own form; None: as the source's config says
-    """
-    if planned.form == "deepseek_v3":
-        assert theta is not None
-        source = filled(planned.source.config, planned.outline.config)
-        return deepseek_v3_config(source, planned.mla, theta, planned.max_position_embeddings, planned.dtype)
-    from transmla.model.skeleton import source_config, source_frequencies
-    from transmla.targets.own import own_config
-
-    config = dict(planned.config) if tied is None else dict(planned.config) | {"tie_word_embeddings": tied}
-    facts = planned.attention
-    _, factor = source_frequencies(source_config(planned.source.config), planned.gqa, planned.family, 0)
-    return own_config(
-        config, planned.family, planned.gqa, planned.mla, inv_freq_LM, planned.dtype,
-        softmax_scale=facts.scaling * factor**2, softcap=facts.softcap, biased=facts.biased, encoded=facts.encoded,
-        output_bias=facts.output_bias or (facts.biased and not facts.encoded),
-    )  # fmt: skip
-
-
-def _planned_config(planned: Plan) -> dict[str, Any]:
-    """As much of it as engines look at, before the rotary frequencies are chosen."""
-    if planned.form == OWN_MODEL_TYPE:
-        return {"model_type": OWN_MODEL_TYPE}
-    return target_config(planned, float(rope_parameters(planned.outline.config)["rope_theta"]))
+    return replace(planned, engines=engine_verdicts(planned_config(planned)))
 
 
 def cache_rows(gqa: GqaGeometry, mla: MlaGeometry) -> tuple[CacheRow, ...]:
@@ -443,19 +378,3 @@ def _context(source: Source, config: Mapping[str, Any], form: str) -> tuple[int,
     for rope_type in sorted(types - {"default"}):
         notes.append(f"{rope_type} rope scaling becomes plain frequencies of a rope_theta of its own")
     return context, notes
-
-
-def _query_bias(mla: MlaGeometry) -> str:
-    constant, fitted = mla.stock_attention_weights - mla.attention_weights, mla.attention_weights
-    return (
-        f"deepseek_v3 has no bias for queries: q_lora_rank {mla.stock_q_lora_rank} with a constant in it takes "
-        f"{constant:,} weights a layer beside the attention's {fitted:,}, and no cache; --format transmla needs none"
-    )
-
-
-def _tensor_parallel(gqa: GqaGeometry, mla: MlaGeometry) -> str:
-    ranks = min(4, gqa.num_key_value_heads)
-    return (
-        f"tensor parallel: key/value heads are split over ranks, a latent is on every rank; "
-        f"at {ranks} ranks {gqa.cache_values() // ranks} values per token and layer become {mla.cache_values()}"
-    )

@@ -1,0 +1,75 @@
+"""What a plan remarks on: consequences of sizes and settings that its tables do not show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transmla.conversion.levels import LEAST_PER_FEATURE
+from transmla.geometry import GqaGeometry, MlaGeometry
+from transmla.text.mixes import needs_source
+
+if TYPE_CHECKING:
+    from transmla.conversion.plan import Plan
+
+
+def remarks(planned: Plan, candidates: tuple[int, ...], num_divisions: int) -> list[str]:
+    """One sentence each.
+
+    candidates:    latents that `latent="auto"` tries, ascending
+    num_divisions: ways to divide the cache that `rope="auto"` chooses from
+    """
+    settings, gqa, mla = planned.recipe, planned.gqa, planned.mla
+    wanted = LEAST_PER_FEATURE * mla.widest
+    said: list[str] = []
+    if candidates:
+        said.append(
+            f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "
+            f"perplexity stays within {settings.budget:.1%}; up to {len(candidates).bit_length()} conversions"
+        )
+    if num_divisions:
+        said.append(
+            f"--rope auto: {num_divisions} ways to divide {mla.cache_values()} cached values, of which convert takes "
+            "the one with the smallest error in a few layers; all else here is for the first"
+        )
+    if planned.form != "deepseek_v3" and planned.obstacles:
+        missing = ", ".join(planned.obstacles)
+        said.append(f"written as {planned.family.model_type} with latent attention: deepseek_v3 has no {missing}")
+    if mla.query_bias:
+        said.append(_query_bias(mla))
+    if settings.begin != "half":
+        which = "every" if settings.begin == "all" else "no"
+        said.append(f"{which} calibration window starts with the begin token, where the tokenizer puts one first")
+    if settings.num_tokens < wanted:
+        said.append(
+            f"{settings.num_tokens:,} calibration tokens are few for regressions over {mla.widest:,} features: "
+            f"{wanted:,} and more let each layer repair what was lost before it"
+        )
+    if settings.refine != "off":
+        said.append("refinement takes as many layers at once as fit into half of the free memory")
+    if needs_source(settings.mix, settings.sampled):
+        said.append(
+            "while it writes calibration text, the whole source is in memory, in addition to the memory given here"
+        )
+    if mla.cache_values() >= gqa.cache_values():
+        said.append(
+            f"this cache is not smaller: {mla.cache_values()} values per token and layer, source {gqa.cache_values()}"
+        )
+    if gqa.num_key_value_heads > 1:
+        said.append(_tensor_parallel(gqa, mla))
+    return said
+
+
+def _query_bias(mla: MlaGeometry) -> str:
+    constant, fitted = mla.stock_attention_weights - mla.attention_weights, mla.attention_weights
+    return (
+        f"deepseek_v3 has no bias for queries: q_lora_rank {mla.stock_q_lora_rank} with a constant in it takes "
+        f"{constant:,} weights a layer beside the attention's {fitted:,}, and no cache; --format transmla needs none"
+    )
+
+
+def _tensor_parallel(gqa: GqaGeometry, mla: MlaGeometry) -> str:
+    ranks = min(4, gqa.num_key_value_heads)
+    return (
+        f"tensor parallel: key/value heads are split over ranks, a latent is on every rank; "
+        f"at {ranks} ranks {gqa.cache_values() // ranks} values per token and layer become {mla.cache_values()}"
+    )
