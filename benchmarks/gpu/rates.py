@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transmla.evaluation.roofline import product_rate
 from transmla.geometry import gqa_geometry, mla_geometry
 from transmla.healing.pace import multiply_adds
-from transmla.healing.student import halve_frozen, select_trained, share_frozen, teach
+from transmla.healing.student import compile_layers, halve_frozen, select_trained, share_frozen, teach
 from transmla.healing.teacher import OnlineTeacher
 from transmla.healing.train import autocast
 from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
@@ -88,18 +89,29 @@ def one_way(run: Any, windows: int, train: str, compiled: tuple[str, ...]) -> di
     """Median seconds of a step, tokens per second beside the floor of the products, the peak, and the kernels."""
     student, source = models(run.device, run.tiny, train)
     length, windows = (128, 2) if run.tiny else (1024, windows)
-    plain = losses._with_gradient
     torch._dynamo.reset()
-    options: dict[str, Any] = {} if run.cuda else {"backend": "eager"}
-    if "layers" in compiled:
-        for layer in (*student.base_model.layers, *source.model.layers):
-            layer.compile(dynamic=False, **options)
-    if "loss" in compiled:
-        losses._with_gradient = torch.compile(plain, **options)
+    losses._compiled.cache_clear()
+    # there may be no compiler on a CPU, where only the tracing is tried
+    backend = None if run.cuda else "eager"
+    with traced_by(backend):
+        if "layers" in compiled:
+            compile_layers(student, source)
+        student.objective = Objective(compiled="loss" in compiled)
+        found = _timed(run, student, source, windows, length)
+    losses._compiled.cache_clear()
+    return found
+
+
+@contextmanager
+def traced_by(backend: str | None) -> Iterator[None]:
+    """All that is compiled here, as heal compiles it, is by this backend; None: the usual one."""
+    plain = torch.compile
+    if backend is not None:
+        torch.compile = lambda function, **_: plain(function, backend=backend)
     try:
-        return _timed(run, student, source, windows, length)
+        yield
     finally:
-        losses._with_gradient = plain
+        torch.compile = plain
 
 
 def _timed(run: Any, student: Any, source: Any, windows: int, length: int) -> dict[str, Any]:
@@ -132,11 +144,14 @@ def _timed(run: Any, student: Any, source: Any, windows: int, length: int) -> di
     taken = sorted(step() for _ in range(1 if run.tiny else 5))
     seconds = taken[len(taken) // 2]
     floor = multiply_adds(student, source) / product_rate(run.device, torch.bfloat16)
+    kernels: list[list[Any]] = []
+    with suppress(RuntimeError):  # a profiler that does not work here costs no rate
+        kernels = _kernels(step, run.cuda)
     return {
         "seconds": seconds, "slowest": taken[-1], "first_seconds": first,
         "tokens_per_second": windows * length / seconds,
         "of_floor": floor * windows * length / seconds, "num_trained": sum(weight.numel() for weight in trained),
-        "peak": torch.cuda.max_memory_allocated() if run.cuda else None, "kernels": _kernels(step, run.cuda),
+        "peak": torch.cuda.max_memory_allocated() if run.cuda else None, "kernels": kernels,
     }  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def _heal_rate(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     lines = _table(("way", "tokens a second", "times the floor of its products", "peak"), rows)
     for one in (result["rows"][0], result["rows"][-1]):
-        if "kernels" in one:
+        if one.get("kernels"):
             kernels = [(f"`{name}`", f"{calls:,}", _number(ms)) for name, calls, ms in one["kernels"][:12]]
             lines += ["", f"A step, {one['way']}:", "", *_table(("kernel", "calls", "ms"), kernels)]
     return lines
