@@ -24,7 +24,7 @@ from transmla.conversion.streams import (
     stream_loss,
 )
 from transmla.maths.attention import MlaWeights
-from transmla.maths.closed_form import fit_layer
+from transmla.maths.closed_form import FittedLayer, fit_layer
 from transmla.model.layer import SourceLayer
 
 # windows whose attention matrices enter the moments, and the least number of their tokens per feature
@@ -79,10 +79,7 @@ def _fit(
     run: Run, layer: SourceLayer, streams: Streams, closed: Streams, theta: float | None
 ) -> tuple[MlaWeights, LayerReport]:
     """One layer; the source's stream behind it, and the converted one of the windows that are fitted to."""
-    sizes = run.plan.mla
-    moments = observe(layer, closed, num_attended(sizes.widest, closed.source_NTD.shape[1]))
-    gqa = layer.gqa.to(dtype=torch.float64)
-    fitted = fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank)
+    fitted = _factored(run, layer, closed, theta)
     mla = layer.complete(fitted.mla)
     heads_NTF = converted_heads(layer, mla, closed)
     repair, before = Repair(layer, mla, heads_NTF, closed), len(streams.indices) - len(closed.indices)
@@ -99,6 +96,14 @@ def _fit(
     return mla, LayerReport(
         layer.index, fitted.latent_loss, loss.fitted, loss.heldout, fitted.query_loss, fitted.stream_ridge, output_ridge
     )
+
+
+def _factored(run: Run, layer: SourceLayer, closed: Streams, theta: float | None) -> FittedLayer:
+    """One layer without the repair; its moments and its weights in float64 are gone before the streams pass it."""
+    sizes = run.plan.mla
+    moments = observe(layer, closed, num_attended(sizes.widest, closed.source_NTD.shape[1]))
+    gqa = layer.gqa.to(dtype=torch.float64)
+    return fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank)
 
 
 def num_attended(width: int, window: int) -> int:
