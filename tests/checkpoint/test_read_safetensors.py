@@ -46,6 +46,31 @@ def test_rows_are_the_rows(folder, tensors):
     assert not torch.equal(source.rows(name, index), tensors[name][index + torch.tensor([0, 1, 0, 0])])
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system does not read ahead on request")
+@pytest.mark.parametrize("num_shards", [1, 10])
+def test_announced_are_the_bytes_of_the_tensors(folder, tensors, num_shards, monkeypatch):
+    announced = []
+
+    def advise(handle: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        announced.append(os.pread(handle, length, offset))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    open_source(folder(tensors, num_shards)).announce([KEYS, QUERIES, "nothing.of.that.name"])
+    assert sorted(announced) == sorted(tensors[name].numpy().tobytes() for name in (KEYS, QUERIES))
+
+
+def test_announcing_is_an_advice(folder, tensors, monkeypatch):
+    def refuse(*_: int) -> None:
+        raise OSError("not on this file system")
+
+    source = open_source(folder(tensors))
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    source.announce([KEYS])
+    monkeypatch.delattr(os, "posix_fadvise")
+    source.announce([KEYS])
+
+
 def test_a_read_tensor_outlives_its_file(folder, tensors):
     path = folder(tensors)
     source = open_source(path)

@@ -1,18 +1,21 @@
 """A layer in pieces computes what the Hugging Face layer computes."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conversion.pieces import model_and_layer
-from tests.families import LINEAR, LLAMA3, YARN, lively_config
+from tests.families import LINEAR, LLAMA3, YARN, lively_config, lively_source
 from tests.maths.weights import relative
+from transmla.checkpoint.read import open_source
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
 from transmla.model.layer import SourceLayer
 from transmla.model.skeleton import Stored, layer_tensors, skeleton, source_config, source_frequencies
+from transmla.model.source import SourceModel
 
 ROPES = {"default": None, "linear": LINEAR, "llama3": LLAMA3, "yarn": YARN}
 
@@ -170,3 +173,14 @@ def test_source_config_ignores_code_of_the_checkpoint() -> None:
     values = lively_config().to_dict() | {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}
     config = source_config(values)
     assert config.model_type == "llama" and not hasattr(config, "auto_map")
+
+
+def test_the_next_layer_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(lively_source(tmp_path, layers=2))
+    family, geometry = FAMILIES["llama"], gqa_geometry(source.config, "config.json")
+    model = SourceModel(source, family, geometry, torch.device("cpu"))
+    announced: list[list[str]] = []
+    monkeypatch.setattr(source, "announce", lambda names: announced.append(sorted(names)))
+    model.layer(0)
+    model.layer(1)
+    assert announced == [sorted(name for name in source.tensors if name.startswith("model.layers.1."))]

@@ -63,7 +63,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if written.count(b"[") + written.count(b"{") > MOST_BRACKETS:
             raise ValueError("more tensors than any model has")
         header = parsed_json(written, MAX_HEADER_BYTES)
-        tensors = {name: _tensor_info(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
+        tensors = {
+            name: _tensor_info(path, name, entry, 8 + header_bytes)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
         data_bytes = max((int(entry["data_offsets"][1]) for n, entry in header.items() if n in tensors), default=0)
     except OSError as error:
         raise broken_file(path, error.strerror or str(error), "check that the file exists and is readable") from error
@@ -85,7 +89,7 @@ def _check_header_length(path: Path, start: bytes, header_bytes: int, num_bytes:
         raise broken_file(path, f"truncated: the file ends after {num_bytes} bytes, inside its header")
 
 
-def _tensor_info(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
+def _tensor_info(path: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
     dtype, element_bytes = STORED_DTYPES.get(entry["dtype"], (entry["dtype"].lower(), None))
@@ -97,4 +101,4 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
         or (element_bytes and end - begin != math.prod(shape) * element_bytes)
     ):
         raise broken_tensor(path, name, f"{end - begin} bytes cannot be a {dtype} tensor of shape {list(shape)}")
-    return TensorInfo(shape=shape, dtype=dtype, num_bytes=end - begin, file=path.name)
+    return TensorInfo(shape=shape, dtype=dtype, num_bytes=end - begin, file=path.name, offset=data_start + begin)

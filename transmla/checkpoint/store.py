@@ -28,6 +28,7 @@ class TensorInfo:
     dtype: str  # what reading gives: "bfloat16"; "float32" for quantised GGUF blocks
     num_bytes: int  # as stored
     file: str  # name of the weight file
+    offset: int | None = None  # of its first byte in the file, where that is known
 
 
 class WeightStore(Protocol):

@@ -80,13 +80,16 @@ class SourceModel:
         return float(self.config.rms_norm_eps)
 
     def layer(self, index: int) -> SourceLayer:
-        """Layer number `index`, in float32."""
+        """Layer number `index`, in float32. The disk reads the next one ahead: layers are wanted in order."""
 
         def read(name: str) -> Tensor:
             return self.source.read(name, dtype=torch.float32, device=self.device)
 
         stored = layer_tensors(self.family, self.skeleton, index)
         tensors = {name: one.assembled(read) for name, one in stored.items()}
+        if index + 1 < self.geometry.num_hidden_layers:
+            following = layer_tensors(self.family, self.skeleton, index + 1)
+            self.source.announce(part for one in following.values() for part in one.parts)
         factors = self.source.rope_frequency_factors
         return build_layer(self.family, self.skeleton, self.geometry, index, tensors, factors)
 

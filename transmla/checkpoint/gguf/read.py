@@ -127,7 +127,7 @@ class GgufStore:
         if encoding.startswith("I") and encoding[1:].isdigit():
             dtype = f"int{encoding[1:]}"
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        self.tensors[name] = TensorInfo(shape, dtype, int(tensor.n_bytes), self._path.name)
+        self.tensors[name] = TensorInfo(shape, dtype, int(tensor.n_bytes), self._path.name, int(tensor.data_offset))
         self._blocks[name] = _Blocks(
             offset=int(tensor.data_offset),
             encoding=int(tensor.tensor_type),
