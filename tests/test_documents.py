@@ -102,9 +102,14 @@ def test_times_that_nobody_measured_are_called_projected(reference: ModuleType) 
             {"recipe": "large", "machine": "GPU", "layers": 2, "spent": {"tokens": 100.0, "convert layers": 60.0}}
         ],
     }
-    works = {"small": 1.0, "large": 10.0, "huge": 100.0}
-    assert reference.time_of("large", works, 4, times) == "about 4 min projected from 2 layers (GPU)"
-    assert reference.time_of("huge", works, 80, times) == "about 6.7 h projected from 2 layers of large (GPU)"
-    small = "10 min (2 CPU cores), about 106 s projected from 2 layers of large (GPU)"
-    assert reference.time_of("small", works, 2, times) == small
-    assert reference.time_of("huge", works, 80, {"whole": [], "layers": []}) == "not measured"
+    works, layers = {"small": 1.0, "large": 10.0, "huge": 100.0}, {"small": 2, "large": 4, "huge": 80}
+    large = "about 4 min (GPU) projected from 2 layers; about 3.4 h (2 CPU cores) projected from small"
+    assert reference.time_of("large", works, layers, times) == large
+    huge = "about 6.7 h (GPU) projected from 2 layers of large; about 28 days (2 CPU cores) projected from small"
+    assert reference.time_of("huge", works, layers, times) == huge
+    small = "10 min (2 CPU cores); about 106 s (GPU) projected from 2 layers of large"
+    assert reference.time_of("small", works, layers, times) == small
+    measured = times | {"layers": [], "whole": [*times["whole"], {"recipe": "small", "machine": "GPU", "seconds": 56}]}
+    large = "about 3.4 h (2 CPU cores), 19 min (GPU) projected from small"
+    assert reference.time_of("large", works, layers, measured) == large
+    assert reference.time_of("huge", works, layers, {"whole": [], "layers": []}) == "not measured"

@@ -139,11 +139,12 @@ def sizes_table() -> str:
     works = {
         name: float(layer_values(found.source, found.family) * found.recipe.num_tokens) for name, found in plans.items()
     }
+    layers = {name: found.gqa.num_hidden_layers for name, found in plans.items()}
     for name, found in plans.items():
         size = f"{found.mla.kv_lora_rank}+{found.mla.qk_rope_head_dim}"
         values = f"{found.gqa.cache_values():,} -> {found.mla.cache_values()} ({size})"
         needs = " | ".join(f"{value / 2**30:,.1f} GiB" for value in (found.memory_bytes, found.disk_bytes))
-        time = time_of(name, works, found.gqa.num_hidden_layers, read_times())
+        time = time_of(name, works, layers, read_times())
         lines.append(f"| {name} | {values} | {needs} | {time} |")
     return "\n".join([*head, *lines])
 

@@ -3,7 +3,8 @@
 benchmarks/results/times.json is the one place for measured times. `whole` has conversions from disk to disk; `layers`
 has those of a few layers of a recipe's shape, with seconds by stage: `spent` of the stage convert-8b of the campaign in
 benchmarks/gpu, and of benchmarks/wide.py. Times of all layers follow from these, and those of other shapes, which are
-called projected.
+called projected. Where a machine has converted no layer of a large shape, a whole conversion stands in: by values of
+weights times tokens, which is what products cost; a small model keeps a GPU less busy than a large one.
 """
 
 from __future__ import annotations
@@ -27,25 +28,41 @@ def read_times() -> dict[str, Any]:
     return found
 
 
-def time_of(recipe: str, works: Mapping[str, float], layers: int, times: Mapping[str, Sequence[Any]]) -> str:
+def time_of(
+    recipe: str, works: Mapping[str, float], layers: Mapping[str, int], times: Mapping[str, Sequence[Any]]
+) -> str:
     """What a table says of a recipe's time: measured on each machine where it was, else projected, else not measured.
 
     works:  recipe -> values of a layer times calibration tokens, which is what a layer costs
-    layers: of the recipe;  times: from `read_times`
+    layers: recipe -> how many it has;  times: from `read_times`
     """
-    said = {one["machine"]: words(one["seconds"]) for one in times["whole"] if one["recipe"] == recipe}
+    said = {one["machine"]: (words(one["seconds"]), "") for one in times["whole"] if one["recipe"] == recipe}
     # its own shape before others
     for one in sorted(times["layers"], key=lambda one: one["recipe"] != recipe):
-        as_many = layers * works[recipe] / works[one["recipe"]]
+        as_many = layers[recipe] * works[recipe] / works[one["recipe"]]
         seconds = sum(extrapolated(one["spent"], one["layers"], as_many).values())
         shape = "" if one["recipe"] == recipe else f" of {one['recipe']}"
-        projected = f"about {words(seconds)} projected from {one['layers']} layers{shape}"
-        said.setdefault(one["machine"], projected)
-    return ", ".join(f"{text} ({machine})" for machine, text in said.items()) or "not measured"
+        said.setdefault(one["machine"], (words(seconds), f"{one['layers']} layers{shape}"))
+    for one in times["whole"]:
+        times_more = layers[recipe] * works[recipe] / (layers[one["recipe"]] * works[one["recipe"]])
+        said.setdefault(one["machine"], (words(one["seconds"] * times_more), one["recipe"]))
+    by_origin: dict[str, list[str]] = {}
+    for machine, (time, origin) in said.items():
+        by_origin.setdefault(origin, []).append(f"{time} ({machine})")
+    phrases = [
+        f"about {', '.join(found)} projected from {origin}" if origin else ", ".join(found)
+        for origin, found in by_origin.items()
+    ]
+    return "; ".join(phrases) or "not measured"
 
 
 def words(seconds: float) -> str:
-    """56 s, 10 min, 1.5 h"""
+    """56 s, 10 min, 2.5 h, 6 days"""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    if hours < 48:
+        return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
+    return f"{hours / 24:.0f} days"
