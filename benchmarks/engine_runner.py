@@ -4,7 +4,7 @@
     python engine_runner.py TASK.json      ->  last line of stdout: JSON;  last-token logits in the task's .npz
 
 Task: engine, model (folder or .gguf), dtype, windows (token ids), prefixes, prompt, num_greedy, contexts, steps,
-threads, out.
+threads, out; of vLLM also cache, the type of its values.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Vllm(Engine):
         self._model = LLM(
             task["model"], dtype=task["dtype"], enforce_eager=True, max_logprobs=-1,
             max_model_len=max(task["contexts"]) + task["steps"] + 8, max_num_seqs=4,
-            model_impl=self.IMPLEMENTATION,
+            model_impl=self.IMPLEMENTATION, kv_cache_dtype=task.get("cache", "auto"),
         )  # fmt: skip
 
     def _run(self, ids: Ids, **settings: Any) -> Any:
