@@ -112,8 +112,8 @@ def test_rotary_settings_that_one_engine_does_not_see() -> None:
     assert flat_rotary(saved_by_transformers()) == config()
 
 
-def note_of(given: dict[str, Any]) -> str:
-    return next(verdict.note for verdict in engine_verdicts(given) if verdict.engine == LLAMA_CPP)
+def note_of(given: dict[str, Any], engine: str = LLAMA_CPP) -> str:
+    return next(verdict.note for verdict in engine_verdicts(given) if verdict.engine == engine)
 
 
 def test_what_llama_cpp_caches_is_what_was_measured() -> None:
@@ -129,6 +129,23 @@ def test_what_llama_cpp_caches_is_what_was_measured() -> None:
                 assert (row["ratio"] > 1.2) == (row["cache"] == "q4_0") and "-fa on -ctk q8_0 -ctv q8_0" in note
             seen.add((name, row["cache"], row["flash_attention"]))
     assert len(seen) == 4 * 2 * 2, "every size with both types, with and without flash attention"
+
+
+def test_what_vllm_on_cpus_caches_is_what_was_measured() -> None:
+    """A prompt is read without the cache; the second new token wants it, and fp8 fails there."""
+    rows = json.loads((RESULTS / "vllm-cpu-fp8.json").read_text("utf-8"))["rows"]
+    assert {row["cache"] for row in rows} >= {"auto", "fp8"}
+    for row in rows:
+        assert row["nats"] is not None and (row["greedy"] is None) == (row["cache"] != "auto") == bool(row["errors"])
+        assert "no fp8 cache" in note_of(config(), row["engine"])
+
+
+@pytest.mark.parametrize(("rank", "head", "backend"), [(512, 128, False), (256, 64, True)])
+def test_fp8_caches_of_gpus(rank: int, head: int, backend: bool) -> None:
+    """FlashMLA checks that there are 576 values when it runs, not when it is chosen."""
+    note = note_of(config(rank, 64, head), VLLM_GPU)
+    assert "--kv-cache-dtype fp8" in note and ("TRITON_MLA" in note) == backend
+    assert "--kv-cache-dtype fp8_e4m3" in note_of(config(rank, 64, head), SGLANG)
 
 
 def test_every_rule_applies_to_some_case_above() -> None:

@@ -153,6 +153,17 @@ def _cache_types(config: Config) -> str:
     return "; its quantised cache: -fa on -ctk q8_0 -ctv q8_0 (q4_0 loses far more)"
 
 
+def _fp8_cache(engine: str, config: Config) -> str:
+    """How an engine is asked for a cache of fp8 values; scales are 1, which latents and rotary keys fit."""
+    if engine == SGLANG:
+        return "; fp8 cache: --kv-cache-dtype fp8_e4m3"
+    if engine in (VLLM_CPU, VLLM_BACKEND):  # measured: benchmarks/results/engines/vllm-cpu-fp8.json
+        return "; no fp8 cache"
+    # FlashMLA, which it chooses on Hopper, has one for 576 values only, and says so at the first request
+    needed = "" if config["kv_lora_rank"] == 512 else ", on Hopper with --attention-backend TRITON_MLA"
+    return f"; fp8 cache: --kv-cache-dtype fp8{needed}"
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         (VLLM_GPU, SGLANG),
@@ -301,5 +312,7 @@ def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
             note += _SMALL_ROWS
         if engine == LLAMA_CPP and not own:
             note += _cache_types(config)
+        if engine in (VLLM_GPU, VLLM_CPU, VLLM_BACKEND, SGLANG) and not own:
+            note += _fp8_cache(engine, config)
         verdicts.append(EngineVerdict(engine, outcome, evidence, note, findings))
     return tuple(verdicts)
