@@ -157,7 +157,8 @@ def _fp8_cache(engine: str, config: Config) -> str:
     """How an engine is asked for a cache of fp8 values; scales are 1, which latents and rotary keys fit."""
     if engine == SGLANG:
         return "; fp8 cache: --kv-cache-dtype fp8_e4m3"
-    if engine in (VLLM_CPU, VLLM_BACKEND):  # measured: benchmarks/results/engines/vllm-cpu-fp8.json
+    # one attention for both; measured with the first: benchmarks/results/engines/vllm-cpu-fp8.json
+    if engine in (VLLM_CPU, VLLM_BACKEND):
         return "; no fp8 cache"
     # FlashMLA, which it chooses on Hopper, has one for 576 values only, and says so at the first request
     needed = "" if config["kv_lora_rank"] == 512 else ", on Hopper with --attention-backend TRITON_MLA"
