@@ -146,16 +146,16 @@ def num_trained_on(run: Run, streams: Streams) -> int:
 def _train(run: Run, distiller: BlockDistiller, indices: range, state_name: str) -> DistilledBlock:
     """All steps, from a saved state if there is one; the state is saved every few minutes."""
     descender = distiller.descender
+    final = indices.stop == run.plan.mla.num_hidden_layers
+    whole = len(indices) == run.plan.mla.num_hidden_layers
+    stage = "distil" if whole else f"distil layers {indices[0]}-{indices[-1]}"
     state = run.kept.load(state_name)
+    run.progress(stage, int(state[1]["done"]) if state else 0, descender.num_steps, "")  # the loss before takes a while
     before = distiller.heldout() if state is None else state[1]["loss_before"]
     if state is not None:
         descender.restore(*state)
     del state  # as large as the weights and their moments
-    saved = time.monotonic()
-    final = indices.stop == run.plan.mla.num_hidden_layers
-    whole = len(indices) == run.plan.mla.num_hidden_layers
-    stage = "distil" if whole else f"distil layers {indices[0]}-{indices[-1]}"
-    mean = before
+    saved, mean = time.monotonic(), before
 
     def after_step(loss: float) -> None:
         nonlocal saved, mean
