@@ -136,6 +136,8 @@ class Recipe:
     q_latent: int | None = None  # q_lora_rank; None: queries without a latent
     refine: str = "fast"  # how much gradient refinement: off, fast, full
     batch: int | None = None  # windows per step of it; None: the level's
+    latent_bits: int | None = None  # it reads latents as the cache latent-intN holds them; None: they are exact
+    latent_recent: int = 64  # with latent_bits: newest tokens that stay exact
     theta: float | str = "auto"  # rope_theta of the target
     calibration: str | None = None  # names of embedded texts, or files, shares of each; None: CALIBRATION
     evaluation: str = "wikitext-valid"  # text that `transmla eval` measures on

@@ -78,20 +78,6 @@ def in_float64(model: Any, latent: int | None = None) -> tuple[Any, list[Any]]:
     return own, layers
 
 
-@pytest.fixture
-def nothing_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms and angles of transformers, which are float32 whatever the model is, in float64."""
-    to = torch.Tensor.to
-
-    def wide(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return to(tensor, *(torch.float64 if arg is torch.float32 else arg for arg in args), **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", wide)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_nothing_dropped_is_the_same_model(model_type: str, request: pytest.FixtureRequest) -> None:
     model: Any = lively_model(lively_config(**sizes_of(model_type))).double()

@@ -16,11 +16,11 @@ from tests.model.test_attention import relative
 from transmla.cli import main
 from transmla.errors import RecipeError
 from transmla.evaluation.perplexity import perplexity, ratio, text_windows
-from transmla.healing.rounding import round_latents
 from transmla.healing.student import teach
 from transmla.healing.teacher import OnlineTeacher
 from transmla.healing.train import autocast
 from transmla.model.loading import load, load_tokenizer
+from transmla.model.rounding import round_latents
 from transmla.recipe import Healing
 from transmla.text.sources import read_text
 from transmla.train.losses import Objective

@@ -18,6 +18,7 @@ from transmla.cli.frame import (
     option,
     quiet,
     quiet_libraries,
+    rounding_options,
 )
 from transmla.recipe import BEGIN, CALIBRATION, DTYPES, FORMATS, REFINE_LEVELS, TOKENS
 
@@ -103,6 +104,7 @@ def geometry_options(decorated: Any) -> Any:
     help="Windows per step of the refinement. Processes share them, so at most N processes are busy. [default: 1]",
     group="Fit",
 )
+@rounding_options("Fit")
 @option(
     "--tokens",
     type=click.IntRange(min=1),

@@ -13,6 +13,7 @@ import click
 
 from transmla.cli.help import OTHERS, Command, Option
 from transmla.errors import TransmlaError
+from transmla.recipe import LATENT_BITS
 
 EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 source unreadable, 4 model not supported, 5 over budget or gate missed, "
@@ -48,6 +49,25 @@ as_json = option(
     help="Print the result as JSON instead of tables (put it last then); with FILE, write it there beside them.",
     group="Output",
 )
+
+
+def rounding_options(group: str) -> Callable[[Any], Any]:
+    """Decorator with the options of training for a packed cache, under a heading of the help."""
+    bits = option(
+        "--latent-bits",
+        type=click.Choice(LATENT_BITS),
+        help="Train and measure with latents rounded as in the cache latent-intN, so that the weights make up for it. "
+        "[default: exact latents]",
+        group=group,
+    )
+    recent = option(
+        "--latent-recent",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="With --latent-bits: newest tokens that stay exact. [default: 64, as in the caches]",
+        group=group,
+    )
+    return lambda decorated: bits(recent(decorated))
 
 
 @contextmanager

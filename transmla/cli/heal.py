@@ -17,8 +17,9 @@ from transmla.cli.frame import (
     option,
     quiet,
     quiet_libraries,
+    rounding_options,
 )
-from transmla.recipe import BEGIN, LATENT_BITS, MIX, MIX_OF_CHATS, PRECISIONS, TRAINED
+from transmla.recipe import BEGIN, MIX, MIX_OF_CHATS, PRECISIONS, TRAINED
 
 _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 300000, 300K or 1.5M")
 
@@ -177,20 +178,7 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
     help="Train adapters of rank R, merged at the end.",
     group="What is trained",
 )
-@option(
-    "--latent-bits",
-    type=click.Choice(LATENT_BITS),
-    help="Round latents as the cache latent-intN does, in training and measuring, so that the weights make up for it. "
-    "[default: exact latents]",
-    group="Objective",
-)
-@option(
-    "--latent-recent",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="With --latent-bits: newest tokens that stay exact. [default: 64, as in the caches]",
-    group="Objective",
-)
+@rounding_options("Objective")
 @option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),

@@ -18,7 +18,7 @@ from torch import Tensor
 from transmla.conversion.descent import Descender, detached, tokens_per_pass, trainable
 from transmla.conversion.levels import Descent
 from transmla.conversion.streams import Streams
-from transmla.maths.attention import MlaWeights
+from transmla.maths.attention import MlaWeights, Reading
 from transmla.model.layer import SourceLayer
 from transmla.model.source import Ends
 from transmla.train.losses import distillation_loss, predictions_of, stream_error
@@ -38,12 +38,16 @@ def through(
     weights: Sequence[MlaWeights],
     stream_BTD: Tensor,
     positions_BT: Tensor | None = None,
+    read: Reading | None = None,
 ) -> Tensor:
-    """Converted stream past a block of layers, float32; differentiable in `weights`. Positions: see `mla_attention`."""
+    """Converted stream past a block of layers, float32; differentiable in `weights`.
+
+    positions_BT, read: see `mla_attention`
+    """
     for layer, mla in zip(block, weights, strict=True):
 
         def attend(x_BTD: Tensor, layer: SourceLayer = layer, mla: MlaWeights = mla) -> Tensor:
-            return layer.latent_attention(x_BTD, mla, positions_BT).float()
+            return layer.latent_attention(x_BTD, mla, positions_BT, read).float()
 
         stream_BTD = layer.through(stream_BTD, attend)
     return stream_BTD
@@ -53,6 +57,7 @@ class BlockDistiller:
     """Trains one block; the streams hold its input (converted) and what the source has behind it (source).
 
     num_windows: of all processes, the first ones, that are trained on; None: all that are fitted to
+    read: what is attended to of the latents, in training and measuring; None: the latents as they are
     """
 
     def __init__(
@@ -63,8 +68,9 @@ class BlockDistiller:
         ends: Ends | None,
         descent: Descent,
         num_windows: int | None = None,
+        read: Reading | None = None,
     ) -> None:
-        self._block, self._streams, self._ends = block, streams, ends
+        self._block, self._streams, self._ends, self._read = block, streams, ends, read
         self._given = [mla.to(dtype=torch.float32) for mla in weights]
         self.trained = [trainable(mla, streams.device) for mla in weights]
         num_windows = num_windows or streams.num_fitted_of_all
@@ -76,7 +82,7 @@ class BlockDistiller:
         target_BTD = streams.source_NTD[places].to(streams.device)
         with streams.computing():
             stream_BTD = streams.converted_NTD[places].to(streams.device)
-            found_BTD = through(self._block, weights, stream_BTD, streams.positions(places))
+            found_BTD = through(self._block, weights, stream_BTD, streams.positions(places), self._read)
         if self._ends is None:
             errors = [stream_error(found, target) for found, target in zip(found_BTD, target_BTD, strict=True)]
             losses_B = torch.stack(errors)

@@ -26,7 +26,7 @@ def model_card(planned: Plan, sections: dict[str, Any]) -> str:
     return f"""{_front_matter(planned)}
 # {name}, converted to multi-head latent attention
 
-Converted by transmla from {name}. {_refined(sections)} The licence is that of the source model.
+Converted by transmla from {name}. {_refined(sections)}{_rounded(planned)} The licence is that of the source model.
 
 {_INFERENCE if folded else ""}| | source | this model |
 |---|---|---|
@@ -150,6 +150,14 @@ def _refined(sections: dict[str, Any]) -> str:
     tokens = blocks[-1]["windows"] * sections["calibration"]["window"]
     steps = sum(block["steps"] for block in blocks)
     return f"Attention weights refined against the source on {tokens:,} tokens of calibration text ({steps:,} steps)."
+
+
+def _rounded(planned: Plan) -> str:
+    """What it was refined for, if that is a packed cache."""
+    bits = planned.recipe.latent_bits
+    if bits is None:
+        return ""
+    return f" Latents were rounded as in a cache `latent-int{bits}`, in the refinement and in the perplexity below."
 
 
 def _begin(sections: dict[str, Any]) -> str:

@@ -112,7 +112,7 @@ def _distil_block(run: Run, indices: range, at_once: int, streams: Streams, desc
     else:
         ends = run.model.ends(run.compute) if final else None
         given = run.kept.layers(indices, FITTED)
-        distiller = BlockDistiller(block, given, streams, ends, descent, num_trained_on(run, streams))
+        distiller = BlockDistiller(block, given, streams, ends, descent, num_trained_on(run, streams), run.read)
         found = _train(run, distiller, indices, _state_name(indices, at_once))
         weights = found.weights
         descender = distiller.descender
@@ -126,7 +126,7 @@ def _distil_block(run: Run, indices: range, at_once: int, streams: Streams, desc
     if not final:
         for places, _, converted_BTD in streams.batches(source=False):
             with streams.computing():
-                passed_BTD = through(block, weights, converted_BTD, streams.positions(places))
+                passed_BTD = through(block, weights, converted_BTD, streams.positions(places), run.read)
             streams.converted_NTD[places] = passed_BTD.to(streams.converted_NTD.device)
     return report
 
@@ -186,7 +186,8 @@ def layers_that_fit(run: Run, streams: Streams) -> int:
 
     Per layer: attention weights as they were and as they are, gradients and two moments of Adam in float32, the weights
     that products keep for backward, the MLP in the dtype of the products, and what backward needs of each token: about
-    12 hidden sizes, 4 inner sizes, and queries, keys, values twice.
+    12 hidden sizes, 4 inner sizes, and queries, keys, values twice; with rounded latents there are keys and values of
+    both kinds, and a mask of them.
     """
     config, mla = run.plan.config, run.plan.mla
     hidden, inner = mla.hidden_size, int(config["intermediate_size"])
@@ -194,7 +195,9 @@ def layers_that_fit(run: Run, streams: Streams) -> int:
     window, descent = streams.source_NTD.shape[1], run.refinement.distil
     tokens = max(window, min(descent.batch * window if descent else 0, tokens_per_pass(run.device)))
     compute = torch.empty((), dtype=run.compute).element_size()
-    per_token = 12 * hidden * 4 + (4 * inner + 2 * (2 * width + mla.expanded_values)) * compute
+    kinds, masked = (1, 0) if run.plan.recipe.latent_bits is None else (2, 2 * window)
+    attended = width + kinds * (width + mla.expanded_values)
+    per_token = (12 * hidden + masked) * 4 + (4 * inner + 2 * attended) * compute
     layer = (
         (5 * 4 + compute) * mla.attention_weights
         + layer_values(run.plan.source, run.plan.family) * compute

@@ -322,6 +322,7 @@ def _fingerprint(planned: Plan, method: ClosedForm, refinement: Refinement, hash
         "theta": recipe.theta,
         "method": asdict(method),
         "refinement": asdict(refinement),
+        "latent_bits": None if recipe.latent_bits is None else [recipe.latent_bits, recipe.latent_recent],
         "versions": computing_versions(),
     }
     portable_settings: dict[str, Any] = portable(settings)

@@ -27,7 +27,8 @@ class HeldoutNats:
 
 
 def measure(run: Run, streams: Streams) -> HeldoutNats:
-    """The finished layers on the held-out windows, the same as the written model will compute.
+    """The finished layers on the held-out windows, the same as the written model will compute: with the packed cache
+    that it was refined for, if there is one.
 
     The streams must be behind the last layer; of the source's, only its end is used.
     """
@@ -36,7 +37,7 @@ def measure(run: Run, streams: Streams) -> HeldoutNats:
     for index in range(total):
         layer = run.model.layer(index)
         (mla,) = run.kept.layers([index], final_stage(run))
-        advance_converted(layer, mla, converted_heads(layer, mla, part), part)
+        advance_converted(layer, mla, converted_heads(layer, mla, part, run.read), part)
         del layer  # before the next one is read
         run.progress("measure", index + 1, total, "")
     ends = run.model.ends(run.compute)

@@ -224,6 +224,7 @@ def plan(
                 remedy=f"give at most --context {context}",
             )
         _check_tokens(settings, context)
+        _check_rounding(settings, context)
     weights = weight_bytes(opened, family, gqa, mla, dtype)
     disk = weights + COMPANION_BYTES + journal_bytes(mla, settings)
     if destination is not None:
@@ -285,6 +286,27 @@ def _check_tokens(recipe: Recipe, context: int) -> None:
             why=f"two windows of {window:,} tokens of each text are the least, one to fit to and one held out"
             + (f"; there are {texts} texts" if texts > 1 else ""),
             remedy=f"give at least --tokens {least}, or shorter windows (--window)",
+        )
+
+
+def _check_rounding(recipe: Recipe, context: int) -> None:
+    """`RecipeError` if latents are to be rounded where nothing is trained, or nothing is rounded."""
+    if recipe.latent_bits is None:
+        return
+    window, recent = min(recipe.window, context), recipe.latent_recent
+    if recipe.refine == "off":
+        raise RecipeError(
+            "no weight would learn from rounded latents",
+            where="--latent-bits and --refine off",
+            why="the refinement alone trains, and it is off",
+            remedy="use --refine fast or full; or leave out --latent-bits: every folder can keep its cache packed",
+        )
+    if window <= 2 * recent:
+        raise RecipeError(
+            "no latent would be rounded",
+            where="--latent-recent",
+            why=f"the newest {recent} tokens stay exact until as many more have come, and windows have {window} tokens",
+            remedy=f"give at most --latent-recent {(window - 1) // 2}, or longer windows (--window)",
         )
 
 

@@ -46,6 +46,11 @@ def remarks(planned: Plan, candidates: tuple[int, ...], num_divisions: int) -> l
         )
     if settings.refine != "off":
         said.append("refinement takes as many layers at once as fit into half of the free memory")
+    if settings.latent_bits is not None:
+        said.append(
+            f"refined and measured with latents as the cache latent-int{settings.latent_bits} holds them, the newest "
+            f"{settings.latent_recent} tokens exact: losses are not comparable with those of exact latents"
+        )
     if needs_source(settings.mix, settings.sampled):
         said.append(
             "while it writes calibration text, the whole source is in memory, in addition to the memory given here"

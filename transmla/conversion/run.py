@@ -17,7 +17,9 @@ from transmla.conversion.plan import Plan, with_latent, with_sizes
 from transmla.conversion.streams import CPU, Streams, allocate
 from transmla.devices import narrow_dtype
 from transmla.geometry import MlaGeometry
+from transmla.maths.attention import Reading
 from transmla.maths.closed_form import ClosedForm
+from transmla.model.rounding import Rounding
 from transmla.model.source import SourceModel
 from transmla.processes import Processes
 from transmla.progress import Progress
@@ -60,6 +62,14 @@ class Run:
     def compute(self) -> torch.dtype:
         """Of matrix products in forward passes."""
         return self.narrow or torch.float32
+
+    @property
+    def read(self) -> Reading | None:
+        """What is attended to of latents from the refinement on: what a packed cache holds, if the recipe says so."""
+        recipe, sizes = self.plan.recipe, self.plan.mla
+        if recipe.latent_bits is None:
+            return None
+        return Rounding(sizes.kv_lora_rank, sizes.qk_rope_head_dim, recipe.latent_bits, recipe.latent_recent).read
 
     def streams(self) -> Streams:
         """Both streams of this process's windows at the input of layer 0."""

@@ -48,6 +48,7 @@ def show_conversion(report: ConversionReport, console: Console, peak_memory: int
         "stream error": f"{last.stream_loss_fitted:.2%} fitted windows, {last.stream_loss_heldout:.2%} held out",
         **narrow,
         **refined,
+        **_rounded(report),
         "verified": f"{_form(report)}, relative error {report.verification.relative_error:.1e}",
         "calibration": f"{report.num_calibration_tokens:,} tokens of {report.plan.recipe.mix}{_begin(report)}",
         **_cost(report, peak_memory),
@@ -63,6 +64,14 @@ def _refined(block: BlockReport, last: bool) -> str:
     if block.steps < block.planned:
         found += f" of {block.planned}, until the loss or a gradient was not finite"
     return found if block.taken else f"{found}; discarded, since it is no better"
+
+
+def _rounded(report: ConversionReport) -> dict[str, str]:
+    """Where it was refined for a packed cache."""
+    bits = report.plan.recipe.latent_bits
+    if bits is None:
+        return {}
+    return {"latents": f"rounded as in a cache latent-int{bits}, in the refinement and the perplexity here"}
 
 
 def _cost(report: ConversionReport, peak_memory: int | None) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.destination import disk_errors
-from transmla.maths.attention import MlaWeights, with_one
+from transmla.maths.attention import MlaWeights, Reading, with_one
 from transmla.maths.moment import second_moment
 from transmla.maths.refit import chosen_ridge, refit
 from transmla.model.layer import SourceLayer
@@ -252,14 +252,17 @@ def advance_source(
         streams.source_NTD[places] = passed_BTD.to(streams.source_NTD.device)
 
 
-def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> Tensor:
-    """Head outputs [N, T, F] of the converted attention on its own stream, float32, kept where the streams are."""
+def converted_heads(layer: SourceLayer, mla: MlaWeights, streams: Streams, read: Reading | None = None) -> Tensor:
+    """Head outputs [N, T, F] of the converted attention on its own stream, float32, kept where the streams are.
+
+    read: see `mla_attention`
+    """
     mla = mla.to(dtype=torch.float32, device=streams.device)
     heads_NTF = allocate((*streams.converted_NTD.shape[:2], mla.o_DHv.shape[1]), streams.kept_in)
     for places, _, converted_BTD in streams.batches(source=False):
         x_hat_BTD = layer.into_attention(converted_BTD)
         with streams.computing():
-            heads_BTF = layer.latent_heads(x_hat_BTD, mla, streams.positions(places))
+            heads_BTF = layer.latent_heads(x_hat_BTD, mla, streams.positions(places), read)
             heads_NTF[places] = heads_BTF.to(heads_NTF)
     return heads_NTF
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transmla.errors import UnsupportedError
-from transmla.healing.rounding import Rounding, round_latents
 from transmla.healing.teacher import Lesson
 from transmla.model.head import head_of
+from transmla.model.rounding import Rounding, round_latents
 from transmla.text.packing import IGNORED
 from transmla.train.losses import Objective, distillation_loss, stream_error, text_nats
 

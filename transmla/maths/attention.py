@@ -3,12 +3,16 @@
 Shape legend: see transmla/maths/__init__.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+# What is attended to of a cache: cached values [..., T, r + e] and which tokens each token sees, bool [..., T, T], ->
+# such values [..., S, r + e] and which of them each token sees, bool [..., T, S]
+Reading = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class _Weights:
@@ -127,15 +131,18 @@ def grouped_attention(
     at = torch.arange(q_BHTd.shape[-2], device=q_BHTd.device) if positions_BT is None else positions_BT
     of_heads = at if at.dim() == 1 else at[..., None, :]
     q_BHTd, k_BGTd = (rotate(x_BHTd, gqa.inv_freq_P, of_heads) for x_BHTd in (q_BHTd, k_BGTd))
-    out_BHTv = causal(q_BHTd, k_BGTd, v_BGTv, gqa.scaling, at, gqa.window, gqa.softcap)
+    out_BHTv = causal(q_BHTd, k_BGTd, v_BGTv, gqa.scaling, visible(at, gqa.window), gqa.softcap)
     return out_BHTv.transpose(-3, -2).flatten(-2)
 
 
-def mla_attention(x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None) -> Tensor:
+def mla_attention(
+    x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None, read: Reading | None = None
+) -> Tensor:
     """Causal latent attention, heads side by side [..., T, H v]; no o_proj.
 
     x_BTD:        one text [T, D] or several [B, T, D]
     positions_BT: of all texts [T] or of each [B, T], int64, ascending; None: 0..T-1
+    read:         what is attended to of what is cached; None: all of it as it is
     """
     heads, nope, _ = mla.q_nope_HnD.shape
     rope, rank = len(mla.k_rope_eD), len(mla.kv_down_rD)
@@ -150,22 +157,26 @@ def mla_attention(x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = 
     if mla.q_down_qD is not None:
         q_BTk = torch.nn.functional.linear(q_BTk, queries_kD, q_bias_k)
     q_nope, q_rope = q_BTk.split([heads * nope, heads * rope], dim=-1)
-    return _latent(_per_head(q_nope, heads), _per_head(q_rope, heads), c_BTr, k_rope, mla, positions_BT)
+    return _latent(_per_head(q_nope, heads), _per_head(q_rope, heads), c_BTr, k_rope, mla, positions_BT, read)
 
 
 def feature_attention(
-    q_BHTd: Tensor, features_BTF: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None
+    q_BHTd: Tensor,
+    features_BTF: Tensor,
+    mla: MlaWeights,
+    positions_BT: Tensor | None = None,
+    read: Reading | None = None,
 ) -> Tensor:
     """Causal latent attention of weights with an encoder, heads side by side [..., T, H v]; no o_proj.
 
     q_BHTd:       queries of the encoder, unrotated;  features_BTF: its unrotated keys and its values, side by side
-    positions_BT: see `mla_attention`
+    positions_BT, read: see `mla_attention`
     """
     rank = len(mla.kv_down_rD)
     down_BTk = torch.nn.functional.linear(features_BTF, torch.cat([mla.kv_down_rD, mla.k_rope_eD]))
     q_rope_BHTe = torch.einsum("...HTd,Hed->...HTe", q_BHTd, mla.q_rope_HeD)
     c_BTr, k_rope_BTe = down_BTk[..., :rank], down_BTk[..., rank:]
-    return _latent(q_BHTd, q_rope_BHTe, c_BTr, k_rope_BTe, mla, positions_BT)
+    return _latent(q_BHTd, q_rope_BHTe, c_BTr, k_rope_BTe, mla, positions_BT, read)
 
 
 def features(k_BGTd: Tensor, v_BGTv: Tensor) -> Tensor:
@@ -204,22 +215,30 @@ def _latent(
     k_rope_BTe: Tensor,
     mla: MlaWeights,
     positions_BT: Tensor | None,
+    read: Reading | None,
 ) -> Tensor:
     """Attention of projected queries over latents and rotary keys, heads side by side [..., T, H v]."""
     heads, nope = mla.k_up_Hnr.shape[:2]
     at = torch.arange(c_BTr.shape[-2], device=c_BTr.device) if positions_BT is None else positions_BT
     of_heads = at if at.dim() == 1 else at[..., None, :]
-    up_kr = torch.cat([mla.k_up_Hnr.flatten(0, 1), mla.v_up_Hvr.flatten(0, 1)])
-    k_nope, value = torch.nn.functional.linear(c_BTr, up_kr).split([heads * nope, len(up_kr) - heads * nope], dim=-1)
     q_rope_BHTe = rotate(q_rope_BHTe, mla.inv_freq_M, of_heads)
-    k_rope_BHTe = rotate(_per_head(k_rope_BTe, 1), mla.inv_freq_M, of_heads).expand_as(q_rope_BHTe)
+    c_BSr, k_rope_BSe = c_BTr, rotate(k_rope_BTe, mla.inv_freq_M, at)
+    seen_BTS = visible(at, mla.window)
+    if read is not None:
+        if seen_BTS is None:
+            seen_BTS = _up_to_its_own(at.shape[-1], at.device)
+        key_BSk, seen_BTS = read(torch.cat([c_BSr, k_rope_BSe], -1), seen_BTS)
+        c_BSr, k_rope_BSe = key_BSk.split([c_BTr.shape[-1], k_rope_BTe.shape[-1]], dim=-1)
+    up_kr = torch.cat([mla.k_up_Hnr.flatten(0, 1), mla.v_up_Hvr.flatten(0, 1)])
+    k_nope, value = torch.nn.functional.linear(c_BSr, up_kr).split([heads * nope, len(up_kr) - heads * nope], dim=-1)
+    k_nope_BHSn = _per_head(k_nope, heads)
+    k_rope_BHSe = _per_head(k_rope_BSe, 1).expand(*k_nope_BHSn.shape[:-1], -1)
     out_BHTv = causal(
         torch.cat([q_nope_BHTn, q_rope_BHTe], -1),
-        torch.cat([_per_head(k_nope, heads), k_rope_BHTe], -1),
+        torch.cat([k_nope_BHSn, k_rope_BHSe], -1),
         _per_head(value, heads),
         mla.scaling,
-        at,
-        mla.window,
+        seen_BTS,
         mla.softcap,
     )
     return out_BHTv.transpose(-3, -2).flatten(-2)
@@ -240,40 +259,46 @@ def visible(positions_BT: Tensor, window: int | None) -> Tensor | None:
 
 def causal(
     q_BHTk: Tensor,
-    k_BGTk: Tensor,
-    v_BGTv: Tensor,
+    k_BGSk: Tensor,
+    v_BGSv: Tensor,
     scaling: float,
-    positions_BT: Tensor,
-    window: int | None = None,
+    seen_BTS: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of one text [H, T, .] or several [B, H, T, .], each query over the keys up to its own."""
-    width = v_BGTv.shape[-1]
+    """Attention of one text [H, T, .] or several [B, H, T, .].
+
+    seen_BTS: which keys each query sees, bool [T, S] or [B, T, S]; None: those up to its own
+    """
+    width = v_BGSv.shape[-1]
     one = q_BHTk.dim() == 3
-    q, k, v = (x[None] if one else x for x in (q_BHTk, k_BGTk, v_BGTv))  # kernels want four axes
-    seen_BTT = visible(positions_BT, window)
-    if seen_BTT is not None and seen_BTT.dim() == 3:
-        seen_BTT = seen_BTT[:, None]
+    q, k, v = (x[None] if one else x for x in (q_BHTk, k_BGSk, v_BGSv))  # kernels want four axes
+    if seen_BTS is not None and seen_BTS.dim() == 3:
+        seen_BTS = seen_BTS[:, None]
     if softcap is not None:
-        out_BHTv = _capped(q, k, v, scaling, seen_BTT, softcap)
+        out_BHTv = _capped(q, k, v, scaling, seen_BTS, softcap)
         return out_BHTv[0] if one else out_BHTv
     if q.shape[-1] > width:
         # fused kernels on CPUs want keys and values of one width; the zeros cost less than the fallback
         v = torch.nn.functional.pad(v, (0, q.shape[-1] - width))
     out_BHTv = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen_BTT, is_causal=seen_BTT is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=seen_BTS, is_causal=seen_BTS is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )[..., :width]
     return out_BHTv[0] if one else out_BHTv
 
 
 def _capped(
-    q_BHTk: Tensor, k_BGTk: Tensor, v_BGTv: Tensor, scaling: float, seen_BTT: Tensor | None, softcap: float
+    q_BHTk: Tensor, k_BGSk: Tensor, v_BGSv: Tensor, scaling: float, seen_BTS: Tensor | None, softcap: float
 ) -> Tensor:
     """Attention with capped scores (Gemma 2, 2408.00118, section 2), for which there is no fused kernel."""
-    tokens, repeated = q_BHTk.shape[-2], q_BHTk.shape[1] // k_BGTk.shape[1]
-    k_BHTk, v_BHTv = (x.repeat_interleave(repeated, 1) for x in (k_BGTk, v_BGTv))
-    if seen_BTT is None:
-        seen_BTT = torch.ones(tokens, tokens, dtype=torch.bool, device=q_BHTk.device).tril()
-    scores_BHTT = softcap * torch.tanh((q_BHTk @ k_BHTk.mT) * (scaling / softcap))
-    p_BHTT = scores_BHTT.masked_fill(~seen_BTT, float("-inf")).softmax(-1).to(v_BHTv.dtype)
-    return p_BHTT @ v_BHTv
+    repeated = q_BHTk.shape[1] // k_BGSk.shape[1]
+    k_BHSk, v_BHSv = (x.repeat_interleave(repeated, 1) for x in (k_BGSk, v_BGSv))
+    if seen_BTS is None:
+        seen_BTS = _up_to_its_own(q_BHTk.shape[-2], q_BHTk.device)
+    scores_BHTS = softcap * torch.tanh((q_BHTk @ k_BHSk.mT) * (scaling / softcap))
+    p_BHTS = scores_BHTS.masked_fill(~seen_BTS, float("-inf")).softmax(-1).to(v_BHSv.dtype)
+    return p_BHTS @ v_BHSv
+
+
+def _up_to_its_own(tokens: int, device: torch.device) -> Tensor:
+    """Which tokens a token sees where nothing else is said, bool [T, T]."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()

@@ -23,6 +23,7 @@ from transmla.geometry import GqaGeometry
 from transmla.maths.attention import (
     GqaWeights,
     MlaWeights,
+    Reading,
     feature_attention,
     features,
     grouped_attention,
@@ -148,16 +149,23 @@ class SourceLayer:
         name = self.family.output_norm
         return None if name is None else self.body.get_submodule(name)
 
-    def latent_heads(self, x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None) -> Tensor:
-        """Head outputs side by side of latent attention in place of the source's, no o_proj; differentiable in mla."""
-        if mla.encoder is None:
-            return mla_attention(x_BTD, mla, positions_BT)
-        q, k, v = self.heads(x_BTD, mla.encoder)
-        return feature_attention(q, features(k, v), mla, positions_BT)
+    def latent_heads(
+        self, x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None, read: Reading | None = None
+    ) -> Tensor:
+        """Head outputs side by side of latent attention in place of the source's, no o_proj; differentiable in mla.
 
-    def latent_attention(self, x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None) -> Tensor:
+        positions_BT, read: see `mla_attention`
+        """
+        if mla.encoder is None:
+            return mla_attention(x_BTD, mla, positions_BT, read)
+        q, k, v = self.heads(x_BTD, mla.encoder)
+        return feature_attention(q, features(k, v), mla, positions_BT, read)
+
+    def latent_attention(
+        self, x_BTD: Tensor, mla: MlaWeights, positions_BT: Tensor | None = None, read: Reading | None = None
+    ) -> Tensor:
         """Output of latent attention, o_proj included."""
-        heads_BTF = self.latent_heads(x_BTD, mla, positions_BT)
+        heads_BTF = self.latent_heads(x_BTD, mla, positions_BT, read)
         return nn.functional.linear(heads_BTF, mla.o_DHv, mla.o_bias_D)
 
     def complete(self, mla: MlaWeights) -> MlaWeights:

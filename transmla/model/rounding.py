@@ -25,22 +25,24 @@ SINK = 4
 class Rounding:
     """The rule of a `LatentCache` with integers of so many bits.
 
-    sink:   first tokens of a document that stay exact
-    recent: newest tokens that do, and up to as many more, until that many are packed together
+    recent: newest tokens that stay exact, and up to as many more, until that many are packed together
+    sink:   first tokens of a document that do
     """
 
-    def __init__(self, rank: int, rope: int, bits: int, sink: int, recent: int) -> None:
+    def __init__(self, rank: int, rope: int, bits: int, recent: int, sink: int = SINK) -> None:
         self.code, self.sink, self.recent = GroupCode(rank, rope, bits), sink, recent
         self._exact_BTS: Tensor | None = None
 
     def begin(self, position_ids: Tensor | None) -> None:
         """With the next forward; positions of its tokens in their documents [B, T], None: nothing is rounded."""
-        if position_ids is None:
-            self._exact_BTS = None
-            return
+        self._exact_BTS = None if position_ids is None else self.exact(position_ids)
+
+    def exact(self, places_BT: Tensor) -> Tensor:
+        """Which keys each token finds exact, bool [..., T, S]; places_BT: of the tokens in their documents [..., T]"""
         step = max(1, self.recent)
-        packed_BT = ((position_ids - self.recent) // step * step).clamp_min(0)
-        self._exact_BTS = (position_ids[:, None] >= packed_BT[:, :, None]) | (position_ids < self.sink)[:, None]
+        packed_BT = ((places_BT - self.recent) // step * step).clamp_min(0)
+        places_B1S = places_BT[..., None, :]
+        return (places_B1S >= packed_BT[..., None]) | (places_B1S < self.sink)
 
     def attend(
         self,
@@ -57,21 +59,32 @@ class Rounding:
         exact_B1TS = self._exact_BTS[:, None]
         if mask is None:
             mask = torch.ones_like(exact_B1TS).tril()
-        if mask.dtype == torch.bool:
-            kinds = [mask & exact_B1TS, mask & ~exact_B1TS]
-        else:
-            least = torch.finfo(mask.dtype).min
-            kinds = [mask.masked_fill(~exact_B1TS, least), mask.masked_fill(exact_B1TS, least)]
-        both = torch.cat([key_B1Sk, self.rounded(key_B1Sk)], dim=2)
-        return decompressed(q_nope_BHTn, q_rot_BHTe, both, torch.cat(kinds, dim=-1), **kwargs)
+        return decompressed(q_nope_BHTn, q_rot_BHTe, *self._beside(key_B1Sk, mask, exact_B1TS), **kwargs)
 
-    def rounded(self, key_B1Sk: Tensor) -> Tensor:
+    def read(self, key_BSk: Tensor, seen_BTS: Tensor) -> tuple[Tensor, Tensor]:
+        """What the tokens of windows attend to, each of which is read from its beginning: exact keys and behind them
+        rounded ones [..., 2 S, k], and which of both each token finds, bool [..., T, 2 S].
+
+        key_BSk:  what is cached of each token [..., S, k]
+        seen_BTS: which tokens each of them sees, bool [..., T, S] with T = S
+        """
+        return self._beside(key_BSk, seen_BTS, self.exact(torch.arange(key_BSk.shape[-2], device=key_BSk.device)))
+
+    def _beside(self, key_BSk: Tensor, mask_BTS: Tensor, exact_BTS: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact and rounded keys, and a mask, boolean or additive, by which each token finds one kind of every key."""
+        if mask_BTS.dtype == torch.bool:
+            kinds = [mask_BTS & exact_BTS, mask_BTS & ~exact_BTS]
+        else:
+            least = torch.finfo(mask_BTS.dtype).min
+            kinds = [mask_BTS.masked_fill(~exact_BTS, least), mask_BTS.masked_fill(exact_BTS, least)]
+        return torch.cat([key_BSk, self.rounded(key_BSk)], dim=-2), torch.cat(kinds, dim=-1)
+
+    def rounded(self, key_BSk: Tensor) -> Tensor:
         """The rounded keys, with the gradient of the exact ones."""
         with torch.no_grad():
-            packed = self.code.encode(key_B1Sk.detach()[:, 0])
-            rounded_B1Sk = self.code.decode(packed, key_B1Sk.dtype)[:, None]
+            rounded_BSk = self.code.decode(self.code.encode(key_BSk.detach()), key_BSk.dtype)
         # plus nothing, which has the gradient
-        return rounded_B1Sk + (key_B1Sk - key_B1Sk.detach())
+        return rounded_BSk + (key_BSk - key_BSk.detach())
 
 
 class Rounded:
@@ -93,7 +106,7 @@ def _rounded(kind: Any) -> Any:
 def round_latents(model: Any, bits: int, recent: int, sink: int = SINK) -> Rounding:
     """Make a converted model attend to rounded latents, in place; returns what has to `begin` each forward."""
     config = model.config
-    rounding = Rounding(config.kv_lora_rank, config.qk_rope_head_dim, bits, sink, recent)
+    rounding = Rounding(config.kv_lora_rank, config.qk_rope_head_dim, bits, recent, sink)
     for module in model.modules():
         if isinstance(module, CachedLatent):
             attention: Any = module
