@@ -72,19 +72,22 @@ def test_more_text_is_never_less_training() -> None:
 
 
 def test_layers_that_fit_count_the_windows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not more than go forward at once, and not those that a step does not have."""
+    """Not more than go forward at once, and not those that a step does not have; rounded latents lie beside exact
+    ones."""
     monkeypatch.setattr(distilling, "free_bytes", lambda device: 2**27)
     streams: Any = SimpleNamespace(source_NTD=torch.empty(2, 64, 1))
 
-    def found(batch: int) -> int:
+    def found(batch: int, **settings: Any) -> int:
         refinement = Refinement(Descent(1.0, batch, 1e-3))
         run: Any = SimpleNamespace(
-            plan=plan("stories260k"), refinement=refinement, device=torch.device("cpu"), compute=torch.float32
-        )
+            plan=plan("stories260k", **settings), refinement=refinement, device=torch.device("cpu"),
+            compute=torch.float32,
+        )  # fmt: skip
         return layers_that_fit(run, streams)
 
     assert found(1) > 2 * found(8) > 2 * found(32) > 0
     assert found(32) == found(64), "2,048 tokens are the most at once"
+    assert 2 * found(1, latent_bits=2) > found(1) > 1.1 * found(1, latent_bits=2)
 
 
 def test_a_wide_model_needs_more_windows() -> None:
