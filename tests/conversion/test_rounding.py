@@ -243,12 +243,12 @@ def test_what_still_can_is_not_refused(lively: MakeSource) -> None:
     plan(str(lively()), refine="off", latent_recent=1000)
 
 
-def test_the_command_takes_it(lively: MakeSource) -> None:
-    source, call = str(lively()), CliRunner()
-    shown = call.invoke(main, ["convert", source, "--latent-bits", "4", "--latent-recent", "16", "--dry-run"])
+def test_the_command_takes_it(lively: MakeSource, tmp_path: Path) -> None:
+    convert, call = ["convert", str(lively()), str(tmp_path / "out")], CliRunner()
+    shown = call.invoke(main, [*convert, "--latent-bits", "4", "--latent-recent", "16", "--dry-run"])
     assert shown.exit_code == 0 and "latent-int4" in shown.output
-    assert call.invoke(main, ["convert", source, "--latent-bits", "5", "--dry-run"]).exit_code == 2
-    refused = call.invoke(main, ["convert", source, "--latent-bits", "4", "--refine", "off"])
+    assert call.invoke(main, [*convert, "--latent-bits", "5", "--dry-run"]).exit_code == 2
+    refused = call.invoke(main, [*convert, "--latent-bits", "4", "--refine", "off"])
     assert refused.exit_code == 10 and "no weight would learn" in refused.output
 
 
