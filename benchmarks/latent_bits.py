@@ -7,8 +7,8 @@ Does for sizes 24 + 8 and 16 + 8, seeds 0 to 2, and no, 2 and 3 bits
     transmla convert stories260k OUT --recipe stories260k --latent L --rope 8 --theta 10000 --seed S [--latent-bits N]
     transmla eval OUT --against none --quantised N --dtype float32 --windows 48 --length 512 --json OUT.json
 
-with N 2 and 3 where no bits were given, and prints a table. The theta is the one that `auto` chooses, which takes half
-of the time. FOLDER keeps conversions and results; what is there is not made again.
+with N 2 and 3 where no bits were given, and prints a table. The theta is the one that `auto` chooses at 24 + 8; to
+choose it takes half of the time. FOLDER keeps conversions and results; what is there is not made again.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transmla.errors import RecipeError
 from transmla.settings import bad_value, installed, read_toml, replaced
 
 REFINE_LEVELS = ("off", "fast", "full")
@@ -197,6 +198,18 @@ def load_recipe(path: Path) -> Recipe:
 def find_recipe(name: str) -> Path | None:
     """The file of an installed recipe, by its name without .toml."""
     return _installed().get(name)
+
+
+def check_rounded(settings: Recipe | Healing, window: int) -> None:
+    """`RecipeError` if latents are to be rounded and in windows of so many tokens none would be."""
+    recent = settings.latent_recent
+    if settings.latent_bits is not None and window <= 2 * recent:
+        raise RecipeError(
+            "no latent would be rounded",
+            where="--latent-recent",
+            why=f"the newest {recent} tokens stay exact until as many more have come, and windows have {window} tokens",
+            remedy=f"give at most --latent-recent {(window - 1) // 2}, or longer windows (--window)",
+        )
 
 
 def list_recipes() -> list[str]:

@@ -16,6 +16,7 @@ from tests.model.test_attention import relative
 from transmla.cli import main
 from transmla.errors import RecipeError
 from transmla.evaluation.perplexity import perplexity, ratio, text_windows
+from transmla.healing.choice import check
 from transmla.healing.student import teach
 from transmla.healing.teacher import OnlineTeacher
 from transmla.healing.train import autocast
@@ -154,6 +155,14 @@ def test_bits_of_no_cache_are_refused() -> None:
     with pytest.raises(RecipeError, match="there are caches of 2, 3, 4, 8 bits"):
         Healing().with_overrides(latent_bits=5)
     assert CliRunner().invoke(main, ["heal", "OUT", "--latent-bits", "5"]).exit_code == 2
+
+
+def test_windows_in_which_nothing_would_be_rounded_are_refused() -> None:
+    check(Healing(latent_bits=2, latent_recent=31, window=64), "cpu")
+    check(Healing(latent_recent=64, window=64), "cpu")
+    with pytest.raises(RecipeError, match="no latent would be rounded") as refused:
+        check(Healing(latent_bits=2, latent_recent=32, window=64), "cpu")
+    assert "--latent-recent 31" in str(refused.value)
 
 
 # dynamo looks at the gradients of what it traces

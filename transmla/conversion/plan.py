@@ -35,7 +35,7 @@ from transmla.geometry import (
     mla_geometry,
 )
 from transmla.model.outline import Outline, filled, is_tied, outline_of_headers
-from transmla.recipe import Recipe, find_recipe, load_recipe
+from transmla.recipe import Recipe, check_rounded, find_recipe, load_recipe
 from transmla.tables import Shown
 from transmla.targets.engines import EngineVerdict, engine_verdicts
 from transmla.targets.stock import obstacles
@@ -291,23 +291,14 @@ def _check_tokens(recipe: Recipe, context: int) -> None:
 
 def _check_rounding(recipe: Recipe, context: int) -> None:
     """`RecipeError` if latents are to be rounded where nothing is trained, or nothing is rounded."""
-    if recipe.latent_bits is None:
-        return
-    window, recent = min(recipe.window, context), recipe.latent_recent
-    if recipe.refine == "off":
+    if recipe.latent_bits is not None and recipe.refine == "off":
         raise RecipeError(
             "no weight would learn from rounded latents",
             where="--latent-bits and --refine off",
             why="the refinement alone trains, and it is off",
             remedy="use --refine fast or full; or leave out --latent-bits: every folder can keep its cache packed",
         )
-    if window <= 2 * recent:
-        raise RecipeError(
-            "no latent would be rounded",
-            where="--latent-recent",
-            why=f"the newest {recent} tokens stay exact until as many more have come, and windows have {window} tokens",
-            remedy=f"give at most --latent-recent {(window - 1) // 2}, or longer windows (--window)",
-        )
+    check_rounded(recipe, min(recipe.window, context))
 
 
 def _form(recipe: Recipe, found: tuple[str, ...], where: str) -> str:

@@ -12,7 +12,7 @@ from transmla.conversion.flow import default_destination
 from transmla.conversion.plan import plan
 from transmla.errors import RecipeError, SourceError, UnsupportedError
 from transmla.model.loading import open_model
-from transmla.recipe import MIX_OF_CHATS, Healing, find_recipe, list_recipes, load_recipe
+from transmla.recipe import MIX_OF_CHATS, Healing, check_rounded, find_recipe, list_recipes, load_recipe
 
 
 def conversion_of(recipe: str | Path | None) -> Path:
@@ -139,6 +139,7 @@ def check(settings: Healing, device: str) -> None:
             remedy="use one of the two",
         )
     _contradictions(settings)
+    check_rounded(settings, settings.window)
     if settings.heldout < 2:
         raise RecipeError(
             "too few windows are held out",
