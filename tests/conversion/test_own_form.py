@@ -208,6 +208,13 @@ print(float(model(ids).logits.double().sum()))
     assert float(found.stdout.split()[-1]) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_doctor_in_a_process_that_has_loaded_nothing(lively: MakeSource, run: Convert) -> None:
+    folder = str(run(lively(model_type="qwen3"), latent=12, rope=8).destination)
+    code = f"import transmla; print(transmla.doctor({folder!r}).geometry)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.split() == ["12+8"], found.stderr
+
+
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text", "gpt_neox"])
 def test_other_heads(lively: MakeSource, run: Convert, model_type: str) -> None:
     """The model without a head, and one with a new head to train."""

@@ -26,6 +26,7 @@ from transmla.errors import UnsupportedError
 from transmla.families import Family, rotary_dim
 from transmla.geometry import GqaGeometry, MlaGeometry
 from transmla.maths.attention import MlaWeights
+from transmla.model.loading import register
 from transmla.model.modeling_transmla import (
     TransmlaConfig,
     TransmlaForCausalLM,
@@ -140,6 +141,7 @@ def own_attention(mla: MlaWeights, order_d: Tensor) -> dict[str, Tensor]:
 
 def own_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a folder with this config.json; a tied head is none of them."""
+    register()  # a class that nobody has loaded yet
     values = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "auto_map")}
     model = skeleton(TransmlaConfig(**values))
     tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
