@@ -38,15 +38,20 @@ def test_greedy_text_is_that_of_plain_forward_passes(model_type: str) -> None:
     assert model.config._attn_implementation == before
 
 
-def test_a_converted_model_writes_what_its_forward_says(lively: MakeSource, text_file: Path, tmp_path: Path) -> None:
-    for kind in ("deepseek_v3", "transmla"):
-        transmla.convert(
-            str(lively()), tmp_path / kind, latent=12, rope=4, refine="off", calibration=str(text_file), tokens=1024,
-            window=64, theta=100.0, format=kind,
-        )  # fmt: skip
-        model = load(tmp_path / kind).double()
-        assert write(model, PROMPTS, 40, greedy=True) == [plainly(model, prompt, 40) for prompt in PROMPTS]
-        assert model.config._attn_implementation == "sdpa"
+@pytest.mark.parametrize(
+    ("kind", "model_type"), [("deepseek_v3", "llama"), ("transmla", "llama"), ("transmla", "gemma2")]
+)
+def test_a_converted_model_writes_what_its_forward_says(
+    lively: MakeSource, text_file: Path, tmp_path: Path, kind: str, model_type: str
+) -> None:
+    """Also where the source's own class has no fused attention, as that of Gemma 2."""
+    transmla.convert(
+        str(lively(model_type=model_type)), tmp_path / "mla", latent=12, rope=4, refine="off",
+        calibration=str(text_file), tokens=1024, window=64, theta=100.0, format=kind,
+    )  # fmt: skip
+    model = load(tmp_path / "mla").double()
+    assert write(model, PROMPTS, 40, greedy=True) == [plainly(model, prompt, 40) for prompt in PROMPTS]
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_text_depends_on_its_number_and_not_on_the_others() -> None:

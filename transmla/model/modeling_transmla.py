@@ -1259,6 +1259,10 @@ class ExchangedModel(PreTrainedModel):
             attention = getattr(layer, config.attention_module)
             setattr(layer, config.attention_module, ConvertedAttention(config, inner.config, index, attention))
         base.rotary_emb = LatentRotary(config)
+        # nor may the modules within it refuse later what `from_pretrained` was given, as Gemma 2 does for its caps
+        for module in inner.modules():
+            if isinstance(module, PreTrainedModel):
+                module._supports_sdpa = True
         for name, child in inner.named_children():
             setattr(self, name, child)
         self.post_init()  # type: ignore[no-untyped-call]
