@@ -10,10 +10,11 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import transmla
+from tests.families import lively_source
 from transmla.checkpoint.resolve import resolve
 from transmla.cli import main
 from transmla.errors import GeometryError
-from transmla.evaluation import roofline, speed
+from transmla.evaluation import roofline, speed, steps
 from transmla.evaluation.cache import held_bytes
 from transmla.model.loading import load_any
 
@@ -147,6 +148,35 @@ def test_rows_of_the_grid(converted: Path) -> None:
         assert row.prefill_tokens_per_second == pytest.approx(row.batch * row.context / row.first_token_seconds)
         assert (row.speed_ratio == 1) == (row.model == "stories260k")
     json.dumps(report.plain(), allow_nan=False)
+
+
+def test_layers_with_a_window_hold_no_more_than_it(tmp_path: Path) -> None:
+    """Each timing starts from the same cache, although what has left a window does not come back."""
+    folder = lively_source(tmp_path / "source", model_type="gemma2")
+    model = load_any(folder, dtype=torch.float32)
+    config, context = model.config, 40
+    window, kinds = config.sliding_window, config.layer_types
+    assert window < context and len(set(kinds)) == 2
+    report = transmla.bench(folder, contexts=(context,), steps=3, repeats=2, dtype="float32")
+    held = [window - 1 if kind == "sliding_attention" else context for kind in kinds]
+    values = 2 * config.num_key_value_heads * config.head_dim * 4
+    assert report.rows[0].cache_bytes_per_token == pytest.approx(values * sum(held) / context)
+    longer = roofline.step_cost(model, 1, context + 1, 0.0)[0] - roofline.step_cost(model, 1, context, 0.0)[0]
+    assert longer == kinds.count("full_attention") * config.num_attention_heads * 2 * config.head_dim
+
+    ids_1S = torch.arange(context + 3)[None] % 7
+    cache = steps.fill(model, ids_1S[:, :context])
+    windows = steps.forgetful(cache)
+    with torch.inference_mode():
+        expected_3V = model(ids_1S).logits[0, context:]
+        for _ in range(2):
+            parts = [model(one, past_key_values=cache).logits[0] for one in ids_1S[:, context:].split(1, 1)]
+            torch.testing.assert_close(torch.cat(parts), expected_3V)
+            steps.rewind(cache, 3, windows)
+    budget = transmla.bench(
+        folder, contexts=(context,), steps=3, repeats=1, dtype="float32", cache_budget=8 * values * sum(held)
+    ).budget
+    assert budget is not None and budget.rows[0].texts > 4 and budget.rows[0].tokens_per_second
 
 
 # what limits a step: multiply-adds and bytes per second of the machine

@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import held_bytes
 from transmla.evaluation.quantised_cache import packed_caches
-from transmla.evaluation.steps import decode, fill, ran_out_of_memory
+from transmla.evaluation.steps import decode, fill, forgetful, ran_out_of_memory, rewind
 from transmla.model.generation import own_cache
 from transmla.progress import Progress
 from transmla.tables import size
@@ -82,7 +82,7 @@ def kinds_of(models: dict[str, Any], names: Sequence[str], dtype: str) -> list[K
     kinds: list[Kind] = []
     for model, loaded in models.items():
         if not hasattr(loaded, "latent_cache"):
-            kinds.append(Kind(model, dtype, loaded, lambda _: DynamicCache()))
+            kinds.append(Kind(model, dtype, loaded, lambda _, loaded=loaded: DynamicCache(config=loaded.config)))  # type: ignore[misc]
             if hasattr(loaded.config, "kv_lora_rank"):  # the stock class, which caches expanded keys and values
                 continue
             for name, empty in packed_caches(loaded, COUNTED_BITS).items():
@@ -151,7 +151,7 @@ class _Turn:
         self.remark = kind.counted
         self.cache: Any = fill(kind.loaded, ids_1S[:, :-steps], lambda: kind.make(self.context))
         self.ids_1T = ids_1S[:, -steps:]
-        self.bytes_per_text = 0
+        self.bytes_per_text, windows = 0, forgetful(self.cache)
         for token_11 in torch.split(self.ids_1T, 1, dim=1):
             decode(kind.loaded, self.cache, token_11, ids_1S.device)
             self.bytes_per_text = max(self.bytes_per_text, held_bytes(self.cache))
@@ -161,8 +161,9 @@ class _Turn:
         if self.remark:
             self.cache = None
             return
-        self.cache.crop(-steps)
+        rewind(self.cache, steps, windows)
         self._guarded(lambda: self.cache.batch_repeat_interleave(self.texts))
+        self._windows = {} if self.cache is None else forgetful(self.cache)
 
     def step(self, device: torch.device) -> float | None:
         """Seconds of one step of all texts; None if there is nothing to time."""
@@ -172,7 +173,7 @@ class _Turn:
         found: float | None = self._guarded(lambda: decode(self.kind.loaded, self.cache, ids_BT, device))
         if found is None:
             return None
-        self.cache.crop(-self.steps)
+        rewind(self.cache, self.steps, self._windows)
         return found / self.steps
 
     def _guarded(self, call: Callable[[], Any]) -> Any:

@@ -67,9 +67,19 @@ def step_cost(model: Any, batch: int, context: int, cached_bytes: float) -> tupl
         per_head = 2 * config.kv_lora_rank + config.qk_rope_head_dim
     else:
         per_head = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    attention = config.num_hidden_layers * config.num_attention_heads * per_head * context
+    attention = config.num_attention_heads * per_head * _attended(config, context)
     moved = sum(weight.numel() * weight.element_size() for weight in weights)
     return float(batch * (count + attention)), moved + cached_bytes
+
+
+def _attended(config: Any, context: int) -> int:
+    """Cached tokens that a new one attends to, in all layers together: those in the window of each."""
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    if not window:
+        return int(config.num_hidden_layers) * context
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return sum(min(context, window) if kind == "sliding_attention" else context for kind in kinds)
 
 
 def wait(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from transmla.checkpoint.provenance import commit, portable, versions
 from transmla.devices import named, usable
@@ -28,7 +28,7 @@ from transmla.errors import GeometryError
 from transmla.evaluation.budget import Budget, held_within, kinds_of
 from transmla.evaluation.cache import cache_bytes
 from transmla.evaluation.roofline import Rates, machine_rates, step_cost, wait
-from transmla.evaluation.steps import decode, fill, ran_out_of_memory
+from transmla.evaluation.steps import decode, fill, forgetful, ran_out_of_memory, rewind
 from transmla.model.generation import own_cache
 from transmla.model.loading import is_converted, load, load_any
 from transmla.progress import Progress, silent
@@ -169,19 +169,19 @@ def _loaded(
     return models
 
 
-def _caches(models: dict[str, Any], name: str, kinds: Sequence[str]) -> dict[str, Callable[[], Cache]]:
-    """What makes the cache of each model; the converted one comes once more for each of its own caches."""
-    makers: dict[str, Callable[[], Cache]] = dict.fromkeys(models, DynamicCache)
+def _caches(models: dict[str, Any], name: str, kinds: Sequence[str]) -> dict[str, Callable[[], Cache] | None]:
+    """What makes the cache of each model, see `fill`; the converted one comes once more for each of its own caches."""
+    makers: dict[str, Callable[[], Cache] | None] = dict.fromkeys(models)
     for kind in kinds:
         models[f"{name}, {kind}"] = models[name]
-        makers[f"{name}, {kind}"] = functools.partial(own_cache, models[name], kind, name)
-        makers[f"{name}, {kind}"]()
+        makers[f"{name}, {kind}"] = make = functools.partial(own_cache, models[name], kind, name)
+        make()
     return makers
 
 
 def _measured(
     models: dict[str, Any],
-    makers: dict[str, Callable[[], Cache]],
+    makers: dict[str, Callable[[], Cache] | None],
     batch: int,
     context: int,
     steps: int,
@@ -212,10 +212,11 @@ def _measured(
             gc.collect()
         peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     seconds: dict[str, list[float]] = {name: [] for name in caches}
+    windows = {name: forgetful(cache) for name, cache in caches.items()}
     for repeat in range(-1, repeats):
         for name, cache in caches.items():
             elapsed = decode(models[name], cache, ids_BS[:, context:], device)
-            cache.crop(-steps)
+            rewind(cache, steps, windows[name])
             if repeat >= 0:  # the first one warms up kernels and allocators
                 seconds[name].append(elapsed / steps)
     rows = []

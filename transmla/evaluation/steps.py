@@ -5,8 +5,9 @@ Legend: B batch, S cached tokens, T tokens decoded.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ PREFILL_CHUNK = 512
 
 
 @torch.inference_mode()
-def fill(model: Any, ids_BS: Tensor, make: Callable[[], Cache] = DynamicCache) -> Cache:
-    """A cache that has read these tokens, chunk by chunk."""
-    cache = make()
+def fill(model: Any, ids_BS: Tensor, make: Callable[[], Cache] | None = None) -> Cache:
+    """A cache that has read these tokens, chunk by chunk; make: gives an empty one, by default the model's own of
+    transformers, in which layers with a window hold no more than that."""
+    cache = DynamicCache(config=model.config) if make is None else make()
     for chunk in torch.split(ids_BS, PREFILL_CHUNK, dim=1):
         model(chunk, past_key_values=cache, logits_to_keep=1)
     return cache
@@ -37,6 +39,24 @@ def decode(model: Any, cache: Cache, ids_BT: Tensor, device: torch.device) -> fl
         model(token_B1, past_key_values=cache)
     wait(device)
     return time.perf_counter() - started
+
+
+def forgetful(cache: Any) -> dict[int, Any]:
+    """The layers of a cache that drop what leaves their window, as they are: these cannot be cropped."""
+    # every update replaces their tensors and changes none
+    return {index: copy.copy(one) for index, one in enumerate(cache.layers) if getattr(one, "is_sliding", False)}
+
+
+def rewind(cache: Any, steps: int, forgetful: Mapping[int, Any]) -> None:
+    """Take the last `steps` tokens out of a cache again. forgetful: its layers of that kind before them"""
+    if not forgetful:
+        cache.crop(-steps)
+        return
+    for index, layer in enumerate(cache.layers):
+        if index in forgetful:
+            cache.layers[index] = copy.copy(forgetful[index])
+        else:
+            layer.crop(-steps)
 
 
 def ran_out_of_memory(error: Exception) -> bool:
