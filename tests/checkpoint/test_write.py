@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+from transmla.checkpoint import streamed
+from transmla.checkpoint import write as write_module
 from transmla.checkpoint.read import open_source
 from transmla.checkpoint.write import CheckpointWriter
 
@@ -41,6 +45,48 @@ def test_shards_hold_the_same_tensors(tmp_path, tensors, shard_bytes, num_shards
         assert all(size <= max(shard_bytes, max(t.nbytes for t in tensors.values())) for size in sizes)
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == expected
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_a_file_that_is_written_tensor_by_tensor_is_one_of_safetensors(tmp_path, tensors, shard_bytes, monkeypatch):
+    monkeypatch.setattr(write_module, "BUFFER_BYTES", 5_000)
+    odd = {"number": torch.tensor(3.5), "none": torch.empty(0, 4), "across": torch.arange(6.0).view(2, 3).T}
+    mixed = tensors | odd | {name + ".half": tensor.bfloat16() for name, tensor in tensors.items()}
+    write(tmp_path / "out", mixed, shard_bytes)
+    found: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(path)
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+    assert set(found) == set(mixed)
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in mixed.items())
+    source = open_source(tmp_path / "out")
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in mixed.items())
+
+
+@pytest.mark.parametrize("held", [0, 24])
+def test_a_header_without_room_and_values_out_of_line_begin_another_file(tmp_path, monkeypatch, held):
+    monkeypatch.setattr(write_module, "BUFFER_BYTES", held)
+    monkeypatch.setattr(streamed, "HEADER_BYTES", 300)
+    write(tmp_path / "long", {f"{place}{'x' * 100}": torch.ones(4) for place in range(3)})
+    assert len(list((tmp_path / "long").glob("*.safetensors"))) == 3
+    monkeypatch.setattr(streamed, "HEADER_BYTES", 3000)
+    write(tmp_path / "odd", {"half": torch.ones(3, dtype=torch.bfloat16), "whole": torch.ones(3), "b": torch.ones(3)})
+    halves, wholes = (open_source(tmp_path / "odd").tensors[name].file for name in ("half", "whole"))
+    assert halves != wholes
+    assert torch.equal(open_source(tmp_path / "odd").read("b"), torch.ones(3))
+
+
+def test_of_a_file_that_has_been_begun_nothing_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_module, "BUFFER_BYTES", 1000)
+    with CheckpointWriter(tmp_path / "out") as writer:
+        for place in range(10):
+            writer.add(str(place), torch.full((100,), float(place)))
+            assert sum(tensor.nbytes for tensor in writer._pending.values()) <= 1000
+        assert not writer._pending
+        writer.close_shards()
+        writer.commit()
+    assert torch.equal(open_source_read(tmp_path / "out", "7"), torch.full((100,), 7.0))
 
 
 def test_transformers_reads_it(tmp_path, tensors):

@@ -9,6 +9,8 @@ from transmla.errors import SourceError
 MOST_INDEX_BYTES = 2**27
 # of one weight file that is written, unless another size is asked for
 SHARD_BYTES = 4 * 2**30
+# of it that are held before its file is begun; a smaller one is written at once
+BUFFER_BYTES = 2**26
 
 
 def shard_of_tensors(index: Path) -> dict[str, Path]:

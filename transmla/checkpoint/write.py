@@ -26,8 +26,9 @@ from transmla.checkpoint.destination import (
     sync,
 )
 from transmla.checkpoint.hashes import sha256
-from transmla.checkpoint.shards import SHARD_BYTES
+from transmla.checkpoint.shards import BUFFER_BYTES, SHARD_BYTES
 from transmla.checkpoint.store import readable
+from transmla.checkpoint.streamed import StreamedFile
 from transmla.errors import VerificationError
 
 __all__ = ["SHARD_BYTES", "CheckpointWriter", "check_destination"]
@@ -41,8 +42,10 @@ class CheckpointWriter:
         self.destination = destination
         self.partial = partial_of(destination)
         self._shard_bytes = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
+        self._pending: dict[str, torch.Tensor] = {}  # tensors of the shard that are not in its file yet
+        self._shard_names: list[str] = []  # all tensors of the shard
+        self._num_shard_bytes = 0
+        self._streamed: StreamedFile | None = None  # the shard's file, if it has been begun
         self._total_bytes = 0
         self._shards: list[list[str]] = []  # names of the tensors in each written shard
         self._names: set[str] = set()
@@ -60,6 +63,8 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._pending.clear()
+        if self._streamed is not None:
+            self._streamed.close()
         if not self._committed:
             with contextlib.suppress(OSError):  # the error that brought us here is the one to report
                 if journal_of(self.destination).is_dir():
@@ -70,14 +75,19 @@ class CheckpointWriter:
             self._lock.close()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a copy of a tensor; at most one shard of copies is held."""
+        """Write a tensor, or take a copy of it; at most `BUFFER_BYTES` of copies are held."""
         if self._closed or name in self._names:
             raise ValueError(f"{name} was added twice, or after the shards were closed")
         num_bytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + num_bytes > self._shard_bytes:
-            self._write_shard()
-        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        self._pending_bytes += num_bytes
+        if self._shard_names and self._num_shard_bytes + num_bytes > self._shard_bytes:
+            self._end_shard()
+        if self._streamed is None and self._num_shard_bytes + num_bytes > BUFFER_BYTES:
+            self._begin_file()
+        if self._streamed is not None:
+            self._stream(self._streamed, name, tensor)
+        else:
+            self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            self._count(name, num_bytes)
         self._total_bytes += num_bytes
         self._names.add(name)
 
@@ -111,8 +121,8 @@ class CheckpointWriter:
 
     def close_shards(self) -> None:
         """Write the last shard and, if there are several, their index."""
-        if self._pending or not self._shards:
-            self._write_shard()
+        if self._shard_names or not self._shards:
+            self._end_shard()
         self._closed = True
         if len(self._shards) == 1:
             self._name_shard(1, "model.safetensors")
@@ -166,14 +176,40 @@ class CheckpointWriter:
             os.rename(path, self.partial / name)
         self._hashes[name] = self._hashes.pop(path.name)
 
-    def _write_shard(self) -> None:
+    def _count(self, name: str, num_bytes: int) -> None:
+        """One more tensor of the shard."""
+        self._shard_names.append(name)
+        self._num_shard_bytes += num_bytes
+
+    def _begin_file(self) -> StreamedFile:
+        """Begin the file of the shard, with what is held of it."""
+        path = self._shard_path(len(self._shards) + 1)
+        held, self._pending, self._shard_names, self._num_shard_bytes = self._pending, {}, [], 0
+        with disk_errors(path):
+            self._streamed = StreamedFile(path)
+        for name, tensor in held.items():
+            self._stream(self._streamed, name, tensor)
+        return self._streamed
+
+    def _stream(self, file: StreamedFile, name: str, tensor: torch.Tensor) -> None:
+        """Into the file of the shard, or into that of another one if it takes no more."""
+        if not file.takes(name, tensor):
+            self._end_shard()
+            file = self._begin_file()
+        with disk_errors(file.path):
+            file.add(name, tensor)
+        self._count(name, tensor.nbytes)
+
+    def _end_shard(self) -> None:
         path = self._shard_path(len(self._shards) + 1)
         with disk_errors(path):
-            save_file(self._pending, path, metadata={"format": "pt"})
+            if self._streamed is None:
+                save_file(self._pending, path, metadata={"format": "pt"})
+            else:
+                self._streamed.finish()
             # safetensors makes files that only their owner can read
             path.chmod((self.partial / MARKER).stat().st_mode)
             sync(path)
             self._hashes[path.name] = sha256(path)
-        self._shards.append(list(self._pending))
-        self._pending = {}
-        self._pending_bytes = 0
+        self._shards.append(self._shard_names)
+        self._streamed, self._pending, self._shard_names, self._num_shard_bytes = None, {}, [], 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transmla.checkpoint.read import Source
-from transmla.checkpoint.shards import SHARD_BYTES
+from transmla.checkpoint.shards import BUFFER_BYTES
 from transmla.families import Family
 from transmla.geometry import GqaGeometry, MlaGeometry
 from transmla.recipe import Recipe
@@ -59,7 +59,7 @@ def memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, we
     """Estimated peak of the conversion, in bytes.
 
     While layers are fitted: streams, head outputs, one layer, moments, and the attention of one group. While the result
-    is written: a shard of it and two copies of the embedding.
+    is written: two layers, or two copies of the embedding.
     """
     hidden, window = gqa.hidden_size, recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
@@ -68,5 +68,5 @@ def memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, we
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
     embedding = int(config["vocab_size"]) * hidden * 4
     fitting = streams + max(2 * layer + moments + attention, embedding)
-    writing = min(SHARD_BYTES, weight_bytes) + 2 * embedding
+    writing = min(BUFFER_BYTES, weight_bytes) + max(2 * layer, 2 * embedding)
     return _RUNTIME_BYTES + max(fitting, writing)

@@ -26,6 +26,8 @@ from transmla.model.layer import SourceLayer
 from transmla.targets.own import own_attention
 from transmla.targets.stock import MODELING_FILE, modeling_source
 
+# of the embedding at once
+ROWS = 2**14
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,7 +77,9 @@ def _write_ends(run: Run, residual: float, dtype: torch.dtype, writer: Checkpoin
     """Embeddings, head and final norm."""
     source, family, model = run.plan.source, run.model.family, run.model
     embeddings = f"{family.embed_tokens}.weight"
-    embed_VD = source.read(embeddings, dtype=torch.float32).mul_(residual)
+    embed_VD = torch.empty(source.tensors[embeddings].shape, dtype=dtype)
+    for rows in torch.arange(len(embed_VD)).split(ROWS):
+        embed_VD[rows] = (source.rows(embeddings, rows).float() * residual).to(dtype)
     writer.add_as(embeddings, embed_VD, dtype)
     del embed_VD  # before the next one is read
     if run.plan.form == "deepseek_v3" or not model.tied:
