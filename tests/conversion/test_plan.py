@@ -178,6 +178,15 @@ def test_the_embedded_model() -> None:
     assert (planned.gqa.num_hidden_layers, planned.gqa.hidden_size, planned.gqa.head_dim) == (5, 64, 8)
 
 
+@pytest.mark.parametrize("download", [True, False])
+def test_key_value_heads_that_the_class_does_not_read(lively: MakeSource, tmp_path: Path, download: bool) -> None:
+    """GPT-NeoX has as many as heads, and transformers loads a config that names fewer."""
+    folder = shutil.copytree(lively(model_type="gpt_neox", hidden=72), tmp_path / "source")
+    values = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": 2}
+    (folder / "config.json").write_text(json.dumps(values))
+    assert transmla.plan(str(folder), download=download).gqa.kind == "MHA"
+
+
 @pytest.mark.parametrize("model_type", ["mistral", "qwen3", "phi3"])
 def test_what_a_config_leaves_out_is_its_class_s(tmp_path: Path, model_type: str) -> None:
     """Sizes and epsilon have other defaults in every family; a wrong one would give a wrong model."""

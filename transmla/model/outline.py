@@ -50,10 +50,10 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def filled(config: Mapping[str, Any], complete: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the sizes that it leaves to its class, as transformers does. complete: with all defaults"""
+    """config.json with the sizes that its class has, which it may leave out. complete: with all defaults"""
     wanted = ("num_key_value_heads", "head_dim", "rms_norm_eps", "intermediate_size")
-    defaults = {key: complete[key] for key in wanted if complete.get(key) is not None}
-    return defaults | {key: value for key, value in config.items() if value is not None}
+    sizes = {key: complete[key] for key in wanted if complete.get(key) is not None}
+    return {key: value for key, value in config.items() if value is not None} | sizes
 
 
 def outline_of_headers(source: Source, family: Family) -> Outline | None:

@@ -158,12 +158,14 @@ class AttentionFacts:
 
     biased:      projections of queries, keys or values have biases;  output_bias: o_proj has one
     encoded:     queries or keys go through norms, so that they are no linear map of the attention's input
+    num_key_value_heads: that it attends with, whatever the config says to a class that does not ask
     scaling:     of scores, without that of the rotary embeddings;  window, softcap: see `GqaWeights`
     """
 
     biased: bool
     output_bias: bool
     encoded: bool
+    num_key_value_heads: int
     scaling: float
     window: int | None
     softcap: float | None
@@ -175,8 +177,8 @@ def attention_facts(family: Family, model: Any, geometry: GqaGeometry, index: in
     output_bias = getattr(attention, family.o_proj).bias is not None
     seen: dict[str, Any] = {}
 
-    def note(_: Any, query: Tensor, *__: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        seen.update(kwargs)
+    def note(_: Any, query: Tensor, key: Tensor, *__: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        seen.update(kwargs, groups=key.shape[1])
         return query, None
 
     ALL_ATTENTION_FUNCTIONS.register(_NOTE, note)
@@ -189,6 +191,7 @@ def attention_facts(family: Family, model: Any, geometry: GqaGeometry, index: in
         biased=any(isinstance(module, nn.Linear) and module.bias is not None for module in modules),
         output_bias=output_bias,
         encoded=any("norm" in type(module).__name__.lower() for module in modules),
+        num_key_value_heads=seen["groups"],
         scaling=float(seen["scaling"]),
         # some configs say "no window" with -1
         window=window if (window := seen.get("sliding_window")) and window > 0 else None,
@@ -202,7 +205,7 @@ def outline_of_class(config: Mapping[str, Any], family: Family, where: str) -> O
     gqa = gqa_geometry(filled(config, complete), where)
     facts = attention_facts(family, model, gqa)
     return Outline(
-        config=complete,
+        config=complete | {"num_key_value_heads": facts.num_key_value_heads},
         tensors=checkpoint_tensors(family, model, is_tied(complete)),
         head=tuple(model.get_output_embeddings().weight.shape),
         biased=facts.biased,
