@@ -109,3 +109,10 @@ def test_a_large_cache_holds_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "free_bytes", lambda device: BYTES_AT_ONCE * 3 // 2)
     assert texts_at_once(model, length) == BYTES_AT_ONCE // 2 // (per_token * length + 2 * 4 * 512)
     assert texts_at_once(model, BYTES_AT_ONCE) == 1
+
+
+def test_cache_of_a_class_without_key_value_heads_of_its_own() -> None:
+    """GPT-NeoX caches all heads, and its config has no number of them."""
+    config = lively_config(model_type="gpt_neox", hidden=72)
+    del config.num_key_value_heads
+    assert texts_at_once(lively_model(config), 16) == MOST_AT_ONCE

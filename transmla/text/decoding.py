@@ -143,7 +143,8 @@ def texts_at_once(model: Any, length: int) -> int:
         values = rank + model.config.qk_rope_head_dim
     else:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        values = 2 * config.num_key_value_heads * width
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        values = 2 * heads * width
     cached = config.num_hidden_layers * values * model.dtype.itemsize * length
     bound = BYTES_AT_ONCE
     while bound > max(cached, free_bytes(model.device) // 2):
