@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:,.0f} B"
 
 
-def name_of(model: dict[str, Any]) -> str:
-    """Without the folders around it."""
-    return Path(model["name"]).name
+def short_names(models: Iterable[str]) -> list[str]:
+    """Models without the folders around them, the source first: it says so where another one is called alike."""
+    first, *others = (Path(model).name for model in models)
+    return [f"{first} (source)" if first in others else first, *others]
 
 
 def plus_minus(found: Any, digits: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import transmla
 from transmla.cli import main as command_line
 from transmla.errors import DataError, RecipeError
 from transmla.evaluation import measure as measure_module
-from transmla.model.loading import load_any, load_tokenizer
+from transmla.model.loading import load_any, load_tokenizer, open_model
 from transmla.text.sources import read_text
 
 from click.testing import CliRunner  # isort: skip
@@ -186,6 +187,18 @@ def test_a_gate_that_was_not_measured_is_missed(converted: Path, suite: str) -> 
     assert alone.gates == () and [one.part for one in alone.skipped] == ["gates"]
     with pytest.raises(RecipeError, match="gates need a source"):
         transmla.evaluate(converted, gates={"perplexity": 0.5}, **given)
+
+
+def test_folders_called_alike(converted: Path, tmp_path: Path) -> None:
+    names = [tmp_path / "src" / "stories", tmp_path / "out" / "stories"]
+    for name, folder in zip(names, (open_model("stories260k").path, converted), strict=True):
+        shutil.copytree(folder, name)
+    given = SETTINGS | {"windows": 2, "text": ["tinystories-valid"], "quantised": []}
+    shown = str(transmla.evaluate(names[1], names[0], **given))
+    assert len(re.findall(r"^stories \(source\)  ", shown, re.MULTILINE)) == 2
+    assert len(re.findall(r"^stories   ", shown, re.MULTILINE)) == 2 and re.search(r"^ratio  ", shown, re.MULTILINE)
+    shown = str(transmla.bench(names[1], names[0], contexts=[16], steps=2, repeats=1))
+    assert shown.count("stories") == 2 and shown.count("(source)") == 1
 
 
 def test_command_line(converted: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from transmla.evaluation.evaluate import quantised_sizes
 from transmla.evaluation.perplexity import Perplexity, ratio
 from transmla.evaluation.results import perplexity_of
-from transmla.tables import columns, name_of, plus_minus
+from transmla.tables import columns, plus_minus, short_names
 
 if TYPE_CHECKING:
     from transmla.evaluation.evaluate import EvaluationReport
@@ -65,6 +65,12 @@ def _begin(report: EvaluationReport) -> str:
     return f" behind the begin token ({ids})" if ids else " (the tokenizer adds no begin token)"
 
 
+def _named(model: dict[str, Any], source: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """The source, if there is one, and the model, as they are called in tables."""
+    found = [one for one in (source, model) if one]
+    return list(zip(short_names(one["name"] for one in found), found, strict=True))
+
+
 def _perplexities(report: EvaluationReport) -> Table:
     """First text, cache bytes; with rounded caches if they were measured, else with their sizes."""
     table = columns("model", "perplexity", "ratio to source", "bytes/token", "of source")
@@ -77,9 +83,9 @@ def _perplexities(report: EvaluationReport) -> Table:
         compared = "1" if is_source else plus_minus(ratio(nats, wanted), 4) if nats and wanted else ""
         table.add_row(name, shown, compared, f"{size:,.0f}", f"{size / base:.1%}" if base else "")
 
-    for one in filter(None, (source, report.model)):
+    for called, one in _named(report.model, source):
         is_source = one is source
-        add(name_of(one), perplexity_of(one, report.text), one["cache_bytes_per_token"], is_source)
+        add(called, perplexity_of(one, report.text), one["cache_bytes_per_token"], is_source)
         for row in filter(None, one.get("quantised", [])):
             add(f"  {row.get('cache') or row['bits']} cache", Perplexity(tuple(row["nats"]), 0), row["bytes_per_token"])
     if source and not source.get("quantised"):
@@ -105,15 +111,15 @@ def _positions(model: dict[str, Any], source: dict[str, Any] | None) -> Table | 
         return None
     edges = model["positions"]["edges"]
     table = columns("perplexity by position", *(f"{a:,}-{b:,}" for a, b in itertools.pairwise(edges)))
-    rows = {}
-    for one in (source, model):
+    rows = []
+    for called, one in _named(model, source):
         # a window of another length has other ranges
-        if one and one.get("positions") and one["positions"]["edges"] == edges:
+        if one.get("positions") and one["positions"]["edges"] == edges:
             ranges = zip(*one["positions"]["nats"], strict=True)
-            rows[name_of(one)] = [math.exp(sum(nats) / len(nats)) for nats in ranges]
-            table.add_row(name_of(one), *(f"{value:.2f}" for value in rows[name_of(one)]))
+            rows.append([math.exp(sum(nats) / len(nats)) for nats in ranges])
+            table.add_row(called, *(f"{value:.2f}" for value in rows[-1]))
     if len(rows) == 2:
-        base, own = rows.values()
+        base, own = rows
         table.add_row("ratio", *(f"{b / a:.3f}" for a, b in zip(base, own, strict=True)))
     return table
 
@@ -138,10 +144,10 @@ def _needles(model: dict[str, Any], source: dict[str, Any] | None) -> Table | No
     if not model.get("needles"):
         return None
     table = columns("needles found at", *model["needles"])
-    for one in filter(None, (source, model)):
+    for called, one in _named(model, source):
         found = one.get("needles") or {}
         cells = (found.get(size) for size in model["needles"])
-        table.add_row(name_of(one), *(f"{c['found']:.0%} ± {c['standard_error']:.0%}" if c else "" for c in cells))
+        table.add_row(called, *(f"{c['found']:.0%} ± {c['standard_error']:.0%}" if c else "" for c in cells))
     return table
 
 
@@ -181,7 +187,7 @@ def _smoke(model: dict[str, Any], source: dict[str, Any] | None) -> Table | None
     if not model.get("smoke"):
         return None
     table = columns("greedy text of", "empty", "repeated 4-grams")
-    for one in filter(None, (source, model)):
+    for called, one in _named(model, source):
         found = one["smoke"]
-        table.add_row(name_of(one), f"{found['num_empty']}/{len(found['continuations'])}", f"{found['repeated']:.0%}")
+        table.add_row(called, f"{found['num_empty']}/{len(found['continuations'])}", f"{found['repeated']:.0%}")
     return table

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from transmla.tables import columns, is_narrow, size
+from transmla.tables import columns, is_narrow, short_names, size
 
 if TYPE_CHECKING:
-    from transmla.evaluation.budget import Budget
+    from transmla.evaluation.budget import Budget, Held
     from transmla.evaluation.speed import BenchReport, Timing
 
 
@@ -38,6 +38,12 @@ def show_bench(report: BenchReport, console: Console) -> None:
         console.print(f"[yellow]note[/] {note}", highlight=False)
 
 
+def _called(rows: Sequence[Timing | Held]) -> dict[str, str]:
+    """Models, the source first, and what they are called in tables."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    return dict(zip(models, short_names(models), strict=True))
+
+
 def _grid(rows: tuple[Timing, ...], narrow: bool) -> Table:
     wide = {"first token", "x floor"} if narrow else set()
     heads = (
@@ -45,8 +51,9 @@ def _grid(rows: tuple[Timing, ...], narrow: bool) -> Table:
     )  # fmt: skip
     shown = [name not in wide for name in heads]
     table = columns(*itertools.compress(heads, shown))
+    called = _called(rows)
     for row in rows:
-        head = (Path(row.model).name, str(row.batch), f"{row.context:,}")
+        head = (called[row.model], str(row.batch), f"{row.context:,}")
         if row.failed or row.tokens_per_second is None:
             cells = (*head, "", row.failed or "", "", "", "", "")
         else:
@@ -67,9 +74,10 @@ def _budget(budget: Budget, narrow: bool) -> Table:
     heads = ["model", "cache", "context", "texts", "tokens", "B/text", "decode tok/s", "speed"]
     shown = [not (narrow and name in ("tokens", "B/text")) for name in heads]
     table = columns(*itertools.compress(heads, shown))
+    called = _called(budget.rows)
     for row in budget.rows:
         cells = (
-            Path(row.model).name, row.cache, f"{row.context:,}", f"{row.texts:,}", f"{row.tokens:,}",
+            called[row.model], row.cache, f"{row.context:,}", f"{row.texts:,}", f"{row.tokens:,}",
             f"{row.bytes_per_text:,}",
             row.remark.partition(":")[0] if row.remark
             else f"{row.tokens_per_second:.1f} ({row.slowest:.1f}-{row.fastest:.1f})",
