@@ -22,6 +22,7 @@ from tests.families import MakeSource
 from transmla.checkpoint.destination import journal_of
 from transmla.cli import main
 from transmla.errors import DestinationError, GateError, RecipeError, SourceError, UnsupportedError
+from transmla.healing.choice import check, settings_for
 from transmla.healing.flow import _require_gain
 from transmla.healing.schedule import schedule
 from transmla.healing.train import Trained
@@ -366,3 +367,12 @@ def test_a_killed_run_goes_on(converted: Path, text_file: Path, tmp_path: Path) 
     assert curve(target) == pytest.approx(curve(tmp_path / "whole"), rel=1e-5)
     assert torch.allclose(logits(target), logits(tmp_path / "whole"), atol=1e-4)
     assert not (tmp_path / "killed.partial").exists()
+
+
+def test_a_recipe_s_hidden_beside_a_teacher() -> None:
+    """The command did not name it, so the remedy says how it is left out."""
+    settings = settings_for(None, "stories260k").with_overrides(teacher="stories260k")
+    with pytest.raises(RecipeError, match="`teacher` and `hidden`") as caught:
+        check(settings, "cpu")
+    assert "--hidden 0" in caught.value.remedy
+    check(settings.with_overrides(hidden=0.0), "cpu")

@@ -107,7 +107,7 @@ def _contradictions(settings: Healing) -> None:
          f"{settings.on_policy_tokens} tokens and a prompt are in a window of {settings.window}",
          "use longer windows, or fewer on_policy_tokens"),
         (teacher and settings.hidden > 0, "teacher and hidden", "`teacher` and `hidden` cannot be combined",
-         "a larger model has other residual streams", "use one of the two"),
+         "a larger model has other residual streams", "use one of the two; where the recipe sets hidden: --hidden 0"),
         (teacher and layerwise, "teacher and layerwise", "`teacher` and `layerwise` cannot be combined",
          "a larger model has other layers", "use one of the two"),
         (layerwise and settings.cached, "layerwise and cached", "`layerwise` and `cached` cannot be combined",
