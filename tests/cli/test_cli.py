@@ -304,6 +304,8 @@ def test_options_that_messages_name_exist() -> None:
         "--model-path",
         "--model",
         "--prompt",
+        "--kv-cache-dtype",
+        "--attention-backend",
     }
     for path in sorted(Path(transmla.__file__).parent.rglob("*.py")):
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text("utf-8")))
