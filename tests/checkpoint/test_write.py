@@ -1,5 +1,6 @@
 """The writer: one shard or many give the same checkpoint, and a failure leaves nothing like one."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transmla.checkpoint import streamed
 from transmla.checkpoint import write as write_module
 from transmla.checkpoint.read import open_source
 from transmla.checkpoint.write import CheckpointWriter
+from transmla.errors import DestinationError, VerificationError
 
 
 def write(destination: Path, tensors: dict[str, torch.Tensor], shard_bytes: int = 2**30) -> None:
@@ -140,6 +142,31 @@ def test_nothing_is_left_after_an_exception(tmp_path, tensors, error):
         assert writer.partial == tmp_path / "out.partial" and writer.partial.is_dir()
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_stays_full_hides_neither_the_error_nor_what_is_left(tmp_path, monkeypatch):
+    """What could not be written is tried again when the file is closed."""
+    close = streamed.StreamedFile.close
+
+    def refuse(file: streamed.StreamedFile, *_: object) -> None:
+        close(file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(write_module, "BUFFER_BYTES", 0)
+    for name in ("add", "close"):
+        monkeypatch.setattr(streamed.StreamedFile, name, refuse)
+    with pytest.raises(DestinationError, match="the disk is full"), CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("a", torch.ones(4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_that_does_not_fit_is_named(tmp_path):
+    """Also where a tensor comes in parts."""
+    with CheckpointWriter(tmp_path / "out") as writer:
+        for add in (writer.add_as, writer.stored):
+            with pytest.raises(VerificationError, match=r"its largest value is 7e\+04") as caught:
+                add("a", torch.tensor([1.0, 7e4]), torch.float16)
+            assert caught.value.where == "a"
 
 
 def test_nothing_is_left_without_commit(tmp_path, tensors):

@@ -4,7 +4,7 @@
 other, and prints one line of JSON for each; a kill takes a copy of the process, made by fork.
 
 action:   an error (full, broken, denied), kill, or random: FIRST kills at any moment
-scenario: convert, export, unfold, heal
+scenario: convert, stream (the same, its weights written tensor by tensor), export, unfold, heal
 """
 
 from __future__ import annotations
@@ -77,13 +77,16 @@ def _of_descriptor(descriptor: Any, *_: Any) -> str:
 
 def install() -> None:
     """Watch this process, for ever: audit hooks cannot be removed. Beside them: fsync, flock, and safetensors' own."""
-    from transmla.checkpoint import journal, safetensors_file, write
+    from transmla.checkpoint import journal, safetensors_file, streamed, write
 
     sys.addaudithook(_audit)
     os.fsync = _told("fsync", os.fsync, _of_descriptor)
     fcntl.flock = _told("flock", fcntl.flock, _of_descriptor)
     for module in (journal, write):
         module.save_file = _told("save", module.save_file, lambda _, path: str(path))
+    for name in ("add", "finish"):
+        told = _told("stream", getattr(streamed.StreamedFile, name), lambda file, *_: str(file.path))
+        setattr(streamed.StreamedFile, name, told)
     for module in (journal, safetensors_file):
         module.safe_open = _told("map", module.safe_open, lambda path: str(path))
 
@@ -143,13 +146,16 @@ class Scenario:
     def prepare(self) -> None:
         """The inputs, which no fault is to happen to."""
         import transmla
+        from transmla.checkpoint import write
 
+        if self.kind == "stream":
+            write.BUFFER_BYTES = 0
         data = Path(transmla.__file__).parent / "data"
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if not self.source.exists():
             shutil.copytree(data / "stories260k", self.source)
             self.text.write_text((data / "tinystories-valid.txt").read_text("utf-8")[:3000], encoding="utf-8")
-            if self.kind != "convert":
+            if self.kind not in ("convert", "stream"):
                 self._convert(self.folder / "converted")
 
     def _convert(self, out: Path) -> None:
@@ -164,7 +170,7 @@ class Scenario:
         """The command."""
         import transmla
 
-        if self.kind == "convert":
+        if self.kind in ("convert", "stream"):
             self._convert(self.out)
         elif self.kind == "export":
             transmla.export(self.folder / "converted", self.out, type="q8_0")

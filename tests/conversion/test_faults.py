@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conversion.faults import digest
+from transmla.checkpoint.shards import BUFFER_BYTES
 
 CHECKOUT = Path(__file__).parents[2]
 # exit codes of errors.py that a failing disk may end in
@@ -56,7 +57,7 @@ def test_some_operations_fail_or_are_the_last(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("scenario", ["convert", "export", "unfold"])
+@pytest.mark.parametrize("scenario", ["convert", "stream", "export", "unfold"])
 def test_every_operation(tmp_path: Path, scenario: str, action: str) -> None:
     points = tried(tmp_path, f"{action}:{scenario}:0:1")
     check(points)
@@ -81,14 +82,16 @@ def test_two_hundred_kills_at_any_moment(tmp_path: Path) -> None:
 
 COMMAND = """
 import os, sys
+from transmla.checkpoint import write
 from transmla.cli import main
+write.BUFFER_BYTES = int(sys.argv[3])
 options = ["--latent", "8", "--rope", "4", "--refine", "off", "--tokens", "16384", "-q"]
 main(["convert", sys.argv[1], sys.argv[2], *options])
 """
 
 
-def convert(out: Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", COMMAND, "stories260k", str(out)]
+def convert(out: Path, buffer_bytes: int = BUFFER_BYTES, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", COMMAND, "stories260k", str(out), str(buffer_bytes)]
     return subprocess.Popen(command, cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -105,14 +108,16 @@ def test_a_scheduler_stops_it_like_ctrl_c(tmp_path: Path) -> None:
     assert list(journal.glob("*layer-*"))
 
 
-def test_a_file_may_not_grow_beyond_a_limit(tmp_path: Path) -> None:
+# the journal's files have up to 100 kB; a file that is written tensor by tensor begins with room for a header of 262 kB
+@pytest.mark.parametrize(("buffer_bytes", "limit"), [(BUFFER_BYTES, 200_000), (0, 600_000)], ids=["whole", "streamed"])
+def test_a_file_may_not_grow_beyond_a_limit(tmp_path: Path, buffer_bytes: int, limit: int) -> None:
     """RLIMIT_FSIZE: like a full disk in the middle of a file, seen from safetensors' own code too."""
 
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    running = convert(tmp_path / "out", preexec_fn=limited)
+    running = convert(tmp_path / "out", buffer_bytes, preexec_fn=limited)
     _, errors = running.communicate()
     assert running.returncode == 8 and "the disk is full" in errors and "Traceback" not in errors
     assert not (tmp_path / "out").exists()

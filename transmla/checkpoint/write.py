@@ -64,7 +64,8 @@ class CheckpointWriter:
     ) -> None:
         self._pending.clear()
         if self._streamed is not None:
-            self._streamed.close()
+            with contextlib.suppress(OSError):  # a full disk is still full for what is left in the buffer
+                self._streamed.close()
         if not self._committed:
             with contextlib.suppress(OSError):  # the error that brought us here is the one to report
                 if journal_of(self.destination).is_dir():
@@ -93,6 +94,11 @@ class CheckpointWriter:
 
     def add_as(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         """`add` in another dtype; `VerificationError` if that cannot hold it."""
+        self.add(name, self.stored(name, tensor, dtype))
+
+    @staticmethod
+    def stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor, or a part of one, in the dtype of the file; `VerificationError` if that cannot hold it."""
         stored = tensor.to(dtype)
         if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
             largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
@@ -102,7 +108,7 @@ class CheckpointWriter:
                 why=f"its largest value is {largest:.3g}, {dtype} ends at {limit:.3g}",
                 remedy="use --dtype bfloat16 or float32",
             )
-        self.add(name, stored)
+        return stored
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -79,8 +79,8 @@ def _write_ends(run: Run, residual: float, dtype: torch.dtype, writer: Checkpoin
     embeddings = f"{family.embed_tokens}.weight"
     embed_VD = torch.empty(source.tensors[embeddings].shape, dtype=dtype)
     for rows in torch.arange(len(embed_VD)).split(ROWS):
-        embed_VD[rows] = (source.rows(embeddings, rows).float() * residual).to(dtype)
-    writer.add_as(embeddings, embed_VD, dtype)
+        embed_VD[rows] = writer.stored(embeddings, source.rows(embeddings, rows).float() * residual, dtype)
+    writer.add(embeddings, embed_VD)
     del embed_VD  # before the next one is read
     if run.plan.form == "deepseek_v3" or not model.tied:
         # some families call it otherwise in the file than in the class

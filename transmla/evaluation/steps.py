@@ -47,14 +47,14 @@ def forgetful(cache: Any) -> dict[int, Any]:
     return {index: copy.copy(one) for index, one in enumerate(cache.layers) if getattr(one, "is_sliding", False)}
 
 
-def rewind(cache: Any, steps: int, forgetful: Mapping[int, Any]) -> None:
-    """Take the last `steps` tokens out of a cache again. forgetful: its layers of that kind before them"""
-    if not forgetful:
+def rewind(cache: Any, steps: int, windows: Mapping[int, Any]) -> None:
+    """Take the last `steps` tokens out of a cache again. windows: its forgetful layers before them"""
+    if not windows:
         cache.crop(-steps)
         return
     for index, layer in enumerate(cache.layers):
-        if index in forgetful:
-            cache.layers[index] = copy.copy(forgetful[index])
+        if index in windows:
+            cache.layers[index] = copy.copy(windows[index])
         else:
             layer.crop(-steps)
 
