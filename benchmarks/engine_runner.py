@@ -4,7 +4,7 @@
     python engine_runner.py TASK.json      ->  last line of stdout: JSON;  last-token logits in the task's .npz
 
 Task: engine, model (folder or .gguf), dtype, windows (token ids), prefixes, prompt, num_greedy, contexts, steps,
-threads, out; of vLLM also cache, the type of its values.
+threads, out; of vLLM also cache, the type of its values, and eager (false: it compiles).
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Vllm(Engine):
 
         self._sampling = SamplingParams
         self._model = LLM(
-            task["model"], dtype=task["dtype"], enforce_eager=True, max_logprobs=-1,
+            task["model"], dtype=task["dtype"], enforce_eager=task.get("eager", True), max_logprobs=-1,
             max_model_len=max(task["contexts"]) + task["steps"] + 8, max_num_seqs=4,
             model_impl=self.IMPLEMENTATION, kv_cache_dtype=task.get("cache", "auto"),
         )  # fmt: skip
@@ -223,8 +223,11 @@ class Vllm(Engine):
         return self._model.generate({"prompt_token_ids": ids}, self._sampling(**settings), use_tqdm=False)[0]
 
     def nats(self, ids: Ids) -> float:
+        return statistics.fmean(self.token_nats(ids))
+
+    def token_nats(self, ids: Ids) -> list[float]:
         found = self._run(ids, prompt_logprobs=0).prompt_logprobs
-        return -statistics.fmean(entry[token].logprob for entry, token in zip(found[1:], ids[1:], strict=True))
+        return [-entry[token].logprob for entry, token in zip(found[1:], ids[1:], strict=True)]
 
     def last(self, ids: Ids) -> Any:
         found = self._run(ids, logprobs=-1).outputs[0].logprobs[0]
@@ -287,6 +290,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     attempt("nats", lambda: [engine.nats(ids) for ids in task["windows"]])
     per_token = (time.perf_counter() - started) / sum(map(len, task["windows"]))
+    if isinstance(engine, Vllm):
+        attempt("token_nats", lambda: engine.token_nats(task["windows"][0]))
     last = attempt("last", lambda: [engine.last(ids) for ids in task["prefixes"]])
     if last is not None:
         np.savez_compressed(task["out"], last=np.array(last, dtype=np.float32))

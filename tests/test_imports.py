@@ -55,6 +55,7 @@ FLOORS = (
     ("train",),
     ("model",),
     ("targets",),
+    ("serving",),
     ("evaluation",),
     ("conversion",),
     ("healing",),

@@ -282,6 +282,11 @@ def test_the_form_is_chosen_by_rule(lively: MakeSource) -> None:
     assert planned.summary()["obstacles"] == ["norms on queries and keys"]
     assert [verdict.engine for verdict in planned.engines if verdict.accepts] == ["transformers, own class"]
     assert any("norms on queries and keys" in note for note in planned.notes)
+    # vLLM with the plugin, at the size of its kernels
+    roomy = str(lively(model_type="qwen3", hidden=640, kv_heads=4, heads=8, head_dim=128, layers=1))
+    with_kernels = transmla.plan(roomy, latent=512, rope=64)
+    running = {verdict.engine for verdict in with_kernels.engines if verdict.accepts}
+    assert running == {"transformers, own class", "vLLM (GPU)", "vLLM (CPU)"}
     with pytest.raises(UnsupportedError, match="norms on queries and keys"):
         transmla.plan(qwen, format="deepseek_v3")
     with pytest.raises(GeometryError, match="queries"):

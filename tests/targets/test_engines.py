@@ -9,10 +9,12 @@ import pytest
 from transmla.geometry import MlaGeometry
 from transmla.model.modeling_transmla import TransmlaConfig
 from transmla.targets.engines import (
+    COMMANDS,
     ENGINES,
     EVIDENCE,
     LLAMA_CPP,
     MLX,
+    OWN,
     OWN_MODEL_TYPE,
     REFUSES,
     RULES,
@@ -24,7 +26,9 @@ from transmla.targets.engines import (
     VLLM_CPU,
     VLLM_GPU,
     WRONG,
+    command_of,
     engine_verdicts,
+    own_form_sizes,
 )
 from transmla.targets.stock import deepseek_v3_config, flat_rotary
 
@@ -69,6 +73,39 @@ def test_sizes(rank: int, rope: int, head: int, refusing: set[str]) -> None:
 
 
 VLLM = (VLLM_GPU, VLLM_CPU)
+
+
+def own_form(rank: int = 512, rope: int = 64, head: int = 128, **source: Any) -> dict[str, Any]:
+    return own_form_sizes(source, MlaGeometry(3, 4096, 32, rank, rope, head, head))
+
+
+OWN_FORM: list[tuple[dict[str, Any], set[str]]] = [
+    (own_form(), {OWN, *VLLM}),
+    (own_form(256), {OWN, VLLM_GPU}),
+    (own_form(head=64), {OWN, VLLM_CPU}),
+    (own_form(192), {OWN}),
+    (own_form(attn_logit_softcapping=50.0), {OWN}),
+    # a window limits the context, and nothing else
+    (own_form(sliding_window=4096), {OWN, *VLLM}),
+]
+
+
+@pytest.mark.parametrize(("given", "running"), OWN_FORM)
+def test_who_runs_the_own_form(given: dict[str, Any], running: set[str]) -> None:
+    found = {verdict.engine: verdict for verdict in engine_verdicts(given)}
+    assert {name for name, verdict in found.items() if verdict.accepts} == running
+    assert all("pip install transmla" in found[engine].note for engine in VLLM)
+
+
+def test_a_window_is_the_longest_request_of_vllm() -> None:
+    """Of the sources whose layers use it: see `check_served` in serving/vllm.py for what happens without the option."""
+    windowed, kinds = own_form(sliding_window=4096), ["full_attention", "sliding_attention"]
+    assert command_of(VLLM_GPU, windowed) == "vllm serve OUT --max-model-len 4096"
+    assert command_of(VLLM_CPU, own_form(sliding_window=8, layer_types=kinds)).endswith("--max-model-len 8")
+    assert "4,096 tokens at most" in {one.engine: one.note for one in engine_verdicts(windowed)}[VLLM_CPU]
+    for unlimited in (own_form(), own_form(sliding_window=8, layer_types=kinds[:1]), config(sliding_window=8)):
+        assert command_of(VLLM_GPU, unlimited) == "vllm serve OUT"
+    assert command_of(OWN, windowed) == COMMANDS[OWN]
 
 
 CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [

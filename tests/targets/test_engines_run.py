@@ -82,6 +82,7 @@ def check(
     converted: Path, windows: list[list[int]], result: dict[str, Any], last: Any, tolerance: tuple[float, float]
 ) -> None:
     """Perplexity, distribution behind each window and, in full precision, greedy text."""
+    transmla.register()
     model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
     ids, prompt = torch.tensor(windows), torch.tensor([windows[0][:20]])
     with torch.no_grad():
@@ -156,3 +157,15 @@ def test_vllm(
     transmla.export(converted, tmp_path / "padded", to="vllm", size="512+64")
     result, last = run("vLLM (CPU)", tmp_path / "padded", dtype, windows, tmp_path)
     check(converted, windows, result, last, tolerance)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "mixtral"])
+def test_vllm_with_the_own_form(lively: MakeSource, windows: list[list[int]], tmp_path: Path, model_type: str) -> None:
+    """The plugin: transmla has to be installed in vLLM's Python. benchmarks/served.py does it with all families."""
+    python_of("vLLM (CPU)")
+    sizes: dict[str, Any] = {"hidden": 640, "heads": 8, "kv_heads": 4, "head_dim": 128, "max_position_embeddings": 512}
+    folder, source = tmp_path / "mla", lively(model_type=model_type, layers=2, **sizes)
+    transmla.convert(str(source), folder, latent=512, rope=64, refine="off", tokens=4096, window=256)
+    result, last = run("vLLM (CPU)", folder, "float32", windows, tmp_path)
+    check(folder, windows, result, last, F32)
+    assert result["bytes_per_token"] == pytest.approx(576 * 4 * 2, rel=0.05)

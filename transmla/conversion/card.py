@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transmla.conversion.plan import Plan
-from transmla.targets.engines import COMMANDS, OWN, STOCK
+from transmla.conversion.target import planned_config
+from transmla.targets.engines import OWN, OWN_MODEL_TYPE, PLUGIN, STOCK, command_of
 from transmla.text.mixes import parse_mix
 
 _TAGS = ("transmla", "mla", "multi-head-latent-attention", "kv-cache")
@@ -98,7 +99,11 @@ def _commands(planned: Plan) -> str:
     lines = ["| engine | command |", "|---|---|"]
     for verdict in planned.engines:
         if verdict.accepts and verdict.engine not in (STOCK, OWN):
-            lines.append(f"| {verdict.engine} | `{COMMANDS[verdict.engine]}` |")
+            lines.append(f"| {verdict.engine} | `{command_of(verdict.engine, planned_config(planned))}` |")
+    if planned.form == OWN_MODEL_TYPE and any(
+        verdict.accepts and verdict.engine in PLUGIN for verdict in planned.engines
+    ):
+        lines += ["", "vLLM needs `pip install transmla` beside it."]
     refusing = [verdict.engine for verdict in planned.engines if not verdict.accepts]
     refused = f"\n\nNot run by {', '.join(refusing)}; `transmla doctor OUT` says why." if refusing else ""
     return (f"OUT is this folder.\n\n{chr(10).join(lines)}" if len(lines) > 2 else "") + refused

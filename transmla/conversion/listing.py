@@ -11,7 +11,7 @@ from transmla.geometry import gqa_geometry, mla_geometry
 from transmla.model.outline import Outline, outline_of_layout
 from transmla.recipe import find_recipe, load_recipe
 from transmla.recipe import list_recipes as recipe_names
-from transmla.targets.engines import OWN_MODEL_TYPE, RUNS, engine_verdicts
+from transmla.targets.engines import OWN_MODEL_TYPE, RUNS, engine_verdicts, own_form_sizes
 from transmla.targets.stock import deepseek_v3_config, obstacles
 
 
@@ -84,7 +84,7 @@ def list_recipes() -> tuple[RecipeRow, ...]:
             attention_bias=not found and (outline.biased or outline.output_bias),
             query_bias=not found and outline.biased,
         )
-        target: dict[str, Any] = {"model_type": OWN_MODEL_TYPE}
+        target = own_form_sizes(values, mla)
         if not found:
             theta = float(rope_parameters(values)["rope_theta"])
             target = deepseek_v3_config(values, mla, theta, recipe.model.max_position_embeddings, "bfloat16")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transmla.families import rope_parameters
 from transmla.model.outline import filled
-from transmla.targets.engines import OWN_MODEL_TYPE
+from transmla.targets.engines import OWN_MODEL_TYPE, own_form_sizes
 from transmla.targets.stock import deepseek_v3_config
 
 if TYPE_CHECKING:
@@ -43,5 +43,5 @@ def target_config(
 def planned_config(planned: Plan) -> dict[str, Any]:
     """As much of it as engines look at, before the rotary frequencies are chosen."""
     if planned.form == OWN_MODEL_TYPE:
-        return {"model_type": OWN_MODEL_TYPE}
+        return own_form_sizes(planned.outline.config, planned.mla)
     return target_config(planned, float(rope_parameters(planned.outline.config)["rope_theta"]))

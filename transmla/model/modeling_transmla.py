@@ -1231,12 +1231,14 @@ class ConvertedAttention(CachedLatent, nn.Module):
 class ExchangedModel(PreTrainedModel):
     """The source's own class with its attention exchanged for latent attention; all other code is the library's.
 
-    auto: the class of transformers that makes the source's class
+    auto:      the class of transformers that makes the source's class
+    attention: the class that takes the place of its attention
     """
 
     config_class = TransmlaConfig
     base_model_prefix = "model"
     auto: Any
+    attention: Any = ConvertedAttention
     _supports_sdpa = True
     # `absorbed` needs 4D masks
     _supports_flash_attn = False
@@ -1257,7 +1259,7 @@ class ExchangedModel(PreTrainedModel):
         base = getattr(inner, config.base_module, inner)
         for index, layer in enumerate(base.layers):
             attention = getattr(layer, config.attention_module)
-            setattr(layer, config.attention_module, ConvertedAttention(config, inner.config, index, attention))
+            setattr(layer, config.attention_module, self.attention(config, inner.config, index, attention))
         base.rotary_emb = LatentRotary(config)
         # nor may the modules within it refuse later what `from_pretrained` was given, as Gemma 2 does for its caps
         for module in inner.modules():

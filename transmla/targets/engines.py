@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transmla.geometry import GPU_KERNELS
+from transmla.geometry import GPU_KERNELS, MlaGeometry
 
 # of folders in the own form, as `TransmlaConfig` has it
 OWN_MODEL_TYPE = "transmla"
@@ -41,7 +41,7 @@ EVIDENCE = {
     MLX: "measured", VLLM_GPU: "source code", SGLANG: "source code", TENSORRT: "source code",
 }  # fmt: skip
 
-# engine -> the command that serves or runs a folder OUT
+# engine -> the command that serves or runs a folder OUT; see `command_of`
 COMMANDS = {
     STOCK: 'AutoModelForCausalLM.from_pretrained("OUT")',
     OWN: 'AutoModelForCausalLM.from_pretrained("OUT", trust_remote_code=True)',
@@ -286,16 +286,84 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
+def attention_window(source: Config) -> int | None:
+    """Tokens that some layers of a source attend to, None if all layers attend to all.
+
+    source: its complete config, with the defaults of its class
+    """
+    kinds, window = source.get("layer_types"), source.get("sliding_window")
+    return int(window) if window and (not kinds or "sliding_attention" in kinds) else None
+
+
+# vLLM with this package beside it, see serving/vllm.py
+PLUGIN = (VLLM_GPU, VLLM_CPU)
+# head widths (nope, value) that its prefill has on GPUs at a rotary key of 64 (v1/attention/backends/mla/prefill)
+_PREFILL = ((128, 128), (64, 128), (192, 256))
+
+
+def _beside(config: Config) -> str:
+    """How vLLM is made to run the own form."""
+    window = attention_window(config["text_config"])
+    limit = f"; requests of {window:,} tokens at most, the window of its layers" if window else ""
+    return f"; pip install transmla beside it; no tensor parallelism{limit}"
+
+
+def command_of(engine: str, config: Config) -> str:
+    """The command that serves or runs a folder OUT with this config, in either form."""
+    window = attention_window(config["text_config"]) if config.get("model_type") == OWN_MODEL_TYPE else None
+    return COMMANDS[engine] + (f" --max-model-len {window}" if window and engine in PLUGIN else "")
+
+
 # of a folder in the form of the source's own class, see targets/own.py
 OWN_FORM_RULES: tuple[Rule, ...] = (
     Rule(
-        tuple(engine for engine in ENGINES if engine != OWN),
+        tuple(engine for engine in ENGINES if engine not in (OWN, *PLUGIN)),
         lambda config: True,
         REFUSES,
         f"it has no class for model_type {OWN_MODEL_TYPE}",
         "use transformers, with trust_remote_code=True, or transmla.load",
     ),
+    Rule(
+        (VLLM_GPU,),
+        lambda config: _kernel(config) is None,
+        REFUSES,
+        f"it has no GPU kernel for this size, only for {_SIZES}",
+        "convert to one of these sizes",
+    ),
+    Rule(
+        (VLLM_GPU,),
+        lambda config: _kernel(config) is not None and _head_widths(config) not in _PREFILL,
+        REFUSES,
+        "its prefill needs other head widths (nope and value): "
+        + ", ".join(f"{nope} and {value}" for nope, value in _PREFILL),
+        "use transformers, with trust_remote_code=True, or transmla.load",
+    ),
+    Rule(
+        (VLLM_CPU,),
+        lambda config: (config["kv_lora_rank"], config["qk_rope_head_dim"]) != (512, 64),
+        REFUSES,
+        "it has a kernel for 512+64 alone",
+        "convert to 512+64",
+    ),
+    Rule(
+        PLUGIN,
+        lambda config: config.get("softcap") is not None,
+        REFUSES,
+        "its latent attention does not cap scores, as the source does",
+        "use transformers, with trust_remote_code=True, or transmla.load",
+    ),
 )
+
+
+def own_form_sizes(source: Config, mla: MlaGeometry) -> dict[str, Any]:
+    """What rules look at of a folder in the own form that is not written yet; source: its complete config."""
+    sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return {
+        "model_type": OWN_MODEL_TYPE,
+        "softcap": source.get("attn_logit_softcapping"),
+        "text_config": dict(source),
+        **{name: getattr(mla, name) for name in sizes},
+    }
 
 
 def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
@@ -304,7 +372,7 @@ def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
     for engine, note in ENGINES.items():
         own = config.get("model_type") == OWN_MODEL_TYPE
         table = OWN_FORM_RULES if own else RULES
-        evidence = "source code" if own and engine != OWN else EVIDENCE[engine]
+        evidence = EVIDENCE[engine] if not own or engine in (OWN, *PLUGIN) else "source code"
         rules = [rule for rule in table if engine in rule.engines and rule.applies(config)]
         outcomes = {rule.outcome for rule in rules}
         outcome = WRONG if WRONG in outcomes else REFUSES if outcomes else RUNS
@@ -315,5 +383,7 @@ def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
             note += _cache_types(config)
         if engine in (VLLM_GPU, VLLM_CPU, VLLM_BACKEND, SGLANG) and not own:
             note += _fp8_cache(engine, config)
+        if own and engine in PLUGIN:
+            note += _beside(config)
         verdicts.append(EngineVerdict(engine, outcome, evidence, note, findings))
     return tuple(verdicts)
