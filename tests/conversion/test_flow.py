@@ -144,6 +144,14 @@ def test_progress_counts_to_the_end(lively: MakeSource, run: Convert) -> None:
     run(lively(), progress=lambda stage, done, total, remark: seen.append((stage, done, total)))
     assert ("convert layers", 3, 3) in seen and ("verify", 3, 3) in seen and ("choose theta", 3, 3) in seen
     assert seen.index(("convert layers", 3, 3)) < seen.index(("verify", 1, 3))
+    seen.clear()
+    settings: dict[str, Any] = {"refine": "fast", "refinement": QUICK, "theta": THETA, "block_layers": 2}
+    run(lively(), "blocks", progress=lambda stage, done, total, remark: seen.append((stage, done, total)), **settings)
+    passed = [("targets of layers 0-1", done, 2) for done in range(3)]
+    assert [one for one in seen if one[0] == passed[0][0]] == passed
+    stages = list(dict.fromkeys(stage for stage, *_ in seen))
+    first = stages.index(passed[0][0])
+    assert stages[first:][:3] == ["targets of layers 0-1", "distil layers 0-1", "targets of layers 2-2"]
 
 
 @pytest.mark.parametrize("theta", [THETA, "auto"])

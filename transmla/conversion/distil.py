@@ -74,9 +74,11 @@ def distil_layers(run: Run, streams: Streams) -> tuple[BlockReport, ...]:
         indices = range(first, min(first + size, total))
         if size < total:
             for index in indices:
+                run.progress(f"targets of layers {first}-{indices[-1]}", index - first, len(indices), "")
                 layer = run.model.layer(index)
                 advance_source(layer, streams)
                 del layer  # before the next one is read
+            run.progress(f"targets of layers {first}-{indices[-1]}", len(indices), len(indices), "")
         reports.append(_distil_block(run, indices, size, streams, descent))
     return tuple(reports)
 
