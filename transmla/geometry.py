@@ -10,8 +10,9 @@ from typing import Any
 from transmla.errors import GeometryError, UnsupportedError
 
 # (kv_lora_rank, qk_rope_head_dim) that the GPU kernels of vLLM, SGLang and llama.cpp are built for, and the widths of
-# the heads (qk_nope_head_dim, v_head_dim) that go with them.
-GPU_KERNELS = {(512, 64): (128, 128), (256, 64): (64, 64)}
+# the heads (qk_nope_head_dim, v_head_dim) that go with them, smallest first: those of vLLM's prefill (0.32.0,
+# v1/attention/backends/mla/prefill/flash_attn.py) and of FlashInfer's decoding.
+GPU_KERNELS = {(512, 64): ((128, 128),), (256, 64): ((64, 128), (128, 128))}
 
 # Bits per cached value: bfloat16, and llama.cpp's q8_0 and q4_0 with their float16 scale per 32 values.
 CACHE_BITS = {"bf16": 16.0, "8-bit": 8.5, "4-bit": 4.5}

@@ -58,8 +58,8 @@ def test_the_own_form_has_the_name_of_its_class() -> None:
 
 
 SIZES: list[tuple[int, int, int, set[str]]] = [
-    (256, 64, 64, {VLLM_CPU, VLLM_BACKEND}),
-    (256, 64, 128, {VLLM_CPU, VLLM_BACKEND, VLLM_GPU, SGLANG}),
+    (256, 64, 64, {VLLM_CPU, VLLM_BACKEND, VLLM_GPU, SGLANG}),
+    (256, 64, 128, {VLLM_CPU, VLLM_BACKEND}),
     (512, 64, 64, {VLLM_GPU, SGLANG}),
     (96, 32, 64, {VLLM_CPU, VLLM_BACKEND, VLLM_GPU, SGLANG}),
 ]
@@ -103,6 +103,8 @@ def test_a_window_is_the_longest_request_of_vllm() -> None:
     assert command_of(VLLM_GPU, windowed) == "vllm serve OUT --max-model-len 4096"
     assert command_of(VLLM_CPU, own_form(sliding_window=8, layer_types=kinds)).endswith("--max-model-len 8")
     assert "4,096 tokens at most" in {one.engine: one.note for one in engine_verdicts(windowed)}[VLLM_CPU]
+    assert command_of(VLLM_GPU, own_form(256)).endswith("--attention-backend TRITON_MLA")
+    assert command_of(VLLM_GPU, config(256)) == command_of(VLLM_GPU, own_form(256))
     for unlimited in (own_form(), own_form(sliding_window=8, layer_types=kinds[:1]), config(sliding_window=8)):
         assert command_of(VLLM_GPU, unlimited) == "vllm serve OUT"
     assert command_of(OWN, windowed) == COMMANDS[OWN]

@@ -56,13 +56,14 @@ def test_padded_folder_is_the_same_model(converted: Path, tmp_path: Path, size: 
 
 
 def test_geometries_without_a_kernel() -> None:
-    assert padded_widths(Widths(4, 200, 32, 64, 64)) == Widths(4, 256, 64, 64, 64)
-    assert padded_widths(Widths(4, 200, 32, 128, 128)) == Widths(4, 512, 64, 128, 128)
+    assert padded_widths(Widths(4, 200, 32, 64, 64)) == Widths(4, 256, 64, 64, 128)
+    assert padded_widths(Widths(4, 200, 32, 128, 128)) == Widths(4, 256, 64, 128, 128)
+    assert padded_widths(Widths(4, 257, 32, 64, 64)) == Widths(4, 512, 64, 128, 128)
     for impossible in (Widths(4, 513, 64, 128, 128), Widths(4, 96, 24, 64, 64), Widths(4, 96, 32, 192, 128)):
         with pytest.raises(GeometryError, match="no GPU kernel"):
             padded_widths(impossible)
     with pytest.raises(GeometryError, match="cannot be padded to 256"):
-        padded_widths(Widths(4, 200, 32, 128, 128), "256+64")
+        padded_widths(Widths(4, 257, 32, 64, 64), "256+64")
 
 
 def test_doctor_reads_the_folder(converted: Path, tmp_path: Path) -> None:

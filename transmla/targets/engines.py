@@ -119,14 +119,20 @@ def rope_type(config: Config) -> str:
     return str(settings.get("rope_type") or settings.get("type") or "default")
 
 
-def _kernel(config: Config) -> tuple[int, int] | None:
-    """Head widths (nope, value) of the GPU kernels for this latent and rotary size; None if there are no kernels."""
-    return GPU_KERNELS.get((config["kv_lora_rank"], config["qk_rope_head_dim"]))
+def _kernel(config: Config) -> tuple[tuple[int, int], ...]:
+    """Head widths (nope, value) of the GPU kernels for this latent and rotary size; none if there are no kernels."""
+    return GPU_KERNELS.get((config["kv_lora_rank"], config["qk_rope_head_dim"]), ())
 
 
 def _head_widths(config: Config) -> tuple[int, int]:
     """Head widths (nope, value) of the config."""
     return config["qk_nope_head_dim"], config["v_head_dim"]
+
+
+def _has_other_heads(config: Config) -> bool:
+    """Whether there are GPU kernels for this latent and rotary size, but not for its heads."""
+    kernels = _kernel(config)
+    return bool(kernels) and _head_widths(config) not in kernels
 
 
 def _is_lite(config: Config) -> bool:
@@ -143,6 +149,10 @@ _SMALL_ROWS = (
 # measured: benchmarks/results/engines/llama-cpp-caches.json
 _GGML_BLOCK = 32
 _SIZES = " and ".join(f"{rank}+{rope}" for rank, rope in GPU_KERNELS)
+_HEADS = ", ".join(
+    f"{' or '.join(f'{nope} and {value}' for nope, value in heads)} at {rank}+{rope}"
+    for (rank, rope), heads in GPU_KERNELS.items()
+)
 _CONVERT = "convert the model with transmla, which writes plain frequencies"
 
 
@@ -153,6 +163,15 @@ def _cache_types(config: Config) -> str:
     return "; its quantised cache: -fa on -ctk q8_0 -ctv q8_0 (q4_0 loses far more)"
 
 
+# FLASHMLA, which vLLM chooses on Hopper for both sizes, has kernels for 576 values, and says so at the first request
+# (csrc/pybind.cpp: "Only head_size_k == 576 is supported")
+_TRITON = "--attention-backend TRITON_MLA"
+
+
+def _needs_triton(engine: str, config: Config) -> bool:
+    return engine == VLLM_GPU and (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (256, 64)
+
+
 def _fp8_cache(engine: str, config: Config) -> str:
     """How an engine is asked for a cache of fp8 values; scales are 1, which latents and rotary keys fit."""
     if engine == SGLANG:
@@ -160,15 +179,13 @@ def _fp8_cache(engine: str, config: Config) -> str:
     # one attention for both; measured with the first: benchmarks/results/engines/vllm-cpu-fp8.json
     if engine in (VLLM_CPU, VLLM_BACKEND):
         return "; no fp8 cache"
-    # FlashMLA, which it chooses on Hopper, has one for 576 values only, and says so at the first request
-    needed = "" if config["kv_lora_rank"] == 512 else ", on Hopper with --attention-backend TRITON_MLA"
-    return f"; fp8 cache: --kv-cache-dtype fp8{needed}"
+    return "; fp8 cache: --kv-cache-dtype fp8"
 
 
 RULES: tuple[Rule, ...] = (
     Rule(
         (VLLM_GPU, SGLANG),
-        lambda config: _kernel(config) is None,
+        lambda config: not _kernel(config),
         REFUSES,
         f"it has no GPU kernel for this size, only for {_SIZES}",
         "pad the folder with zeros (transmla export --to vllm), which enlarges the cache, or convert to one of these "
@@ -176,11 +193,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         (VLLM_GPU, SGLANG),
-        lambda config: _kernel(config) not in (None, _head_widths(config)),
+        _has_other_heads,
         REFUSES,
-        "its kernels need other head widths (nope and value): " + ", ".join(
-            f"{heads[0]} and {heads[1]} at {rank}+{rope}" for (rank, rope), heads in GPU_KERNELS.items()
-        ),
+        f"its kernels need other head widths (nope and value): {_HEADS}",
         "pad the heads with zeros (transmla export --to vllm), which leaves the cache as it is",
     ),
     Rule(
@@ -297,8 +312,6 @@ def attention_window(source: Config) -> int | None:
 
 # vLLM with this package beside it, see serving/vllm.py
 PLUGIN = (VLLM_GPU, VLLM_CPU)
-# head widths (nope, value) that its prefill has on GPUs at a rotary key of 64 (v1/attention/backends/mla/prefill)
-_PREFILL = ((128, 128), (64, 128), (192, 256))
 
 
 def _beside(config: Config) -> str:
@@ -311,7 +324,8 @@ def _beside(config: Config) -> str:
 def command_of(engine: str, config: Config) -> str:
     """The command that serves or runs a folder OUT with this config, in either form."""
     window = attention_window(config["text_config"]) if config.get("model_type") == OWN_MODEL_TYPE else None
-    return COMMANDS[engine] + (f" --max-model-len {window}" if window and engine in PLUGIN else "")
+    command = COMMANDS[engine] + (f" {_TRITON}" if _needs_triton(engine, config) else "")
+    return command + (f" --max-model-len {window}" if window and engine in PLUGIN else "")
 
 
 # of a folder in the form of the source's own class, see targets/own.py
@@ -325,17 +339,16 @@ OWN_FORM_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         (VLLM_GPU,),
-        lambda config: _kernel(config) is None,
+        lambda config: not _kernel(config),
         REFUSES,
         f"it has no GPU kernel for this size, only for {_SIZES}",
         "convert to one of these sizes",
     ),
     Rule(
         (VLLM_GPU,),
-        lambda config: _kernel(config) is not None and _head_widths(config) not in _PREFILL,
+        _has_other_heads,
         REFUSES,
-        "its prefill needs other head widths (nope and value): "
-        + ", ".join(f"{nope} and {value}" for nope, value in _PREFILL),
+        f"its kernels need other head widths (nope and value): {_HEADS}",
         "use transformers, with trust_remote_code=True, or transmla.load",
     ),
     Rule(
@@ -383,6 +396,8 @@ def engine_verdicts(config: Config) -> tuple[EngineVerdict, ...]:
             note += _cache_types(config)
         if engine in (VLLM_GPU, VLLM_CPU, VLLM_BACKEND, SGLANG) and not own:
             note += _fp8_cache(engine, config)
+        if _needs_triton(engine, config):
+            note += f"; on Hopper with {_TRITON}"
         if own and engine in PLUGIN:
             note += _beside(config)
         verdicts.append(EngineVerdict(engine, outcome, evidence, note, findings))

@@ -38,11 +38,12 @@ def padded_widths(old: Widths, size: str | None = None) -> Widths:
 
     Raises `GeometryError` if `old` cannot be padded to it, or to any of them.
     """
-    for (rank, rope), (nope, value) in sorted(GPU_KERNELS.items()):
+    kernels = [(*key, *heads) for key, widths in sorted(GPU_KERNELS.items()) for heads in widths]
+    for rank, rope, nope, value in kernels:
         fits = old.rank <= rank and old.nope <= nope and old.value <= value
         if fits and old.rope <= rope and rope % old.rope == 0 and size in (None, f"{rank}+{rope}"):
             return Widths(old.heads, rank, rope, nope, value)
-    sizes = ", ".join(f"{rank}+{rope} with heads of {heads[0]}" for (rank, rope), heads in GPU_KERNELS.items())
+    sizes = ", ".join(f"{rank}+{rope} with heads of {nope} and {value}" for rank, rope, nope, value in kernels)
     raise GeometryError(
         f"the model cannot be padded to {size}" if size else "no GPU kernel is large enough",
         where="--to vllm",
