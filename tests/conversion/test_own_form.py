@@ -223,6 +223,11 @@ def test_other_heads(lively: MakeSource, run: Convert, model_type: str) -> None:
     whole, body = load(folder, dtype=torch.float32), AutoModel.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(body(IDS).last_hidden_state, whole.base_model(IDS).last_hidden_state)
+        # the table of tokens, which GPT-NeoX calls by another name, can be read and grown in both
+        for one in (whole, body):
+            one.resize_token_embeddings(520, mean_resizing=False)
+            assert one.get_input_embeddings().weight.shape[0] == 520
+        assert body(torch.full((1, 4), 519)).last_hidden_state.isfinite().all()
     judge = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=3)
     loss = judge(IDS, labels=torch.tensor([0, 2])).loss
     loss.backward()

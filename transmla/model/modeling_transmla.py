@@ -1267,6 +1267,8 @@ class ExchangedModel(PreTrainedModel):
                 module._supports_sdpa = True
         for name, child in inner.named_children():
             setattr(self, name, child)
+        table = inner.get_input_embeddings()
+        self._embeddings = next(name for name, module in inner.named_modules() if module is table)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
@@ -1277,6 +1279,15 @@ class ExchangedModel(PreTrainedModel):
             if name == "_inner" or "_inner" not in self.__dict__:
                 raise
             return getattr(self.__dict__["_inner"], name)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of tokens, whatever the source's class calls it."""
+        return self.get_submodule(self._embeddings)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Another table of tokens in its place."""
+        holder, _, name = self._embeddings.rpartition(".")
+        setattr(self.get_submodule(holder), name, value)
 
     def _init_weights(self, module: Any) -> None:
         """As the source's class: constants that are no weights are set here as well."""
