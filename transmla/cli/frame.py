@@ -75,7 +75,7 @@ def errors() -> Iterator[None]:
     """Expected errors as one message and their exit code; everything else keeps its traceback. SIGTERM, with which
     schedulers stop a job, ends a command like Ctrl-C."""
     try:
-        with _termination():
+        with _signals():
             yield
     except TransmlaError as error:
         click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
@@ -100,19 +100,32 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _termination() -> Iterator[None]:
-    def raised(number: int, frame: object) -> None:
-        raise Terminated
+def _signals() -> Iterator[None]:
+    """SIGTERM as an exception, like Ctrl-C; and both where a library has made another error of them: torch, if it is
+    asking a storage for its length, says that this has no shape."""
+    arrived: list[type[KeyboardInterrupt]] = []
 
+    def raised(number: int, frame: object) -> None:
+        arrived.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise arrived[-1]
+
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, raised)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, raised)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as behind nohup
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, raised)
     except ValueError:  # not in the main thread, which alone may do this
         yield
         return
     try:
         yield
+    except Exception as error:
+        if arrived:
+            raise arrived[-1] from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _out_of_memory(error: Exception) -> TransmlaError:

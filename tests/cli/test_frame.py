@@ -1,0 +1,33 @@
+"""How a command ends: by signals that libraries lose, and by errors that are none."""
+
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+
+from transmla.cli.frame import errors
+from transmla.errors import SourceError
+
+BROKEN = SourceError("a tensor cannot be read", where="a file", why="it has no shape", remedy="download it again")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_a_library_turns_into_an_error(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch does, in safetensors: the command was stopped, and no file is broken."""
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, errors():
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        raise BROKEN
+    assert ended.value.code == code and signal.getsignal(number) is before
+    said = capsys.readouterr().err
+    assert "the same command resumes" in said and "download" not in said
+
+
+def test_an_error_without_a_signal_is_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, errors():
+        raise BROKEN
+    assert ended.value.code == BROKEN.exit_code == 3 and "download it again" in capsys.readouterr().err
