@@ -125,6 +125,6 @@ def check_served(model: str, config: Any, max_model_len: int, tensor_parallel_si
         )
     if tensor_parallel_size > 1:
         raise ValueError(
-            "transmla: vLLM does not divide the attention of the own form among devices; leave out "
-            "--tensor-parallel-size, and use --pipeline-parallel-size or --data-parallel-size"
+            f"transmla: {model} cannot be divided among {tensor_parallel_size} devices, since its attention has one "
+            "latent for all heads and is not written in parts; leave out --tensor-parallel-size"
         )
