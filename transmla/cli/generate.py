@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import click
@@ -77,6 +78,7 @@ def generate_command(model: str, prompt: str, chat: bool, **given: Any) -> None:
         quiet_libraries()
         if not chat:
             click.echo(prompt, nl=False)
-        for piece in transmla.generate(model, prompt, chat=chat, **given):
-            click.echo(piece, nl=False)
+        with closing(transmla.generate(model, prompt, chat=chat, **given)) as pieces:
+            for piece in pieces:
+                click.echo(piece, nl=False)
         click.echo()

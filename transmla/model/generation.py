@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -27,8 +27,8 @@ def generate(
     cache: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-) -> Iterator[str]:
-    """The continuation of `prompt`, piece by piece while it is generated.
+) -> Generator[str, None, None]:
+    """The continuation of `prompt`, piece by piece while it is generated; closing the iterator ends the generation.
 
     model:          converted folder, or anything that `transmla.convert` accepts as a source
     max_new_tokens: longest continuation, in tokens
@@ -67,9 +67,13 @@ def generate(
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    while (piece := streamer.next()) is not None:
-        yield piece
-    thread.join()
+    try:
+        while (piece := streamer.next()) is not None:
+            yield piece
+    finally:
+        # a thread at work in torch when the process ends would abort it
+        streamer.stop()
+        thread.join()
     if failures:
         raise TransmlaError(
             "the model could not generate",
@@ -88,8 +92,11 @@ class _Pieces:
         self._ids: list[int] = []
         self._text: str | None = None  # of the prompt, then of what has been said
         self._queue: Queue[str | None] = Queue()
+        self._stopped = False
 
     def put(self, ids: torch.Tensor) -> None:
+        if self._stopped:
+            raise InterruptedError("nobody reads on")
         self._ids += ids.flatten().tolist()
         text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
         if self._text is None:
@@ -101,6 +108,10 @@ class _Pieces:
         if self._text is not None:
             self._say(str(self._tokenizer.decode(self._ids, skip_special_tokens=True)))
         self._queue.put(None)
+
+    def stop(self) -> None:
+        """No more tokens are wanted."""
+        self._stopped = True
 
     def next(self) -> str | None:
         """The next piece; None at the end."""
