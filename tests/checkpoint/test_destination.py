@@ -84,6 +84,10 @@ def test_parents(tmp_path, monkeypatch):
     with pytest.raises(DestinationError, match="there is no folder") as error:
         check_destination(tmp_path / "a" / "b")
     assert "mkdir -p" in str(error.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(DestinationError, match="is no folder") as error:
+        check_destination(tmp_path / "file" / "b")
+    assert "mkdir" not in str(error.value)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(DestinationError, match="no permission"):
         check_destination(tmp_path / "a")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,22 @@ def test_generate_streams_the_models_own_text(converted: Path) -> None:
     assert len(pieces) > 5
 
 
+def test_nobody_reads_on(converted: Path) -> None:
+    """As behind `| head -1`: the thread that generates ends before the process, which it would abort otherwise."""
+    command = [sys.executable, "-m", "transmla", "generate", str(converted), "Once", "--max-new-tokens", "400"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.read(6)
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 1
+
+    pieces = transmla.generate(converted, "Once", max_new_tokens=400)
+    next(pieces)
+    pieces.close()
+    assert not any("(work)" in thread.name for thread in threading.enumerate())
+
+
 def test_out_of_memory_is_said_in_words(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
@@ -187,6 +204,31 @@ def test_json_means_the_same_everywhere(converted: Path, tmp_path: Path) -> None
         beside = run(command, *arguments, "--json", file)
         assert beside.exit_code == 0 and type(json.loads(file.read_text())) is type(json.loads(alone.stdout)), command
         assert beside.stdout and not beside.stdout.startswith(("{", "[")), command
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, words in (("nowhere/a.json", "mkdir -p"), ("file/a.json", "no folder"), ("", "it is a folder")):
+        result = run("convert", "smoke", tmp_path / "out", "-q", "--json", tmp_path / name)
+        assert result.exit_code == 8 and words in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_json_goes_into_a_pipe_by_its_name(converted: Path) -> None:
+    command = [sys.executable, "-m", "transmla", "doctor", str(converted), "--json", "/dev/stderr"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr)["form"] == "folder" and not done.stdout.startswith("{")
+
+
+def test_an_evaluation_keeps_nothing_beside_a_device(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, kept = transmla.evaluate, []
+
+    def evaluate(*args: Any, **given: Any) -> Any:
+        kept.append(given["kept"])
+        return measure(*args, **given)
+
+    monkeypatch.setattr("transmla.evaluation.evaluate.evaluate", evaluate)
+    options = ["--windows", "2", "--length", "32", "-q", "--against", "none", "--json", os.devnull]
+    assert run("eval", converted, *options).exit_code == 0 and kept == [None]
 
 
 def test_the_source_is_found_in_the_provenance(converted: Path, tmp_path: Path) -> None:

@@ -54,18 +54,24 @@ def check_destination(path: Path, needed_bytes: int = 0) -> None:
     if (path.is_symlink() or path.exists()) and not is_empty_folder:
         raise _refused(path, "the destination exists already", "nothing is ever overwritten", _OTHER)
     partial = partial_of(path)
-    if not partial.parent.is_dir():
-        why = f"there is no folder {partial.parent}"
-        raise _refused(path, "the destination cannot be created", why, f"create it: mkdir -p {partial.parent}")
-    if not os.access(partial.parent, os.W_OK | os.X_OK):
-        why = f"no permission to write in {partial.parent}"
-        raise _refused(path, "the destination cannot be created", why, _OTHER)
+    _check_parent(path)
     free_bytes = shutil.disk_usage(partial.parent).free
     if (partial / MARKER).is_file():  # an abandoned run's files will be replaced
         free_bytes += _bytes_in(partial)
     if needed_bytes > free_bytes:
         why = f"{needed_bytes / _GIB:.2f} GiB are needed, {free_bytes / _GIB:.2f} GiB are free"
         raise _refused(path, "the disk is too small", why, "free some space, or choose another disk or a smaller dtype")
+
+
+def _check_parent(path: Path) -> None:
+    """Raise `DestinationError` unless something can be made beside `path`."""
+    parent, what = Path(os.path.abspath(path)).parent, "the destination cannot be created"
+    if parent.exists() and not parent.is_dir():
+        raise _refused(path, what, f"{parent} is no folder", _OTHER)
+    if not parent.is_dir():
+        raise _refused(path, what, f"there is no folder {parent}", f"create it: mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _refused(path, what, f"no permission to write in {parent}", _OTHER)
 
 
 def _bytes_in(folder: Path) -> int:
@@ -221,14 +227,23 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise _refused(where, "the destination cannot be written", why, _OTHER) from error
 
 
+def check_file(path: Path) -> None:
+    """Raise `DestinationError` if `write_whole` could not write to this path."""
+    if path.is_dir():
+        raise _refused(path, "the file cannot be written", "it is a folder", "give the name of a file")
+    if not path.exists() or path.is_file():
+        _check_parent(Path(os.path.realpath(path)))
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or as it was before, also after a kill; `DestinationError`."""
+    with disk_errors(path):
+        if path.exists() and not path.is_file():  # a terminal or a pipe, of which the real path has no file
+            path.write_text(text, encoding="utf-8")
+            return
     path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".new")
     with disk_errors(path):
-        if path.exists() and not path.is_file():  # a terminal or a pipe
-            path.write_text(text, encoding="utf-8")
-            return
         try:
             partial.write_text(text, encoding="utf-8")
             sync(partial)

@@ -161,7 +161,8 @@ def eval_command(model: str, against: str | None, json_file: str | None, quiet: 
         from transmla.cli.progress import progress
         from transmla.evaluation.show import show_evaluation
 
-        to_file = json_file not in (None, "-")
+        # to a pipe or a terminal nothing can be kept beside
+        to_file = json_file not in (None, "-") and (Path(json_file).is_file() or not Path(json_file).exists())
         with progress(quiet) as update:
             kept = f"{json_file}.partial" if to_file else None
             report = transmla.evaluate(model, source_of(model, against), progress=update, kept=kept, **_lists(given))

@@ -40,9 +40,24 @@ device = option(
     group="Machine",
 )
 quiet = option("-q", "--quiet", is_flag=True, help="Show no progress.", group="Output")
+
+
+def _json_file(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    """The value of --json; a file that cannot be written is refused before hours of work, not behind them."""
+    if name not in (None, "-"):
+        with errors():
+            from pathlib import Path
+
+            from transmla.checkpoint.destination import check_file
+
+            check_file(Path(name))
+    return name
+
+
 as_json = option(
     "--json",
     "json_file",
+    callback=_json_file,
     is_flag=False,
     flag_value="-",
     metavar="[FILE]",
