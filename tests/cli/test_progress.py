@@ -63,6 +63,19 @@ def test_a_resumed_stage_does_not_count_what_was_there(lines: tuple[Lines, Clock
     assert said[-1] == "distil: 90/100, 1 min 40 s, about 1 min 40 s left"
 
 
+def test_a_stage_that_goes_on_after_another_has_a_line(lines: tuple[Lines, Clock, list[str]]) -> None:
+    made, _, said = lines
+    for done in range(3):
+        made.update("try latents", done, 3, f"rank {done}")
+        made.update("measure", 1, 1, "")
+    made.update("try latents", 3, 3, "rank 2")
+    stages = [line for line in said if line.startswith("try latents")]
+    assert [line.split(", ")[0] for line in stages] == [
+        "try latents: rank 0", "try latents: 1/3", "try latents: 2/3", "try latents: 3/3 in 0 s",
+    ]  # fmt: skip
+    assert [line.rpartition("rank ")[2] for line in stages] == ["0", "1", "2", "2"]
+
+
 def test_a_stage_that_starts_again_is_a_new_one(lines: tuple[Lines, Clock, list[str]]) -> None:
     made, _, said = lines
     for _ in range(2):

@@ -59,6 +59,10 @@ def test_a_budget_is_kept_by_a_real_conversion(tmp_path: Any) -> None:
     assert report.heldout.converted - report.heldout.source <= math.log(1.5)
     ratios = {trial.kv_lora_rank: trial.ratio for trial in report.tried}
     assert ratios[chosen] <= 1.5 and all(ratio > 1.5 for size, ratio in ratios.items() if size < chosen)
+    (said,) = [line for line in str(report).splitlines() if line.startswith("latent + rope")]
+    assert f" {chosen}+8, within 50.0%" in said and all(
+        f"{size} x{ratio:.3f}" in said for size, ratio in ratios.items()
+    )
 
 
 def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def progress(quiet: bool, stream: TextIO | None = None) -> Iterator[Progress | N
     """A progress callback that writes to `stream` (default: stderr); None when quiet.
 
     On a terminal every stage has a bar, and all bars are full when the work has ended. Anywhere else a stage has a line
-    when it begins, one a minute while it lasts, and one when it ends.
+    when it begins, one when it goes on after another, one a minute while it lasts, and one when it ends.
     """
     stream = stream or sys.stderr
     if quiet:
@@ -92,13 +92,14 @@ class Lines:
             if known is None or done < known.done:
                 known = self._stages[stage] = _Stage(now, done, done, total, remark)
                 self._say(stage + (f": {remark}" if remark else ""), now)
+            returned = known.done < done < total and self._current != stage
             known.done, known.total, known.remark = done, total, remark
             self._current = stage
             if done >= total and not known.ended:
                 known.ended = True
                 words = [f"{stage}: {done:,}/{total:,} in {duration(now - known.began)}", remark]
                 self._say(", ".join(filter(None, words)), now)
-            elif now - self._spoken >= self._every:
+            elif returned or now - self._spoken >= self._every:
                 self._say(self._state(now), now)
 
     def beat(self) -> None:

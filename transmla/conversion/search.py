@@ -34,9 +34,11 @@ def find_latent(
     Raises `GateError` if even the largest size is above the budget.
     """
     tried: list[Trial] = []
+    most = len(sizes).bit_length()
 
     def within(place: int) -> bool:
-        progress("try latents", len(tried), len(sizes).bit_length(), f"rank {sizes[place]}")
+        last = f", after x{tried[-1].ratio:.3f} at {tried[-1].kv_lora_rank}" if tried else ""
+        progress("try latents", len(tried), most, f"rank {sizes[place]}{last}")
         found = fit(sizes[place])
         tried.append(Trial(sizes[place], math.exp(found.converted - found.source)))
         return tried[-1].ratio <= 1 + budget
@@ -59,4 +61,5 @@ def find_latent(
             why=f"the best that was measured is {best.ratio - 1:+.1%} at kv_lora_rank {best.kv_lora_rank}",
             remedy="allow more, refine more (--refine full, more --tokens) or give the rotary key more (--rope)",
         )
+    progress("try latents", most, most, f"rank {sizes[low]}")
     return sizes[low], tuple(tried)

@@ -27,7 +27,7 @@ def show_conversion(report: ConversionReport, console: Console, peak_memory: int
     for row in rows[1:3]:
         table.add_row(f"  {row.name}", f"{row.bytes_per_token:,.0f}", "", f"{_share(row, rows[0]):+.1%}")
     table.add_row(
-        f"perplexity, {heldout.num_windows} held-out calibration windows",
+        f"perplexity, {heldout.num_windows} held-out calibration window{'s' if heldout.num_windows != 1 else ''}",
         f"{math.exp(heldout.source):.3f}",
         f"{math.exp(heldout.converted):.3f}",
         f"x{math.exp(heldout.converted - heldout.source):.3f}",
@@ -43,6 +43,7 @@ def show_conversion(report: ConversionReport, console: Console, peak_memory: int
         {f"queries, rank {mla.q_lora_rank}": f"{sum(lost) / len(lost):.2%} of their energy dropped"} if lost else {}
     )
     facts = {
+        **_searched(report),
         **_split(report),
         "rope_theta": _theta(report),
         "stream error": f"{last.stream_loss_fitted:.2%} fitted windows, {last.stream_loss_heldout:.2%} held out",
@@ -84,6 +85,16 @@ def _begin(report: ConversionReport) -> str:
     """Where it is not the usual half of the windows."""
     which = {"half": "", "all": "all", "none": "no"}[report.plan.recipe.begin]
     return f", {which} windows behind a begin token" if which else ""
+
+
+def _searched(report: ConversionReport) -> dict[str, str]:
+    """The latent that was searched for, and what each size that was tried came to."""
+    if not report.tried:
+        return {}
+    mla, budget = report.plan.mla, report.plan.recipe.budget
+    tried = sorted(report.tried, key=lambda one: one.kv_lora_rank)
+    ratios = ", ".join(f"{one.kv_lora_rank} x{one.ratio:.3f}" for one in tried)
+    return {"latent + rope": f"{mla.kv_lora_rank}+{mla.qk_rope_head_dim}, within {budget:.1%}; tried {ratios}"}
 
 
 def _split(report: ConversionReport) -> dict[str, str]:
