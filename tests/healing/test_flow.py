@@ -303,6 +303,13 @@ def test_what_cannot_work_is_refused_at_once(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_recipe_sets_can_be_taken_back() -> None:
+    """The recipe of stories260k has `hidden`, and --cached alone cannot say that it is not wanted."""
+    with pytest.raises(RecipeError, match="--hidden 0"):
+        check(settings_for(None, "stories260k").with_overrides(cached=True), "cpu")
+    check(settings_for(None, "stories260k").with_overrides(cached=True, hidden=0.0), "cpu")
+
+
 def test_without_model_or_recipe_there_is_nothing_to_heal(lively: MakeSource, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="nothing to heal"):
         transmla.heal()

@@ -136,7 +136,7 @@ def check(settings: Healing, device: str) -> None:
             "`hidden` and `cached` cannot be combined",
             where="hidden and cached",
             why="`hidden` compares residual streams, and `cached` stores only the source's largest predictions",
-            remedy="use one of the two",
+            remedy="use one of the two; where the recipe sets hidden: --hidden 0",
         )
     _contradictions(settings)
     check_rounded(settings, settings.window)
