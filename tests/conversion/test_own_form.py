@@ -1,5 +1,6 @@
 """Every family in its own form: the same model where nothing is lost, with and without a cache."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 import transmla
 from tests.conversion.made import IDS, PLAIN, QUICK, Convert
@@ -184,6 +192,29 @@ def test_static_cache_and_one_graph(lively: MakeSource, run: Convert, model_type
     with torch.no_grad():
         assert torch.allclose(model(IDS, past_key_values=roomy).logits, model(IDS).logits, atol=1e-4)
         assert torch.allclose(whole(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+def test_the_trainer_of_transformers_finds_its_columns(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
+    """It looks for them in the signature of forward; the saved folder is the trained model."""
+    folder = run(lively(model_type="qwen3"), latent=12, rope=8).destination
+    model = load(folder, dtype=torch.float32)
+    before = {name: value.clone() for name, value in copy.deepcopy(model).state_dict().items()}
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        learning_rate=1e-3,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row, "unused": 1} for row in IDS]
+    Trainer(model, arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    assert not torch.equal(model.state_dict()["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    model.save_pretrained(tmp_path / "trained")
+    again = load(tmp_path / "trained", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
 
 
 def test_without_the_package(lively: MakeSource, run: Convert, tmp_path: Path) -> None:

@@ -1298,6 +1298,10 @@ class ExchangedModel(PreTrainedModel):
         return type(self.__dict__["_inner"]).forward(self, *args, **kwargs)
 
 
+# by its signature, here that of any class with a head, transformers' Trainer chooses the columns that it hands over
+functools.update_wrapper(ExchangedModel.forward, stock.DeepseekV3ForCausalLM.forward, assigned=(), updated=())
+
+
 class TransmlaModel(ExchangedModel):
     """Without a head."""
 
