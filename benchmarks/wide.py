@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--rope", type=int, default=64)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--refine", default="off")
+    parser.add_argument("--block-layers", type=int, help="layers that are refined together")
     parser.add_argument("--theta", type=float)
     parser.add_argument("--dtype", help="of the written weights")
     parser.add_argument("--checkout", type=Path, default=Path(__file__).parents[1])
@@ -136,7 +137,7 @@ def main() -> None:
     target = args.work.resolve() / f"{name}-mla"
     settings = {"source": str(source.resolve()), "destination": str(target), "restart": True, "refine": args.refine}
     settings |= {"latent": args.latent, "rope": args.rope, "tokens": args.tokens, "theta": args.theta}
-    settings |= {"dtype": args.dtype}
+    settings |= {"dtype": args.dtype, "block_layers": args.block_layers}
     settings = {key: value for key, value in settings.items() if value is not None}
     shutil.rmtree(target, ignore_errors=True)
     result = args.work.resolve() / "report.json"

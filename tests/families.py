@@ -118,7 +118,9 @@ def lively_config(
 def lively_model(config: Any, seed: int = 0) -> PreTrainedModel:
     """A random model whose every weight matters."""
     generator = torch.Generator().manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    # transformers 5.19 loads Gemma 2 with sdpa, which has no cap
+    capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **capped).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = 0.2 * torch.randn(weight.shape, generator=generator)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from tests.families import MakeSource
 from tests.maths.weights import relative
+from transmla.conversion import run
 from transmla.conversion.flow import convert as convert_here
 from transmla.errors import TransmlaError
 from transmla.model.loading import load
@@ -38,14 +40,31 @@ print(json.dumps(vars(report.heldout)))
 """
 
 
-def convert(folder: Path, *arguments: str, size: int, port: int) -> list[dict[str, Any]]:
-    """Run PROGRAM in `size` processes, as launchers start them; what each reports."""
+Alone = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Alone:
+    """alone(folder, *arguments): run PROGRAM in this process; what it reports."""
+
+    def convert(folder: Path, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(run, "narrow_dtype", run.narrow_dtype)  # which is then put back
+        monkeypatch.setattr(sys, "argv", ["", arguments[0], str(folder), *arguments[1:]])
+        exec(PROGRAM, {})
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    return convert
+
+
+def convert(folder: Path, *arguments: str, port: int) -> list[dict[str, Any]]:
+    """Run PROGRAM in two processes, as launchers start them; what each reports."""
     started = []
-    for rank in range(size):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    for rank in range(2):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
         command = [sys.executable, "-c", PROGRAM, arguments[0], str(folder), *arguments[1:]]
-        started.append(subprocess.Popen(command, env=environment if size > 1 else None, stdout=subprocess.PIPE))
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert all(process.returncode == 0 for process in started)
     return [json.loads(output.splitlines()[-1]) for output in outputs]
@@ -53,11 +72,11 @@ def convert(folder: Path, *arguments: str, size: int, port: int) -> list[dict[st
 
 @pytest.mark.parametrize("block_layers", [3, 2])
 def test_two_processes_convert_like_one(
-    lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int, block_layers: int
+    lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int, alone: Alone, block_layers: int
 ) -> None:
     arguments = (str(lively()), str(text_file), str(block_layers), "")
-    (one,) = convert(tmp_path / "one", *arguments, size=1, port=0)
-    both = convert(tmp_path / "two", *arguments, size=2, port=free_port)
+    one = alone(tmp_path / "one", *arguments)
+    both = convert(tmp_path / "two", *arguments, port=free_port)
     assert both[0] == both[1]
     assert both[0]["converted"] == pytest.approx(one["converted"], abs=TOLERANCE)
     assert both[0]["source"] == pytest.approx(one["source"], abs=1e-6)
@@ -68,12 +87,12 @@ def test_two_processes_convert_like_one(
 
 
 def test_two_processes_convert_the_own_form_like_one(
-    lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int
+    lively: MakeSource, text_file: Path, tmp_path: Path, free_port: int, alone: Alone
 ) -> None:
     """Norms on queries and keys, windows, and frequencies that every layer chooses for itself."""
     arguments = (str(lively(model_type="gemma3_text", layers=2)), str(text_file), "2", "", "auto")
-    (one,) = convert(tmp_path / "one", *arguments, size=1, port=0)
-    both = convert(tmp_path / "two", *arguments, size=2, port=free_port)
+    one = alone(tmp_path / "one", *arguments)
+    both = convert(tmp_path / "two", *arguments, port=free_port)
     assert both[0] == both[1]
     assert both[0]["converted"] == pytest.approx(one["converted"], abs=TOLERANCE)
     first, second = (json.loads((tmp_path / name / "config.json").read_text("utf-8")) for name in ("one", "two"))
@@ -93,7 +112,7 @@ def test_two_processes_start_again(lively: MakeSource, text_file: Path, tmp_path
     with pytest.raises(KeyboardInterrupt):
         convert_here(source, tmp_path / "two", latent=8, refine="off", calibration=str(text_file), progress=stop)
     arguments = (source, str(text_file), "1", "restart")
-    both = convert(tmp_path / "two", *arguments, size=2, port=free_port)
+    both = convert(tmp_path / "two", *arguments, port=free_port)
     assert both[0] == both[1] and (tmp_path / "two").is_dir()
 
 

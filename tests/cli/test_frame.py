@@ -14,10 +14,14 @@ BROKEN = SourceError("a tensor cannot be read", where="a file", why="it has no s
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_that_a_library_turns_into_an_error(
-    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     """As torch does, in safetensors: the command was stopped, and no file is broken."""
-    before = signal.getsignal(number)
+    # of a job in the background, shells have it ignored
+    given = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, before)
+    request.addfinalizer(lambda: signal.signal(number, given))
     with pytest.raises(SystemExit) as ended, errors():
         with suppress(KeyboardInterrupt):
             os.kill(os.getpid(), number)

@@ -1,11 +1,13 @@
 """The whole evaluation on stories260k: suites, gates, going on after an interruption, what was left out."""
 
+import functools
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -16,6 +18,8 @@ import transmla
 from transmla.cli import main as command_line
 from transmla.errors import DataError, RecipeError
 from transmla.evaluation import measure as measure_module
+from transmla.evaluation import tasks as tasks_module
+from transmla.evaluation.smoke import PROMPTS, smoke
 from transmla.model.loading import load_any, load_tokenizer, open_model
 from transmla.text.sources import read_text
 
@@ -32,6 +36,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate") / "mla"
     transmla.convert("smoke", folder, refine="off")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two greedy texts of a few tokens, where a person wants to read eight."""
+    monkeypatch.setattr(measure_module, "smoke", functools.partial(smoke, prompts=PROMPTS[:2], max_new_tokens=16))
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +146,12 @@ def test_parts_of_other_settings_are_measured_anew(converted: Path, tmp_path: Pa
     assert report.model["cache_bytes_per_token"] == 640
 
 
-def test_what_cannot_be_measured_is_named(converted: Path) -> None:
-    report = transmla.evaluate(
-        converted, text=["tinystories-valid", "missing.txt"], windows=2, length=32, positions=999
-    )
+def test_what_cannot_be_measured_is_named(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = transmla.evaluate(converted, text=["tinystories-valid", "missing.txt"], windows=2, length=32, positions=1)
     assert {(one.part, one.model) for one in report.skipped} == {("text missing.txt", str(converted))}
     assert list(report.model["texts"]) == ["tinystories-valid"]
+    # building lm-eval's own takes a quarter of a minute
+    monkeypatch.setattr(tasks_module, "_indexed", lambda *_: SimpleNamespace(all_tasks=["piqa"]))
     with pytest.raises(DataError, match="no task 'pica'"):
         transmla.evaluate(converted, tasks=["pica"], windows=2, length=32)
     with pytest.raises(DataError, match=r"no text 'missing.txt'"):

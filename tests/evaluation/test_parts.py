@@ -1,11 +1,13 @@
 """The parts of an evaluation against plain loops: agreement, positions, tasks, greedy text."""
 
+import functools
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +108,16 @@ metadata: {{version: 1.0}}
     return folder
 
 
+@pytest.fixture
+def only_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lm-eval's own tasks, whose index takes a quarter of a minute to build."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    tasks._indexed.cache_clear()
+
+
+@pytest.mark.usefixtures("only_own_tasks")
 @pytest.mark.filterwarnings("ignore")
 def test_task_equals_plain_scoring(
     model: Any, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,6 +139,7 @@ def test_task_equals_plain_scoring(
     assert found["acc"].higher_is_better and found["acc"].standard_error > 0
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 @pytest.mark.filterwarnings("ignore")
 def test_task_equals_the_command_line_of_lm_eval(
     model: Any, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +162,7 @@ def test_task_equals_the_command_line_of_lm_eval(
         assert one.standard_error == theirs[f"{one.metric}_stderr,none"]
 
 
+@pytest.mark.usefixtures("only_own_tasks")
 @pytest.mark.filterwarnings("ignore")
 def test_tasks_that_are_not_there(model: Any, task_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
@@ -156,6 +170,29 @@ def test_tasks_that_are_not_there(model: Any, task_folder: Path) -> None:
         run_tasks(model, tokenizer, ["tiny_choice"], include_path=str(task_folder))
     with pytest.raises(DataError, match="data of a task cannot be read"):
         run_tasks(model, tokenizer, ["lost_choices"], include_path=str(task_folder))
+
+
+def test_the_index_of_tasks_is_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Index(SimpleNamespace):
+        def load(self, name: str) -> None:
+            raise FileNotFoundError(name)
+
+    def built(include_path: str | None, metadata: dict[str, Any] | None) -> Index:
+        builds.append((include_path, metadata))
+        return Index(all_tasks=["one"])
+
+    builds: list[Any] = []
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", built)
+    folder, file = str(tmp_path), tmp_path / "one.yaml"
+    for _ in range(2):
+        assert list(tasks.check_tasks(["one"], folder)) == ["one"]
+    assert builds == [(folder, None)]
+    file.write_text("task: one")
+    tasks.check_tasks(["one"], folder)
+    os.utime(file, ns=(1, 1))
+    for _ in range(2):
+        tasks.check_tasks(["one"], folder)
+    assert builds == [(folder, None)] * 3
 
 
 def test_recovery_and_its_paired_error() -> None:

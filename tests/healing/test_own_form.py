@@ -95,9 +95,9 @@ def test_two_processes_heal_like_one(lively: MakeSource, text_file: Path, tmp_pa
         source, folder, latent=8, rope=4, refine="off", calibration=str(text_file),
         tokens=1024, window=64,
     )  # fmt: skip
-    options = json.dumps(SETTINGS | {"source": source, "data": "self", "rate": 3e-4})
-    launch(PROGRAM, [str(folder), str(tmp_path / "one"), options], 1, 0)
-    launch(SHARDED + PROGRAM, [str(folder), str(tmp_path / "two"), options], 2, free_port, **SHARDING)
+    options = SETTINGS | {"source": source, "data": "self", "rate": 3e-4}
+    transmla.heal(folder, tmp_path / "one", **options)
+    launch(SHARDED + PROGRAM, [str(folder), str(tmp_path / "two"), json.dumps(options)], free_port, **SHARDING)
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
     before, one, two = (logits(tmp_path / name) for name in ("mla", "one", "two"))
     assert torch.allclose(two, one, atol=2e-2) and not torch.allclose(one, before, atol=2e-2)

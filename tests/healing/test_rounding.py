@@ -19,7 +19,7 @@ from transmla.evaluation.perplexity import perplexity, ratio, text_windows
 from transmla.healing.choice import check
 from transmla.healing.student import teach
 from transmla.healing.teacher import OnlineTeacher
-from transmla.healing.train import autocast
+from transmla.healing.train import autocast, recompute_activations
 from transmla.model.loading import load, load_tokenizer
 from transmla.model.rounding import round_latents
 from transmla.recipe import Healing
@@ -103,7 +103,7 @@ def test_what_makes_the_latents_learns(checkpointing: bool, precision: str) -> N
     teacher = OnlineTeacher(source, context)
     student = teach(lively().float(), teacher, Objective(), latent_bits=2, latent_recent=2)
     if checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(student)
     ids = texts(1)
     given = {"position_ids": torch.arange(LENGTH)[None], "labels": ids.roll(-1, 1), "index": torch.zeros(1).long()}
     with context():

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.families import lively_source
 from tests.model.test_attention import relative
 from transmla.errors import SourceError, UnsupportedError
-from transmla.model.loading import load
+from transmla.model.loading import load, load_any
 from transmla.model.modeling_transmla import DeepseekV3ForCausalLM, FoldedRMSNorm, LatentAttention
 
 
@@ -21,6 +22,16 @@ def three_ways(folder: Path) -> dict[str, Any]:
         "remote": AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
         "load": load(folder),
     }
+
+
+def test_a_source_has_its_cap(tmp_path: Path, ids: torch.Tensor) -> None:
+    """transformers 5.19 loads Gemma 2 with an attention that has none."""
+    folder = lively_source(tmp_path / "gemma", model_type="gemma2")
+    with torch.no_grad():
+        found = load_any(folder, dtype="float32")(ids).logits
+        free = load_any(lively_source(tmp_path / "free", model_type="gemma2", attn_logit_softcapping=None))(ids).logits
+        wanted = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(ids).logits
+    assert relative(found, wanted) < 1e-6 < 1e-3 < relative(free, wanted)
 
 
 def test_three_ways_give_one_function(folder: Path, ids: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.model.folders import lively_model, tiny_config
+from transmla.healing.train import recompute_activations
 from transmla.model import modeling_transmla
 from transmla.model.modeling_transmla import DeepseekV3ForCausalLM, LatentAttention
 
@@ -41,7 +42,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids: torch.Tensor) -> N
         model.load_state_dict(lively_model(config).state_dict())
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            recompute_activations(model)
         model(ids, labels=ids, use_cache=not checkpointing).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(g is not None and g.abs().max() > 0 for g in gradients[0].values())

@@ -3,10 +3,13 @@ pairs; and needles in haystacks (RULER), which lm-eval has, too."""
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transmla.errors import DataError
@@ -64,9 +67,8 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path, metadata=metadata)
+    manager = _manager(include_path, metadata)
     _check(names, manager.all_tasks)
     if batch == "auto" and model.device.type == "cpu":
         batch = 8
@@ -98,9 +100,7 @@ def check_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Dat
     """Tasks whose data cannot be had, and why, before anything is measured; raises `DataError` for a name that lm-eval
     does not know."""
     needs("eval", "--tasks")
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include_path)
+    manager = _manager(include_path)
     _check(names, manager.all_tasks)
     missing = {}
     for name in names:
@@ -109,6 +109,20 @@ def check_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Dat
         except (FileNotFoundError, ConnectionError, OSError) as error:
             missing[name] = _no_data([name], error)
     return missing
+
+
+def _manager(include_path: str | None, metadata: dict[str, Any] | None = None) -> Any:
+    """lm-eval's index of tasks. It reads fourteen thousand files for it, so one is kept until a task file changes."""
+    files = sorted(file for file in Path(include_path).rglob("*") if file.is_file()) if include_path else []
+    changed = tuple((str(file), file.stat().st_mtime_ns) for file in files)
+    return _indexed(include_path, json.dumps(metadata), changed)
+
+
+@functools.lru_cache(maxsize=8)
+def _indexed(include_path: str | None, metadata: str, changed: tuple[tuple[str, int], ...]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, metadata=json.loads(metadata))
 
 
 def _no_data(names: Sequence[str], error: Exception) -> DataError:

@@ -41,7 +41,7 @@ from transmla.healing.student import (
     with_adapters,
 )
 from transmla.healing.teacher import Judged, OnlineTeacher
-from transmla.healing.train import Trained, autocast, distil
+from transmla.healing.train import Trained, autocast, distil, recompute_activations
 from transmla.healing.weights import context_of, open_trainable, prepare_weights, weights_of
 from transmla.model.loading import load, open_model
 from transmla.processes import Processes
@@ -207,9 +207,7 @@ def _train(
     student = teach(unfolded, teacher, objective, settings.hidden, settings.latent_bits, settings.latent_recent)
     select_trained(student, settings.train)
     if settings.checkpointing:
-        # the method has this name in newer versions of transformers
-        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        recompute_activations(student)
     model: Any = student if settings.lora is None else with_adapters(student, settings.lora)
     if not is_sharded():
         if settings.precision == "bfloat16":

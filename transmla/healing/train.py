@@ -49,6 +49,13 @@ def autocast(precision: str, device: torch.device) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
+def recompute_activations(model: Any) -> None:
+    """Keep the inputs of layers alone for backward, and compute the rest of their activations again."""
+    # the method has this name in newer versions of transformers
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
 def arguments(settings: Healing, plan: Schedule, rate: float, folder: Path, device: str) -> TrainingArguments:
     """The settings as transformers' arguments; checkpoints go to `folder`."""
     trainer_arguments = TrainingArguments(

@@ -28,7 +28,7 @@ from transmla.model.modeling_transmla import (
     UnfoldedConfig,
     UnfoldedForCausalLM,
 )
-from transmla.model.skeleton import corrections
+from transmla.model.skeleton import complete_config, corrections
 from transmla.recipe import Recipe, find_recipe, load_recipe
 
 # model_type -> class of a converted folder
@@ -85,7 +85,10 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
     """
     device = usable(device)
     # never the code of a folder, and no question whether to run it
-    options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+    if complete_config(source.config).get("attn_logit_softcapping"):
+        # transformers 5.19 loads Gemma 2 with sdpa, which has no cap
+        options["attn_implementation"] = "eager"
     if source.format != "gguf":
         with loadable(source):
             model = AutoModelForCausalLM.from_pretrained(str(source.path), **options, **corrections(source.config))
