@@ -103,7 +103,7 @@ def test_disk_space(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 3 * 2**30))
     check_destination(tmp_path / "a", 3 * 2**30)
-    with pytest.raises(DestinationError, match=r"4\.00 GiB are needed, 3\.00 GiB are free"):
+    with pytest.raises(DestinationError, match=r"4\.0 GiB are needed, 3\.0 GiB are free"):
         check_destination(tmp_path / "a", 4 * 2**30)
 
 

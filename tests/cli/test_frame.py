@@ -4,8 +4,10 @@ import os
 import signal
 from contextlib import suppress
 
+import click
 import pytest
 
+from transmla.cli import main
 from transmla.cli.frame import errors
 from transmla.errors import SourceError
 
@@ -27,8 +29,22 @@ def test_a_signal_that_a_library_turns_into_an_error(
             os.kill(os.getpid(), number)
         raise BROKEN
     assert ended.value.code == code and signal.getsignal(number) is before
-    said = capsys.readouterr().err
-    assert "the same command resumes" in said and "download" not in said
+    assert capsys.readouterr().err == "interrupted; nothing is half-written\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "resumes"),
+    [("convert", {}, True), ("heal", {}, True), ("eval", {}, False), ("eval", {"json_file": "-"}, False),
+     ("eval", {"json_file": "out.json"}, True), ("generate", {}, False)],
+)  # fmt: skip
+def test_only_what_keeps_its_work_says_that_it_resumes(
+    name: str, params: dict[str, str], resumes: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = click.Context(main.commands[name], info_name=name)
+    context.params = params
+    with pytest.raises(SystemExit), context.scope(), errors():
+        raise KeyboardInterrupt
+    assert ("the same command resumes" in capsys.readouterr().err) is resumes
 
 
 def test_an_error_without_a_signal_is_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,9 @@ def test_disk_too_small(lively: MakeSource, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
     with pytest.raises(DestinationError) as caught:
         convert(str(lively()), tmp_path / "out")
-    check(caught.value, str(tmp_path / "out"), ("disk is too small", "GiB are needed", "free some space"))
+    check(
+        caught.value, str(tmp_path / "out"), ("disk is too small", " are needed, 1.0 MiB are free", "free some space")
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -115,6 +115,8 @@ def test_a_recipe_s_sizes_are_divided_anew() -> None:
         ({"total": 24, "latent": "auto", "budget": 0.1}, RecipeError, ("--total",)),
         ({"rope": "wide"}, RecipeError, ("auto",)),
         ({"total": 24, "latent": 10}, GeometryError, ("qk_rope_head_dim 14",)),
+        ({"rope": 8, "total": 8}, RecipeError, ("--total at least 9", "smaller --rope")),
+        ({"latent": 16, "total": 17}, RecipeError, ("--total at least 18", "smaller --latent")),
         ({"rope": "auto", "total": 2}, GeometryError, ("--total 3",)),
         ({"rope": "auto", "total": 90}, GeometryError, ("--total 60",)),
     ],

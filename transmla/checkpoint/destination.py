@@ -22,13 +22,13 @@ from typing import IO
 from safetensors import SafetensorError
 
 from transmla.errors import DestinationError
+from transmla.tables import size
 
 MARKER = ".transmla-partial"
 # the marker of a folder that is complete; in a folder with its final name there is nothing left to do but to clear up
 COMPLETE = ".transmla-complete"
 JOURNAL = "journal"
 
-_GIB = 2**30
 # by these words safetensors and torch name what the operating system has told them
 _WRAPPED = ("I/O error", "os error", "PytorchStreamWriter failed")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -59,7 +59,7 @@ def check_destination(path: Path, needed_bytes: int = 0) -> None:
     if (partial / MARKER).is_file():  # an abandoned run's files will be replaced
         free_bytes += _bytes_in(partial)
     if needed_bytes > free_bytes:
-        why = f"{needed_bytes / _GIB:.2f} GiB are needed, {free_bytes / _GIB:.2f} GiB are free"
+        why = f"{size(needed_bytes)} are needed, {size(free_bytes)} are free"
         raise _refused(path, "the disk is too small", why, "free some space, or choose another disk or a smaller dtype")
 
 

@@ -104,10 +104,19 @@ def errors() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt as error:
         click.echo(
-            "interrupted; nothing is half-written, and the same command resumes",
-            err=True,
+            f"interrupted; nothing is half-written{', and the same command resumes' if _resumes() else ''}", err=True
         )
         sys.exit(143 if isinstance(error, Terminated) else 130)
+
+
+def _resumes() -> bool:
+    """Whether the command that is running keeps what it has done."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return False
+    return context.info_name in ("convert", "heal") or (
+        context.info_name == "eval" and context.params.get("json_file") not in (None, "-")
+    )
 
 
 class Terminated(KeyboardInterrupt):

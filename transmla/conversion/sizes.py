@@ -73,9 +73,24 @@ def chosen_sizes(gqa: GqaGeometry, recipe: Recipe, candidates: Sequence[int] = (
     if total is None:
         return latent, rope
     if latent is not None:
+        _check_rest(total, latent, 2, "--latent", "rotary key")
         return latent, total - latent
     rope = usual_rope(gqa, total) if rope is None else rope
+    if recipe.rope != "auto":
+        _check_rest(total, rope, 1, "--rope", "latent")
     return total - rope, rope
+
+
+def _check_rest(total: int, taken: int, least: int, by: str, rest: str) -> None:
+    """Raise `RecipeError` where one part of the cache leaves less than `least` values to the other."""
+    if total - taken < least:
+        raise RecipeError(
+            f"a total of {total} is too small",
+            where=f"--total / {by}",
+            why=f"{taken} of its values are {'the rotary key' if rest == 'latent' else 'the latent'}, which leaves "
+            f"{max(0, total - taken)} for the {rest}",
+            remedy=f"give --total at least {taken + least}, or a smaller {by}",
+        )
 
 
 def as_number(size: int | str | None) -> int | None:
