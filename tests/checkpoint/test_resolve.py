@@ -9,6 +9,7 @@ from huggingface_hub import errors as hub
 from transmla.checkpoint import resolve as module
 from transmla.checkpoint.resolve import ResolvedSource, resolve
 from transmla.errors import SourceError
+from transmla.recipe import find_recipe, load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +110,15 @@ def test_hub_errors(monkeypatch, error, why):
         resolve("someone/smollm2-135m-instruct", "v9")
     assert "where: someone/smollm2-135m-instruct" in str(caught.value)
     assert "did you mean smollm2-135m?" in caught.value.remedy
+
+
+def test_a_recipe_is_not_advised_instead_of_itself(monkeypatch):
+    def fail(*args, **options):
+        raise hub.OfflineModeIsEnabled("x")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    source = load_recipe(find_recipe("llama-3.2-1b")).source
+    for name, advised in ((source, False), (source + "-Instruct", True)):
+        with pytest.raises(SourceError) as caught:
+            resolve(name)
+        assert "connect" in caught.value.remedy and ("did you mean llama-3.2-1b" in caught.value.remedy) is advised

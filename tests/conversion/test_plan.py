@@ -21,6 +21,9 @@ from transmla.conversion.plan import cache_rows, plan
 from transmla.conversion.target import target_config
 from transmla.errors import DestinationError
 from transmla.geometry import GqaGeometry, mla_geometry
+from transmla.recipe import find_recipe, load_recipe
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
@@ -146,6 +149,19 @@ def test_disk_is_what_gets_written(lively: MakeSource, tmp_path: Path, text_file
 def test_memory_grows_with_the_text(lively: MakeSource) -> None:
     few, many = (plan(str(lively()), tokens=tokens).memory_bytes for tokens in (10_000, 1_000_000))
     assert many - few == 990_000 * (2 * 48 + 72) * 4
+
+
+@pytest.mark.parametrize("measured", ["llama-3-8b-2-layers", "llama-3-8b-2-layers-fast-blocks-of-1"])
+def test_memory_is_what_was_measured(tmp_path: Path, measured: str) -> None:
+    """At the size of a large model, in the closed form and with one layer refined at a time, on few tokens."""
+    recipe = find_recipe("llama-3-8b")
+    assert recipe is not None
+    model = load_recipe(recipe).model
+    assert model is not None
+    source = sparse_source(tmp_path / "model", {**model.config, "num_hidden_layers": 2})
+    report = json.loads((BENCHMARKS / f"results/wide/{measured}.json").read_text("utf-8"))
+    settings = {key: value for key, value in report["settings"].items() if key != "block_layers"}
+    assert plan(str(source), **settings).memory_bytes == pytest.approx(report["peak_rss_gib"] * 2**30, rel=0.05)
 
 
 def test_the_source_that_writes_is_in_memory(lively: MakeSource, text_file: Path) -> None:

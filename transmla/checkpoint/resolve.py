@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from transmla.errors import SourceError
-from transmla.recipe import list_recipes
+from transmla.recipe import find_recipe, list_recipes, load_recipe
 
 EMBEDDED_MODELS = ("stories260k",)
 
@@ -103,7 +103,11 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> ResolvedSo
 
 
 def _not_found(name: str, why: str, remedy: str) -> SourceError:
-    known = sorted({*EMBEDDED_MODELS, *list_recipes()})
+    recipes = list_recipes()
+    if any(load_recipe(path).source == name for path in map(find_recipe, recipes) if path):
+        # it is what the recipe stands for that was asked for
+        return SourceError("the source model was not found", where=name, why=why, remedy=remedy)
+    known = sorted({*EMBEDDED_MODELS, *recipes})
     near = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=3, cutoff=0.5)
     hints = [remedy]
     if near:

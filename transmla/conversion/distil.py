@@ -18,7 +18,7 @@ from transmla.conversion.descent import tokens_per_pass
 from transmla.conversion.fit import num_closed
 from transmla.conversion.kept import DISTILLED, FITTED
 from transmla.conversion.levels import Descent
-from transmla.conversion.needs import layer_values
+from transmla.conversion.needs import layer_values, refined_bytes
 from transmla.conversion.run import Run
 from transmla.conversion.streams import Streams, advance_source
 from transmla.devices import free_bytes
@@ -184,26 +184,10 @@ def _state_name(indices: range, at_once: int) -> str:
 
 
 def layers_that_fit(run: Run, streams: Streams) -> int:
-    """How many layers can be trained at once in half of the memory that is free.
-
-    Per layer: attention weights as they were and as they are, gradients and two moments of Adam in float32, the weights
-    that products keep for backward, the MLP in the dtype of the products, and what backward needs of each token: about
-    12 hidden sizes, 4 inner sizes, and queries, keys, values twice; with rounded latents there are keys and values of
-    both kinds, and a mask of them.
-    """
-    config, mla = run.plan.config, run.plan.mla
-    hidden, inner = mla.hidden_size, int(config["intermediate_size"])
-    width = mla.num_attention_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-    window, descent = streams.source_NTD.shape[1], run.refinement.distil
+    """How many layers can be trained at once in half of the memory that is free."""
+    recipe, descent = run.plan.recipe, run.refinement.distil
+    window, compute = streams.source_NTD.shape[1], torch.empty((), dtype=run.compute).element_size()
     tokens = max(window, min(descent.batch * window if descent else 0, tokens_per_pass(run.device)))
-    compute = torch.empty((), dtype=run.compute).element_size()
-    kinds, masked = (1, 0) if run.plan.recipe.latent_bits is None else (2, 2 * window)
-    attended = width + kinds * (width + mla.expanded_values)
-    per_token = (12 * hidden + masked) * 4 + (4 * inner + 2 * attended) * compute
-    layer = (
-        (5 * 4 + compute) * mla.attention_weights
-        + layer_values(run.plan.source, run.plan.family) * compute
-        + tokens * per_token
-    )
-    head = int(config["vocab_size"]) * hidden * compute + 6 * tokens * hidden * 4
+    values, rounded = layer_values(run.plan.source, run.plan.family), recipe.latent_bits is not None
+    layer, head = refined_bytes(run.plan.config, run.plan.mla, values, tokens, window, compute, rounded)
     return max(1, int((free_bytes(run.device) / 2 - head) // layer))

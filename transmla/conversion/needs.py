@@ -55,11 +55,37 @@ def journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
     return copies * 4 * mla.num_hidden_layers * mla.attention_weights
 
 
-def memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, weight_bytes: int, layer: int) -> int:
+def refined_bytes(
+    config: Mapping[str, Any], mla: MlaGeometry, layer: int, tokens: int, window: int, compute: int, rounded: bool
+) -> tuple[int, int]:
+    """Bytes that the refinement takes for each layer of a block, and those for the head behind the last one.
+
+    Per layer: attention weights as they were and as they are, gradients and two moments of Adam in float32, the weights
+    that products keep for backward, the MLP in the dtype of the products, and what backward needs of each token: about
+    12 hidden sizes, 4 inner sizes, and queries, keys, values twice; with rounded latents there are keys and values of
+    both kinds, and a mask of them.
+
+    layer: values in a layer of the source;  tokens: that go through together;  compute: bytes of a value in products
+    """
+    hidden, inner = mla.hidden_size, int(config["intermediate_size"])
+    width = mla.num_attention_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    kinds, masked = (2, 2 * window) if rounded else (1, 0)
+    attended = width + kinds * (width + mla.expanded_values)
+    per_token = (12 * hidden + masked) * 4 + (4 * inner + 2 * attended) * compute
+    each = (5 * 4 + compute) * mla.attention_weights + layer * compute + tokens * per_token
+    return each, int(config["vocab_size"]) * hidden * compute + 6 * tokens * hidden * 4
+
+
+def memory_bytes(
+    config: Mapping[str, Any], gqa: GqaGeometry, mla: MlaGeometry, recipe: Recipe, weight_bytes: int, layer: int
+) -> int:
     """Estimated peak of the conversion, in bytes.
 
-    While layers are fitted: streams, head outputs, one layer, moments, and the attention of one group. While the result
-    is written: two layers, or two copies of the embedding.
+    While layers are fitted: streams, head outputs, one layer, moments, and the attention of one group. While the last
+    one is refined, by itself: streams, that layer and the head in float32. While the result is written: two layers, or
+    two copies of the embedding.
+
+    layer: values in the largest layer
     """
     hidden, window = gqa.hidden_size, recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
@@ -67,6 +93,11 @@ def memory_bytes(config: Mapping[str, Any], gqa: GqaGeometry, recipe: Recipe, we
     moments = 10 * hidden * hidden * 8
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
     embedding = int(config["vocab_size"]) * hidden * 4
-    fitting = streams + max(2 * layer + moments + attention, embedding)
-    writing = min(BUFFER_BYTES, weight_bytes) + max(2 * layer, 2 * embedding)
-    return _RUNTIME_BYTES + max(fitting, writing)
+    fitting = streams + max(8 * layer + moments + attention, embedding)
+    writing = min(BUFFER_BYTES, weight_bytes) + max(8 * layer, 2 * embedding)
+    refining = 0
+    if recipe.refine != "off":
+        rounded = recipe.latent_bits is not None
+        refining = (recipe.num_tokens + recipe.sampled) * 2 * hidden * 4
+        refining += sum(refined_bytes(config, mla, layer, window * (recipe.batch or 1), window, 4, rounded))
+    return _RUNTIME_BYTES + max(fitting, refining, writing)
