@@ -86,9 +86,10 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
     device = usable(device)
     # never the code of a folder, and no question whether to run it
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
-    if complete_config(source.config).get("attn_logit_softcapping"):
-        # transformers 5.19 loads Gemma 2 with sdpa, which has no cap
-        options["attn_implementation"] = "eager"
+    with loadable(source):
+        if complete_config(source.config).get("attn_logit_softcapping"):
+            # transformers 5.19 loads Gemma 2 with sdpa, which has no cap
+            options["attn_implementation"] = "eager"
     if source.format != "gguf":
         with loadable(source):
             model = AutoModelForCausalLM.from_pretrained(str(source.path), **options, **corrections(source.config))
