@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmla.conversion.levels import Descent
+from transmla.conversion.levels import TOKENS_ELSEWHERE, TOKENS_ON_GPU, Descent
 from transmla.maths.attention import MlaWeights
 from transmla.processes import Processes
 from transmla.train.adam import RelativeAdam
 
 TRAINED = ("q_nope_HnD", "q_rope_HeD", "kv_down_rD", "k_rope_eD", "k_up_Hnr", "v_up_Hvr", "o_DHv", "q_down_qD")
-# tokens that go forward and backward together: more of them cost only memory on a CPU, and keep a GPU busy
-TOKENS_ON_GPU, TOKENS_ELSEWHERE = 8192, 2048
 WARMUP = 0.1
 
 

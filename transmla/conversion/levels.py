@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+# tokens that go forward and backward together: more of them cost only memory on a CPU, and keep a GPU busy
+TOKENS_ON_GPU, TOKENS_ELSEWHERE = 8192, 2048
 # tokens that a regression should see per feature
 LEAST_PER_FEATURE = 32
 
@@ -19,6 +21,10 @@ class Descent:
     batch: int
     rate: float
     windows: int | None = None
+
+    def tokens_at_once(self, window: int, most: int) -> int:
+        """Tokens that go forward and backward together: the windows of a step up to `most`, but at least one."""
+        return max(window, min(self.batch * window, most))
 
     def num_steps(self, num_windows: int) -> int:
         """Steps over `num_windows` windows."""

@@ -8,9 +8,11 @@ from typing import Any
 
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.shards import BUFFER_BYTES
+from transmla.conversion.levels import LEVELS, TOKENS_ELSEWHERE, with_batch
 from transmla.families import Family
 from transmla.geometry import GqaGeometry, MlaGeometry
 from transmla.recipe import Recipe
+from transmla.train import ROWS_ON_CPU
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and transformers themselves
@@ -56,16 +58,25 @@ def journal_bytes(mla: MlaGeometry, recipe: Recipe) -> int:
 
 
 def refined_bytes(
-    config: Mapping[str, Any], mla: MlaGeometry, layer: int, tokens: int, window: int, compute: int, rounded: bool
+    config: Mapping[str, Any],
+    mla: MlaGeometry,
+    layer: int,
+    tokens: int,
+    window: int,
+    compute: int,
+    rounded: bool,
+    rows: int,
 ) -> tuple[int, int]:
     """Bytes that the refinement takes for each layer of a block, and those for the head behind the last one.
 
     Per layer: attention weights as they were and as they are, gradients and two moments of Adam in float32, the weights
     that products keep for backward, the MLP in the dtype of the products, and what backward needs of each token: about
     12 hidden sizes, 4 inner sizes, and queries, keys, values twice; with rounded latents there are keys and values of
-    both kinds, and a mask of them.
+    both kinds, and a mask of them. The head: its weights, what goes in, and for the tokens that are compared together
+    logits, their logarithms and probabilities, of the source and the model.
 
     layer: values in a layer of the source;  tokens: that go through together;  compute: bytes of a value in products
+    rows:  tokens that are compared together
     """
     hidden, inner = mla.hidden_size, int(config["intermediate_size"])
     width = mla.num_attention_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
@@ -73,7 +84,8 @@ def refined_bytes(
     attended = width + kinds * (width + mla.expanded_values)
     per_token = (12 * hidden + masked) * 4 + (4 * inner + 2 * attended) * compute
     each = (5 * 4 + compute) * mla.attention_weights + layer * compute + tokens * per_token
-    return each, int(config["vocab_size"]) * hidden * compute + 6 * tokens * hidden * 4
+    vocabulary = int(config["vocab_size"])
+    return each, vocabulary * hidden * compute + 6 * tokens * hidden * 4 + 5 * rows * vocabulary * 4
 
 
 def memory_bytes(
@@ -96,8 +108,9 @@ def memory_bytes(
     fitting = streams + max(8 * layer + moments + attention, embedding)
     writing = min(BUFFER_BYTES, weight_bytes) + max(8 * layer, 2 * embedding)
     refining = 0
-    if recipe.refine != "off":
-        rounded = recipe.latent_bits is not None
+    descent = with_batch(LEVELS[recipe.refine], recipe.batch).distil
+    if descent is not None:
+        rounded, tokens = recipe.latent_bits is not None, descent.tokens_at_once(window, TOKENS_ELSEWHERE)
         refining = (recipe.num_tokens + recipe.sampled) * 2 * hidden * 4
-        refining += sum(refined_bytes(config, mla, layer, window * (recipe.batch or 1), window, 4, rounded))
+        refining += sum(refined_bytes(config, mla, layer, tokens, window, 4, rounded, ROWS_ON_CPU))
     return _RUNTIME_BYTES + max(fitting, refining, writing)
