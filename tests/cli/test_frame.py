@@ -35,7 +35,7 @@ def test_a_signal_that_a_library_turns_into_an_error(
 @pytest.mark.parametrize(
     ("name", "params", "resumes"),
     [("convert", {}, True), ("heal", {}, True), ("eval", {}, False), ("eval", {"json_file": "-"}, False),
-     ("eval", {"json_file": "out.json"}, True), ("generate", {}, False)],
+     ("eval", {"json_file": "out.json"}, True), ("eval", {"json_file": os.devnull}, False), ("generate", {}, False)],
 )  # fmt: skip
 def test_only_what_keeps_its_work_says_that_it_resumes(
     name: str, params: dict[str, str], resumes: bool, capsys: pytest.CaptureFixture[str]

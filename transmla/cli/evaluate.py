@@ -15,6 +15,7 @@ from transmla.cli.frame import (
     emit,
     errors,
     integers,
+    keeps_beside,
     number,
     option,
     quiet,
@@ -161,8 +162,7 @@ def eval_command(model: str, against: str | None, json_file: str | None, quiet: 
         from transmla.cli.progress import progress
         from transmla.evaluation.show import show_evaluation
 
-        # to a pipe or a terminal nothing can be kept beside
-        to_file = json_file not in (None, "-") and (Path(json_file).is_file() or not Path(json_file).exists())
+        to_file = keeps_beside(json_file)
         with progress(quiet) as update:
             kept = f"{json_file}.partial" if to_file else None
             report = transmla.evaluate(model, source_of(model, against), progress=update, kept=kept, **_lists(given))

@@ -115,8 +115,13 @@ def _resumes() -> bool:
     if context is None:
         return False
     return context.info_name in ("convert", "heal") or (
-        context.info_name == "eval" and context.params.get("json_file") not in (None, "-")
+        context.info_name == "eval" and keeps_beside(context.params.get("json_file"))
     )
+
+
+def keeps_beside(json_file: str | None) -> bool:
+    """Whether the results go into a file, beside which unfinished ones can lie; not into a pipe or a terminal."""
+    return json_file not in (None, "-") and (os.path.isfile(json_file) or not os.path.exists(json_file))
 
 
 class Terminated(KeyboardInterrupt):
