@@ -146,10 +146,13 @@ def test_parts_of_other_settings_are_measured_anew(converted: Path, tmp_path: Pa
     assert report.model["cache_bytes_per_token"] == 640
 
 
-def test_what_cannot_be_measured_is_named(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = transmla.evaluate(converted, text=["tinystories-valid", "missing.txt"], windows=2, length=32, positions=1)
+def test_what_cannot_be_measured_is_named(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(read_text("tinystories-valid", 6000, evaluation=True)[:6000])
+    report = transmla.evaluate(converted, text=[str(short), "missing.txt"], windows=2, length=32, positions=999)
     assert {(one.part, one.model) for one in report.skipped} == {("text missing.txt", str(converted))}
-    assert list(report.model["texts"]) == ["tinystories-valid"]
+    assert list(report.model["texts"]) == [str(short)]
+    assert 0 < len(report.model["positions"]["nats"]) < 10, "as many windows as there are"
     # building lm-eval's own takes a quarter of a minute
     monkeypatch.setattr(tasks_module, "_indexed", lambda *_: SimpleNamespace(all_tasks=["piqa"]))
     with pytest.raises(DataError, match="no task 'pica'"):
