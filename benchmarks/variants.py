@@ -46,10 +46,9 @@ class Variant:
 def real_component() -> None:
     """A real direction per bucket of rotary pairs instead of a complex one (RoRoPE, 2502.07864, section 4.1)."""
 
-    def top(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor) -> Tensor:
-        weighted = (omega_GB[..., None] * z_GBD).flatten(0, 1)
-        gram = (weighted @ moment_DD.to(weighted.dtype) @ weighted.mH).real
-        return torch.linalg.eigh(gram)[1][:, -1].to(torch.complex128).unflatten(0, omega_GB.shape)
+    def top(gram_GBGB: Tensor, omega_GB: Tensor) -> Tensor:
+        weighted = (omega_GB[..., None, None] * gram_GBGB * omega_GB).flatten(2).flatten(0, 1)
+        return torch.linalg.eigh(weighted.real)[1][:, -1].to(torch.complex128).unflatten(0, omega_GB.shape)
 
     rotary_split._top_component = top
 
@@ -71,13 +70,13 @@ def not_shrunk() -> None:
 
 def not_weighted() -> None:
     """Errors of all keys and values count alike, whatever attention they receive."""
-    fit_layer = closed_form.fit_layer
+    fit_aimed = closed_form.fit_aimed
 
-    def fitted(gqa: Any, moments: Any, *rest: Any) -> Any:
+    def fitted(aimed: Any, moments: Any, *rest: Any) -> Any:
         plain = moments.converted_DD
-        return fit_layer(gqa, replace(moments, received_DD=plain, attended_DD=plain), *rest)
+        return fit_aimed(aimed, replace(moments, received_DD=plain, attended_DD=plain), *rest)
 
-    fit.fit_layer = theta.fit_layer = fitted
+    fit.fit_aimed = theta.fit_aimed = fitted
 
 
 VARIANTS: dict[str, Variant] = {

@@ -6,7 +6,7 @@ import torch
 from tests.conversion.pieces import model_and_layer, random_streams
 from transmla.conversion.moments import observe
 from transmla.conversion.theta import candidates, choose, output_error, surveyed_layers
-from transmla.maths.closed_form import ClosedForm
+from transmla.maths.closed_form import ClosedForm, fit_layer
 
 
 def test_the_source_s_own_theta_comes_first() -> None:
@@ -32,6 +32,9 @@ def test_error_is_none_where_nothing_is_lost() -> None:
     streams = random_streams(windows=8, tokens=20, heldout=3)
     streams.converted_NTD = streams.source_NTD
     moments = observe(layer, streams, 16)
-    errors = [output_error(layer, moments, streams, (12, 12), theta, ClosedForm()) for theta in (10000.0, 100.0)]
+    errors = [
+        output_error(layer, fit_layer(layer.gqa, moments, 12, 12, theta, ClosedForm()).mla, streams)
+        for theta in (10000.0, 100.0)
+    ]
     assert errors[0] < 1e-8 and errors[1] > 1e-2
     assert torch.is_grad_enabled()

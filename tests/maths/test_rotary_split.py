@@ -18,6 +18,7 @@ from transmla.maths.rotary_split import (
     chosen_frequencies,
     mean_turn,
     nearest_pairs,
+    pair_gram,
     rotary_split,
     unit_keys,
 )
@@ -58,10 +59,9 @@ def not_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
 def real_component(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real direction per bucket instead of a complex one."""
 
-    def top(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor) -> Tensor:
-        weighted = (omega_GB[..., None] * z_GBD).flatten(0, 1)
-        gram = (weighted @ moment_DD.to(weighted.dtype) @ weighted.mH).real
-        return torch.linalg.eigh(gram)[1][:, -1].to(torch.complex128).unflatten(0, omega_GB.shape)
+    def top(gram_GBGB: Tensor, omega_GB: Tensor) -> Tensor:
+        weighted = (omega_GB[..., None, None] * gram_GBGB * omega_GB).flatten(2).flatten(0, 1)
+        return torch.linalg.eigh(weighted.real)[1][:, -1].to(torch.complex128).unflatten(0, omega_GB.shape)
 
     monkeypatch.setattr(module, "_top_component", top)
 
@@ -297,7 +297,7 @@ def test_chosen_frequencies_are_the_best_of_all_cuts(groups: int, num_pairs: int
     """Against every way to cut six pairs into runs, with and without pairs left out."""
     gqa = gqa_weights(groups=groups, head_dim=12)
     seen = moments(gqa)
-    z_GPD = module._as_complex(gqa.k_GdD)
+    z_GPD, gram_GPGP = module._as_complex(gqa.k_GdD), pair_gram(gqa.k_GdD, seen.converted_DD)
     base_GP = 0.1 + lively(groups, 6, seed=50).abs()
 
     def weights(turned_B: Tensor, first: int = 0) -> Tensor:
@@ -321,7 +321,7 @@ def test_chosen_frequencies_are_the_best_of_all_cuts(groups: int, num_pairs: int
         for chosen in combinations([span for span in spans if len(span) <= longest], count)
         if len(set(sum(chosen, ()))) == sum(map(len, chosen))
     )
-    inv_freq_M, bucket_P = chosen_frequencies(gqa.inv_freq_P, z_GPD, seen.converted_DD, weights, num_pairs)
+    inv_freq_M, bucket_P = chosen_frequencies(gqa.inv_freq_P, gram_GPGP, weights, num_pairs)
     found = runs_of(bucket_P)
     assert sum(map(worth, found)) == pytest.approx(best)
     assert [float(f) in gqa.inv_freq_P[list(run)].tolist() for f, run in zip(inv_freq_M, found, strict=False)] == [

@@ -6,7 +6,7 @@ Legend: see transmla/conversion/streams.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from transmla.conversion.streams import (
     stream_loss,
 )
 from transmla.maths.attention import MlaWeights
-from transmla.maths.closed_form import FittedLayer, fit_layer
+from transmla.maths.closed_form import FittedLayer, aim, fit_aimed
 from transmla.model.layer import SourceLayer
 
 # windows whose attention matrices enter the moments, and the least number of their tokens per feature
@@ -99,11 +99,13 @@ def _fit(
 
 
 def _factored(run: Run, layer: SourceLayer, closed: Streams, theta: float | None) -> FittedLayer:
-    """One layer without the repair; its moments and its weights in float64 are gone before the streams pass it."""
+    """One layer without the repair, float32; its moments and all in float64 are gone before the streams pass it."""
     sizes = run.plan.mla
     moments = observe(layer, closed, num_attended(sizes.widest, closed.source_NTD.shape[1]))
-    gqa = layer.gqa.to(dtype=torch.float64)
-    return fit_layer(gqa, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank)
+    aimed = aim(layer.gqa, moments, run.method)
+    moments = moments.of_converted()
+    fitted = fit_aimed(aimed, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank)
+    return replace(fitted, mla=fitted.mla.to(dtype=torch.float32))
 
 
 def num_attended(width: int, window: int) -> int:

@@ -58,14 +58,11 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
         source_heads = layer.heads(source_x_BTD) if layer.gqa.encoded else None
         x_BTD = layer.inputs(source_x_BTD, source_heads)
         x_hat_BTD = layer.inputs(layer.into_attention(converted_BTD))
-        x_hat_ND = x_hat_BTD.flatten(0, 1)
-        of_x_hat_DD, of_both_DD = second_moment(x_hat_ND), (x_BTD.flatten(0, 1).T @ x_hat_ND).double()
-        converted_DD += of_x_hat_DD
-        cross_DD += of_both_DD
-        if places.start >= streams.first_aside:
-            aside_DD += of_x_hat_DD
-            aside_cross_DD += of_both_DD
-            aside_energy += x_BTD.square().sum(dtype=torch.float64)
+        x_ND, x_hat_ND, aside = x_BTD.flatten(0, 1), x_hat_BTD.flatten(0, 1), places.start >= streams.first_aside
+        _add(second_moment(x_hat_ND), converted_DD, aside_DD if aside else None)
+        _add(x_ND.T @ x_hat_ND, cross_DD, aside_cross_DD if aside else None)
+        if aside:
+            aside_energy += x_ND.square().sum(dtype=torch.float64)
         for number, place in enumerate(range(places.start, places.stop)):
             if streams.indices[place] not in looked_at:
                 continue
@@ -76,8 +73,10 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
             query_Hdd += seen.query_Hdd
             importance_H += seen.importance_H
             distance_HS[:, : seen.distance_HS.shape[1]] += seen.distance_HS
+            received_T = seen.received_T
+            del seen
             # nothing is received where the output projection is zero
-            received_T = (seen.received_T / seen.received_T.mean().clamp_min(1e-300)).float()
+            received_T = (received_T / received_T.mean().clamp_min(1e-300)).float()
             received_D += (received_T @ x_hat_TD).double()
             received_DD += second_moment(x_hat_TD * received_T.sqrt()[:, None])
     counted = zeros(1) + num_seen
@@ -98,20 +97,27 @@ def observe(layer: SourceLayer, streams: Streams, num_attended: int) -> Moments:
     streams.processes.sum_(sums)
     num_fitted_tokens, num_seen_tokens = streams.num_fitted_of_all * tokens, float(counted) * tokens
     mean_D, num_aside_tokens = received_D / num_seen_tokens, streams.num_aside * tokens
+    # in place: at the width of a large model one of these is half a gigabyte
     return Moments(
-        converted_DD=converted_DD / num_fitted_tokens,
-        cross_DD=cross_DD / num_fitted_tokens,
+        converted_DD=converted_DD.div_(num_fitted_tokens),
+        cross_DD=cross_DD.div_(num_fitted_tokens),
         # a key error shared by all tokens shifts every score of a row alike, and softmax does not see it
-        received_DD=received_DD / num_seen_tokens - torch.outer(mean_D, mean_D),
-        attended_DD=attended_DD / num_seen_tokens,
+        received_DD=received_DD.div_(num_seen_tokens).addr_(mean_D, mean_D, alpha=-1),
+        attended_DD=attended_DD.div_(num_seen_tokens),
         query_Hdd=query_Hdd / num_seen_tokens,
         importance_H=importance_H / num_seen_tokens,
         distance_HS=distance_HS / distance_HS.sum(1, keepdim=True).clamp_min(1e-300),
-        aside_DD=aside_DD / num_aside_tokens if num_aside_tokens else None,
-        aside_cross_DD=aside_cross_DD / num_aside_tokens if num_aside_tokens else None,
+        aside_DD=aside_DD.div_(num_aside_tokens) if num_aside_tokens else None,
+        aside_cross_DD=aside_cross_DD.div_(num_aside_tokens) if num_aside_tokens else None,
         aside_share=streams.num_aside / streams.num_fitted_of_all,
         aside_energy=float(aside_energy) / max(1, num_aside_tokens),
     )
+
+
+def _add(product_DD: Tensor, *sums: Tensor | None) -> None:
+    for sum_DD in sums:
+        if sum_DD is not None:
+            sum_DD += product_DD
 
 
 def _spread(wanted: int, available: int) -> set[int]:
@@ -184,9 +190,8 @@ def attended(
     if of_tokens:
         x_hat_TD = x_hat_TD.double()
         attended_DD = x_hat_TD.T @ (attended_kk @ x_hat_TD)
-    return _Attended(
-        query_Hdd, importance_GR.flatten(), distance_GRS.flatten(0, 1), received_T, attended_DD / num_heads
-    )
+    attended_DD = attended_DD.div_(num_heads)
+    return _Attended(query_Hdd, importance_GR.flatten(), distance_GRS.flatten(0, 1), received_T, attended_DD)
 
 
 def _output_sensitivity(

@@ -213,7 +213,7 @@ class Repair:
         weighted_NF, weighted_ND = (heads_BTF * root_BT1).flatten(0, 1), (wanted_BTD * root_BT1).flatten(0, 1)
         part = int(places.start < self._streams.first_aside)
         self._grams[part] += second_moment(weighted_NF)
-        self._wanted[part] += (weighted_NF.T @ weighted_ND).double()
+        self._wanted[part] += weighted_NF.T @ weighted_ND
         if not part:
             self._energy += weighted_ND.square().sum(dtype=torch.float64)
 

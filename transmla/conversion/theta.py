@@ -14,7 +14,8 @@ from transmla.conversion.moments import observe
 from transmla.conversion.run import Run
 from transmla.conversion.streams import Streams, advance_source
 from transmla.families import rope_parameters, rotary_dim
-from transmla.maths.closed_form import ClosedForm, Moments, fit_layer
+from transmla.maths.attention import MlaWeights
+from transmla.maths.closed_form import aim, fit_aimed
 from transmla.model.layer import SourceLayer
 from transmla.processes import ALONE
 from transmla.text.windows import spread_positions
@@ -66,8 +67,12 @@ def survey(
         layer = run.model.layer(index)
         if index in surveyed and (not rotated_only or bool(layer.gqa.inv_freq_P.any())):
             moments = observe(layer, streams, streams.num_fitted)
+            aimed = aim(layer.gqa, moments, run.method)
+            moments = moments.of_converted()
             for (sizes, theta), found in zip(trials, losses, strict=True):
-                found.append(output_error(layer, moments, streams, sizes, theta, run.method))
+                fitted = fit_aimed(aimed, moments, *sizes, theta, run.method)
+                found.append(output_error(layer, fitted.mla, streams))
+            del aimed, moments, fitted
         advance_source(layer, streams)
         del layer  # before the next one is read
         run.progress(stage, index + 1, max(surveyed) + 1, "")
@@ -98,20 +103,9 @@ def surveyed_layers(num_layers: int, at_most: int = 4) -> frozenset[int]:
     return frozenset(torch.linspace(0, num_layers - 1, min(num_layers, at_most)).long().tolist())
 
 
-def output_error(
-    layer: SourceLayer,
-    moments: Moments,
-    streams: Streams,
-    sizes: tuple[int, int],
-    theta: float | None,
-    method: ClosedForm,
-) -> float:
-    """Squared error of the converted attention's output over its squared size, on held-out windows.
-
-    sizes: (kv_lora_rank, qk_rope_head_dim)
-    """
-    fitted = fit_layer(layer.gqa.to(dtype=torch.float64), moments, *sizes, theta, method)
-    mla = layer.complete(fitted.mla).to(dtype=torch.float32)
+def output_error(layer: SourceLayer, mla: MlaWeights, streams: Streams) -> float:
+    """Squared error of the output of latent attention over its squared size, on held-out windows."""
+    mla = layer.complete(mla).to(dtype=torch.float32)
     lost = size = 0.0
     for places, source_BTD, _ in streams.batches(converted=False):
         if places.start < streams.num_fitted:

@@ -1,7 +1,9 @@
-"""One layer from grouped-query to latent attention, without a gradient: split, then factor.
+"""One layer from grouped-query to latent attention, without a gradient: aim, split, then factor.
 
 Shape legend: see transmla/maths/__init__.py. K = G d.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from transmla.maths.attention import GqaWeights, MlaWeights
 from transmla.maths.low_rank import Block, joint_low_rank
+from transmla.maths.moment import raised
 from transmla.maths.refit import chosen_ridge, stream_map
 from transmla.maths.rotary_split import RANK_PRESSURE, RotarySplit, rotary_split, unit_keys
 
@@ -20,7 +23,7 @@ class Moments:
     """What the calibration text says about one layer. All float64, means per token; x is the layer's normed input in
     the source, x_hat in the converted stream.
 
-    converted_DD:   E[x_hat x_hat^T];  cross_DD: E[x x_hat^T]
+    converted_DD:   E[x_hat x_hat^T];  cross_DD: E[x x_hat^T], which with all that is set aside only `aim` needs
     aside_DD, aside_cross_DD: the same over tokens that ridges are chosen on, a share `aside_share` of all; None where
                     there are too few windows for that
     aside_energy:   E[|x|^2] over them
@@ -33,7 +36,7 @@ class Moments:
     """
 
     converted_DD: Tensor
-    cross_DD: Tensor
+    cross_DD: Tensor | None
     received_DD: Tensor
     attended_DD: Tensor
     query_Hdd: Tensor
@@ -44,21 +47,31 @@ class Moments:
     aside_share: float = 0.0
     aside_energy: float = 0.0
 
+    def of_converted(self) -> Moments:
+        """What is wanted when the aim is known."""
+        return replace(self, cross_DD=None, aside_DD=None, aside_cross_DD=None)
+
     def estimate_DD(self, ridges: Sequence[float]) -> tuple[Tensor, float]:
         """Linear estimate of x from x_hat, and the ridge, relative to the input's energy, that it is held back by."""
-        ridge = ridges[0]
-        if self.aside_DD is not None and self.aside_cross_DD is not None and len(ridges) > 1:
-            # what is left without the tokens set aside
-            gram_DD = (self.converted_DD - self.aside_share * self.aside_DD) / (1 - self.aside_share)
-            cross_DD = (self.cross_DD - self.aside_share * self.aside_cross_DD) / (1 - self.aside_share)
-            ridge = chosen_ridge(
-                ridges,
-                lambda one: stream_map(gram_DD, cross_DD, one),
-                self.aside_DD,
-                self.aside_cross_DD.T,
-                self.aside_energy,
-            )
+        if self.cross_DD is None:
+            raise ValueError("these are moments of the converted stream alone")
+        ridge = self._chosen_ridge(self.cross_DD, ridges)
         return stream_map(self.converted_DD, self.cross_DD, ridge), ridge
+
+    def _chosen_ridge(self, cross_DD: Tensor, ridges: Sequence[float]) -> float:
+        if self.aside_DD is None or self.aside_cross_DD is None or len(ridges) == 1:
+            return ridges[0]
+        # what is left without the tokens set aside
+        share = self.aside_share
+        gram_DD = torch.sub(self.converted_DD, self.aside_DD, alpha=share).div_(1 - share)
+        rest_DD = torch.sub(cross_DD, self.aside_cross_DD, alpha=share).div_(1 - share)
+        return chosen_ridge(
+            ridges,
+            lambda one: stream_map(gram_DD, rest_DD, one),
+            self.aside_DD,
+            self.aside_cross_DD.T,
+            self.aside_energy,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,15 @@ class ClosedForm:
 
 
 @dataclass(frozen=True)
+class Aim:
+    """What the latent attention of a layer is to stand in for: the source's, float64, with queries, keys and values as
+    they are best told from the converted stream. stream_ridge: what that estimate is held back by"""
+
+    gqa: GqaWeights
+    stream_ridge: float
+
+
+@dataclass(frozen=True)
 class FittedLayer:
     """Converted weights (float64, o_proj still the source's), the share of weighted energy that the ranks drop (of the
     latent, and of the queries where they have a rank), and the ridge of the stream estimate."""
@@ -108,17 +130,40 @@ def fit_layer(
     method: ClosedForm,
     q_lora_rank: int | None = None,
 ) -> FittedLayer:
-    """Latent attention of the given sizes that stands in for `gqa` (float64) on the converted stream.
+    """Latent attention of the given sizes that stands in for `gqa` on the converted stream: `aim`, then `fit_aimed`."""
+    aimed = aim(gqa, moments, method)
+    return fit_aimed(aimed, moments, kv_lora_rank, qk_rope_head_dim, theta, method, q_lora_rank)
 
-    theta: of the rotary frequencies; None: every layer gets those that suit it best
+
+def aim(gqa: GqaWeights, moments: Moments, method: ClosedForm) -> Aim:
+    """The source's queries, keys and values, read from the converted stream, which makes up for earlier layers.
+
     Where `gqa` is biased, the inputs that `moments` are of end in a 1; where it is encoded, they are features.
     """
-    groups = len(gqa.k_GdD)
-    # aim at the source's queries, keys and values from the converted stream, which repairs earlier layers
     estimate_DD, stream_ridge = moments.estimate_DD(method.ridges(method.stream_ridge))
-    k_GdD, v_GdD = gqa.k_GdD @ estimate_DD, gqa.v_GdD @ estimate_DD
+    gqa = gqa.to(dtype=torch.float64)
+    gqa = replace(gqa, k_GdD=gqa.k_GdD @ estimate_DD, v_GdD=gqa.v_GdD @ estimate_DD)
     if not gqa.encoded:  # else queries read other features than keys and values
         gqa = replace(gqa, q_HdD=gqa.q_HdD @ estimate_DD)
+    return Aim(gqa, stream_ridge)
+
+
+def fit_aimed(
+    aimed: Aim,
+    moments: Moments,
+    kv_lora_rank: int,
+    qk_rope_head_dim: int,
+    theta: float | None,
+    method: ClosedForm,
+    q_lora_rank: int | None = None,
+) -> FittedLayer:
+    """Latent attention of the given sizes.
+
+    moments: those `of_converted` are enough
+    theta:   of the rotary frequencies; None: every layer gets those that suit it best
+    """
+    gqa = aimed.gqa
+    k_GdD, v_GdD, groups = gqa.k_GdD, gqa.v_GdD, len(gqa.k_GdD)
     split = rotary_split(
         gqa,
         k_GdD,
@@ -168,7 +213,7 @@ def fit_layer(
     if gqa.biased:
         mean_value_Hv = (v_GdD @ mean_D).repeat_interleave(len(gqa.q_HdD) // groups, 0)
         mla = _with_biases(mla, mean_D, mean_value_Hv)
-    return FittedLayer(mla, low.loss, stream_ridge, query_loss)
+    return FittedLayer(mla, low.loss, aimed.stream_ridge, query_loss)
 
 
 def _with_unseen(moment_DD: Tensor, share: float, biased: bool) -> Tensor:
@@ -177,7 +222,7 @@ def _with_unseen(moment_DD: Tensor, share: float, biased: bool) -> Tensor:
     if biased:
         energy_D = energy_D.fill_(float(moment_DD.diagonal()[:-1].mean()))
         energy_D[-1] = 0
-    return moment_DD + torch.diag(share * energy_D)
+    return raised(moment_DD, share * energy_D)
 
 
 def _with_biases(mla: MlaWeights, mean_D: Tensor, mean_value_Hv: Tensor) -> MlaWeights:

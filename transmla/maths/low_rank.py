@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transmla.maths.moment import raised
+
 
 @dataclass(frozen=True)
 class Block:
@@ -45,17 +47,23 @@ def joint_low_rank(keys: Block, values: Block, rank: int) -> LowRank:
     Latent coordinates have unit mean square under the mean of the two moments.
     """
     roots = [symmetric_power(block.metric_kk, 0.5, floor=0.0) @ block.target_kD for block in (keys, values)]
-    moments = [_regular(block.moment_DD) for block in (keys, values)]
-    common = (moments[0] + moments[1]) / 2
+    common = torch.lerp(keys.moment_DD, values.moment_DD, 0.5)
+    common.diagonal().add_((_ridge(keys.moment_DD) + _ridge(values.moment_DD)) / 2)
     encoder = top_encoder(torch.cat(roots), common, rank)
     energy_r1 = (encoder @ common * encoder).sum(1, keepdim=True)
     # rows beyond what the tokens span have no energy but that of rounding, of either sign
     least_r1 = 1e-9 * common.diagonal().mean() * encoder.square().sum(1, keepdim=True)
     encoder = encoder / torch.maximum(energy_r1, least_r1.clamp_min(1e-300)).sqrt()
-    decoders = tuple(
-        decode(block.target_kD, moment, encoder) for block, moment in zip((keys, values), moments, strict=True)
-    )
-    return LowRank(encoder, decoders, _relative_loss(encoder, roots, moments))
+    del common
+    decoders, lost, energy = [], 0.0, 0.0
+    for block, root in zip((keys, values), roots, strict=True):
+        moment = _regular(block.moment_DD)  # as large as everything else here: one at a time
+        decoders.append(decode(block.target_kD, moment, encoder))
+        error = root - decode(root, moment, encoder) @ encoder
+        lost += float((error @ moment * error).sum())
+        energy += float((root @ moment * root).sum())
+        del moment
+    return LowRank(encoder, tuple(decoders), lost / energy if energy else 0.0)
 
 
 def top_encoder(root_kD: Tensor, moment_DD: Tensor, rank: int) -> Tensor:
@@ -83,16 +91,10 @@ def decode(target_kD: Tensor, moment_DD: Tensor, encoder_rD: Tensor) -> Tensor:
     return solution.T
 
 
-def _relative_loss(encoder_rD: Tensor, roots: list[Tensor], moments: list[Tensor]) -> float:
-    lost = energy = 0.0
-    for root, moment in zip(roots, moments, strict=True):
-        error = root - decode(root, moment, encoder_rD) @ encoder_rD
-        lost += float((error @ moment * error).sum())
-        energy += float((root @ moment * root).sum())
-    return lost / energy if energy else 0.0
-
-
 def _regular(matrix: Tensor, relative: float = 1e-9) -> Tensor:
     """The matrix plus a multiple of the identity small against its mean diagonal."""
-    ridge = relative * float(matrix.diagonal().mean()) + 1e-300
-    return matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return raised(matrix, _ridge(matrix, relative))
+
+
+def _ridge(matrix: Tensor, relative: float = 1e-9) -> float:
+    return relative * float(matrix.diagonal().mean()) + 1e-300

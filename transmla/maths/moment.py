@@ -1,4 +1,4 @@
-"""Sums of outer products over tokens.
+"""Sums of outer products over tokens, and what is added to their diagonals.
 
 Shape legend: see transmla/maths/__init__.py. F: features, N: tokens of any number of texts.
 """
@@ -10,6 +10,13 @@ from torch import Tensor
 
 # narrower blocks would be slower than what they save
 _LEAST_BLOCK = 128
+
+
+def raised(moment_FF: Tensor, by: float | Tensor) -> Tensor:
+    """A copy with `by`, one value or [F], added to the diagonal."""
+    moment_FF = moment_FF.clone()
+    moment_FF.diagonal().add_(by)
+    return moment_FF
 
 
 def second_moment(x_NF: Tensor) -> Tensor:

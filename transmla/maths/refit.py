@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from transmla.maths.moment import raised
+
 GAIN = 0.1
 
 
@@ -21,9 +23,8 @@ def stream_map(converted_DD: Tensor, cross_DD: Tensor, ridge: float) -> Tensor:
     converted_DD: E[x_hat x_hat^T];  cross_DD: E[x x_hat^T]
     ridge:        relative to the mean diagonal; pulls A towards the identity, not towards zero
     """
-    eye = torch.eye(len(converted_DD), dtype=converted_DD.dtype, device=converted_DD.device)
-    strength = ridge * converted_DD.diagonal().mean() * eye
-    solution: Tensor = torch.linalg.solve(converted_DD + strength, (cross_DD + strength).T)
+    strength = ridge * converted_DD.diagonal().mean()
+    solution: Tensor = torch.linalg.solve(raised(converted_DD, strength), raised(cross_DD, strength).T)
     return solution.T
 
 
@@ -34,9 +35,9 @@ def refit(weight_KF: Tensor, gram_FF: Tensor, wanted_FK: Tensor, ridge: float) -
     ridge:       relative to the mean diagonal of gram
     """
     strength = ridge * gram_FF.diagonal().mean()
-    eye = torch.eye(len(gram_FF), dtype=gram_FF.dtype, device=gram_FF.device)
-    residual_FK = wanted_FK - gram_FF @ weight_KF.T
-    return weight_KF + torch.linalg.solve(gram_FF + strength * eye, residual_FK).T
+    residual_FK = torch.addmm(wanted_FK, gram_FF, weight_KF.T, alpha=-1)
+    moved: Tensor = torch.linalg.solve(raised(gram_FF, strength), residual_FK)
+    return weight_KF + moved.T
 
 
 def chosen_ridge(
@@ -50,7 +51,9 @@ def chosen_ridge(
     best, least = ridges[0], float("inf")
     for ridge in ridges:
         weight_KF = fit(ridge)
-        error = float(((weight_KF @ gram_FF) * weight_KF).sum() - 2 * (weight_KF.T * wanted_FK).sum()) + energy
+        size = (weight_KF @ gram_FF).mul_(weight_KF).sum()
+        error = float(size - 2 * (weight_KF.T * wanted_FK).sum()) + energy
+        del weight_KF  # before the next one is fitted
         if error >= (1 - GAIN) * least:
             break
         best, least = ridge, error

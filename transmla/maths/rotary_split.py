@@ -72,6 +72,7 @@ def rotary_split(
     pairs, heads_per_group = head_dim // 2, len(gqa.q_HdD) // num_groups
     still_HP = mean_turn(distance_HS, gqa.inv_freq_P)
     z_GPD, q_HPD = _as_complex(k_GdD), _as_complex(gqa.q_HdD)
+    gram_GPGP = pair_gram(k_GdD, moment_DD)
 
     def weights(turned_B: Tensor, first: int = 0) -> Tensor:
         """Omega [G, B] of the pairs from `first` on, if they turn with these frequencies."""
@@ -83,7 +84,7 @@ def rotary_split(
         return _pair_weights(query_Hdd[:, both][:, :, both], importance_H, gain_HB, num_groups)
 
     if theta is None:
-        inv_freq_M, bucket_P = chosen_frequencies(gqa.inv_freq_P, z_GPD, moment_DD, weights, qk_rope_head_dim // 2)
+        inv_freq_M, bucket_P = chosen_frequencies(gqa.inv_freq_P, gram_GPGP, weights, qk_rope_head_dim // 2)
     else:
         inv_freq_M = inverse_frequencies(theta, qk_rope_head_dim).to(k_GdD.device)
         bucket_P = nearest_pairs(gqa.inv_freq_P, inv_freq_M)
@@ -98,7 +99,7 @@ def rotary_split(
         omega_GB = omega_GP[:, bucket]
         if not bool(omega_GB.any()):
             continue
-        a_GB = _top_component(z_GPD[:, bucket], omega_GB, moment_DD)
+        a_GB = _top_component(gram_GPGP[:, bucket][..., bucket], omega_GB)
         reader_GP[:, bucket] = a_GB.conj() * omega_GB
         component_GP[:, bucket] = torch.where(omega_GB > 0, a_GB / omega_GB, 0)
         k_rope_MD[m] = torch.einsum("GB,GBD->D", reader_GP[:, bucket], z_GPD[:, bucket])
@@ -124,10 +125,18 @@ def unit_keys(split: RotarySplit, moment_DD: Tensor) -> RotarySplit:
     return replace(split, k_rope_eD=split.k_rope_eD / size_e1, q_rope_HeD=split.q_rope_HeD * size_e1)
 
 
+def pair_gram(k_GdD: Tensor, moment_DD: Tensor) -> Tensor:
+    """E[z z^H] of all source pairs, complex128 [G, P, G, P], from real products alone."""
+    groups, head_dim, _ = k_GdD.shape
+    k_KD, parts = k_GdD.flatten(0, 1), (groups, 2, head_dim // 2)
+    products = (k_KD @ moment_DD @ k_KD.T).unflatten(1, parts).unflatten(0, parts)
+    (real, real_imag), (imag_real, imag) = ([products[:, i, :, :, j] for j in range(2)] for i in range(2))
+    return torch.complex(real + imag, imag_real - real_imag)
+
+
 def chosen_frequencies(
     inv_freq_P: Tensor,
-    z_GPD: Tensor,
-    moment_DD: Tensor,
+    gram_GPGP: Tensor,
     weights: Callable[[Tensor, int], Tensor],
     num_pairs: int,
 ) -> tuple[Tensor, Tensor]:
@@ -137,11 +146,11 @@ def chosen_frequencies(
     energy of its best component, weighted as in `rotary_split`. Of all ways to cut the pairs into so many runs, with or
     without pairs left out between them, the one that is worth most: dynamic programming over the pairs.
 
-    weights: frequencies [B] that pairs turn with, and the first of these pairs -> Omega [G, B]
+    gram_GPGP: E[z z^H] of the pairs, see `pair_gram`
+    weights:   frequencies [B] that pairs turn with, and the first of these pairs -> Omega [G, B]
     """
     num_source, device = len(inv_freq_P), inv_freq_P.device
-    gram = torch.einsum("GPD,DE,HQE->GPHQ", z_GPD, moment_DD.to(z_GPD.dtype), z_GPD.conj())
-    energy_GP = torch.einsum("GPGP->GP", gram).real
+    energy_GP = torch.einsum("GPGP->GP", gram_GPGP).real
     leads = (weights(inv_freq_P, 0).square() * energy_GP).sum(0).tolist()
     longest = max(1, min(num_source, -(-3 * num_source // num_pairs)))
     # a pair leads no run that does not hold it
@@ -152,7 +161,7 @@ def chosen_frequencies(
         for end in range(start + 1, min(start + longest, num_source) + 1):
             lead = max(range(start, end), key=leads.__getitem__)
             omega_GB = by_lead[lead][:, start - reach[lead][0] : end - reach[lead][0]]
-            weighted = omega_GB[..., None, None] * gram[:, start:end, :, start:end] * omega_GB
+            weighted = omega_GB[..., None, None] * gram_GPGP[:, start:end, :, start:end] * omega_GB
             size = weighted.shape[0] * weighted.shape[1]
             value = torch.linalg.eigvalsh(weighted.reshape(size, size))[-1]
             worth[start, end] = float(value), lead
@@ -188,11 +197,10 @@ def _pair_weights(query_Hdd: Tensor, importance_H: Tensor, gain_HP: Tensor, num_
     return weight_HP.unflatten(0, (num_groups, -1)).sum(dim=1).clamp_min(0).sqrt()
 
 
-def _top_component(z_GBD: Tensor, omega_GB: Tensor, moment_DD: Tensor) -> Tensor:
+def _top_component(gram_GBGB: Tensor, omega_GB: Tensor) -> Tensor:
     """Unit vector a [G, B] with the largest a^H S a, S = Omega W C W^H Omega (method, section 2)."""
-    weighted = (omega_GB[..., None] * z_GBD).flatten(0, 1)
-    gram = weighted @ moment_DD.to(weighted.dtype) @ weighted.mH
-    _, vectors = torch.linalg.eigh(gram)
+    weighted = omega_GB[..., None, None] * gram_GBGB * omega_GB
+    _, vectors = torch.linalg.eigh(weighted.flatten(2).flatten(0, 1))
     return vectors[:, -1].unflatten(0, omega_GB.shape)
 
 
