@@ -24,8 +24,8 @@ def stream_map(converted_DD: Tensor, cross_DD: Tensor, ridge: float) -> Tensor:
     ridge:        relative to the mean diagonal; pulls A towards the identity, not towards zero
     """
     strength = ridge * converted_DD.diagonal().mean()
-    solution: Tensor = torch.linalg.solve(raised(converted_DD, strength), raised(cross_DD, strength).T)
-    return solution.T
+    factors = torch.linalg.lu_factor(raised(converted_DD, strength))  # what goes in is gone before the right side comes
+    return torch.linalg.lu_solve(*factors, raised(cross_DD, strength).T).T
 
 
 def refit(weight_KF: Tensor, gram_FF: Tensor, wanted_FK: Tensor, ridge: float) -> Tensor:
@@ -36,8 +36,8 @@ def refit(weight_KF: Tensor, gram_FF: Tensor, wanted_FK: Tensor, ridge: float) -
     """
     strength = ridge * gram_FF.diagonal().mean()
     residual_FK = torch.addmm(wanted_FK, gram_FF, weight_KF.T, alpha=-1)
-    moved: Tensor = torch.linalg.solve(raised(gram_FF, strength), residual_FK)
-    return weight_KF + moved.T
+    factors = torch.linalg.lu_factor(raised(gram_FF, strength))
+    return weight_KF + torch.linalg.lu_solve(*factors, residual_FK).T
 
 
 def chosen_ridge(
