@@ -6,9 +6,11 @@ from contextlib import suppress
 
 import click
 import pytest
+import torch
 
+from transmla import devices
 from transmla.cli import main
-from transmla.cli.frame import errors
+from transmla.cli.frame import errors, note_emulation
 from transmla.errors import SourceError
 
 BROKEN = SourceError("a tensor cannot be read", where="a file", why="it has no shape", remedy="download it again")
@@ -51,3 +53,19 @@ def test_an_error_without_a_signal_is_itself(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as ended, errors():
         raise BROKEN
     assert ended.value.code == BROKEN.exit_code == 3 and "download it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "narrow", "said"),
+    [("bfloat16", None, True), ("bfloat16", torch.bfloat16, False), ("float32", None, False), ("auto", None, False)],
+)
+def test_a_dtype_that_the_machine_emulates_is_said(
+    dtype: str,
+    narrow: torch.dtype | None,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(devices, "narrow_dtype", lambda device: narrow if device.type == "cpu" else None)
+    note_emulation(dtype, "cpu")
+    assert ("--dtype float32" in capsys.readouterr().err) is said

@@ -14,6 +14,7 @@ from transmla.cli.frame import (
     emit,
     errors,
     integers,
+    note_emulation,
     option,
     quiet,
     quiet_libraries,
@@ -117,6 +118,8 @@ def bench_command(model: str, against: str | None, json_file: str | None, quiet:
 
         for name, shown in (("contexts", "--context"), ("batches", "--batch")):
             given[name] = integers(given[name], shown)
+        if not quiet:
+            note_emulation(given["dtype"], given["device"])
         with progress(quiet) as update:
             report = transmla.bench(model, source_of(model, against), progress=update, **given)
         emit(report.plain, json_file, lambda: show_bench(report, Console()))

@@ -16,6 +16,7 @@ from transmla.cli.frame import (
     errors,
     integers,
     keeps_beside,
+    note_emulation,
     number,
     option,
     quiet,
@@ -163,6 +164,8 @@ def eval_command(model: str, against: str | None, json_file: str | None, quiet: 
         from transmla.evaluation.show import show_evaluation
 
         to_file = keeps_beside(json_file)
+        if not quiet:
+            note_emulation(given["dtype"], given["device"])
         with progress(quiet) as update:
             kept = f"{json_file}.partial" if to_file else None
             report = transmla.evaluate(model, source_of(model, against), progress=update, kept=kept, **_lists(given))

@@ -264,6 +264,15 @@ def _json(content: Any) -> str:
     return json.dumps(content, indent=2, allow_nan=False, default=str)
 
 
+def note_emulation(dtype: str, device: str) -> None:
+    """Say on stderr if the device has no instructions for the dtype that is computed in: timings are those of another
+    program then, and measurements take several times as long."""
+    from transmla.devices import named, narrow_dtype, usable
+
+    if dtype == "bfloat16" and narrow_dtype(usable(named(device))) is None:
+        click.echo("note: bfloat16 is emulated on this device; --dtype float32 is several times as fast", err=True)
+
+
 def source_of(model: str, against: str | None) -> str | None:
     """What `--against` means: the source that the provenance of MODEL names where nothing is given, none for "none"."""
     if against == "none":
