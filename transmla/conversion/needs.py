@@ -17,6 +17,8 @@ from transmla.train import ROWS_ON_CPU
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and transformers themselves
 _RUNTIME_BYTES = 400 * 2**20
+# at most, of hidden x hidden in float64: six moments, and what a regression on other tokens needs beside them
+MOMENTS = 12
 # tokenizer, configs, provenance and modeling file, generously
 COMPANION_BYTES = 32 * 2**20
 
@@ -89,24 +91,32 @@ def refined_bytes(
 
 
 def memory_bytes(
-    config: Mapping[str, Any], gqa: GqaGeometry, mla: MlaGeometry, recipe: Recipe, weight_bytes: int, layer: int
+    config: Mapping[str, Any],
+    gqa: GqaGeometry,
+    mla: MlaGeometry,
+    recipe: Recipe,
+    weight_bytes: int,
+    layer: int,
+    dtype: str,
 ) -> int:
     """Estimated peak of the conversion, in bytes.
 
-    While layers are fitted: streams, head outputs, one layer, moments, and the attention of one group. While the last
-    one is refined, by itself: streams, that layer and the head in float32. While the result is written: two layers, or
-    two copies of the embedding.
+    While layers are fitted: streams, head outputs, one layer and its attention once more as plain weights, moments and the
+    regressions that are made of them, and the attention of one group. While the last one is refined, by itself: streams,
+    that layer and the head in float32. While the result is measured and written: two layers, or the head in float32 and
+    as it is stored.
 
-    layer: values in the largest layer
+    layer: values in the largest layer;  dtype: that is written, as a rule that of the source
     """
     hidden, window = gqa.hidden_size, recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
     streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
-    moments = 10 * hidden * hidden * 8
+    moments = MOMENTS * hidden * hidden * 8
+    plain = (width + 2 * gqa.num_key_value_heads * gqa.head_dim) * hidden
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
-    embedding = int(config["vocab_size"]) * hidden * 4
-    fitting = streams + max(8 * layer + moments + attention, embedding)
-    writing = min(BUFFER_BYTES, weight_bytes) + max(8 * layer, 2 * embedding)
+    head = int(config["vocab_size"]) * hidden * (4 + DTYPE_BYTES[dtype])
+    fitting = streams + max(4 * (layer + plain) + moments + attention, head)
+    writing = min(BUFFER_BYTES, weight_bytes) + max(8 * layer, head)
     refining = 0
     descent = with_batch(LEVELS[recipe.refine], recipe.batch).distil
     if descent is not None:

@@ -244,7 +244,7 @@ def plan(
         cache=cache_rows(gqa, mla),
         engines=(),
         disk_bytes=disk,
-        memory_bytes=memory_bytes(config, gqa, mla, settings, weights, layer_values(opened, family)),
+        memory_bytes=memory_bytes(config, gqa, mla, settings, weights, layer_values(opened, family), dtype),
         notes=(),
     )
     if outline.facts is not None:
