@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.live import LiveBytes
 from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, on, relative
+from transmla.maths import refit
 from transmla.maths.attention import (
     GqaWeights,
     MlaWeights,
@@ -17,7 +19,8 @@ from transmla.maths.attention import (
     over_features,
     with_one,
 )
-from transmla.maths.closed_form import ClosedForm, Moments, _with_unseen, fit_layer
+from transmla.maths.closed_form import ClosedForm, Moments, _with_unseen, aim, fit_aimed, fit_layer
+from transmla.maths.moment import raised
 from transmla.maths.reference import gqa_naive
 from transmla.maths.rotary_split import rotary_split
 
@@ -285,3 +288,31 @@ def test_pairs_that_stand_are_left_to_the_latent() -> None:
     gqa = replace(gqa_weights(groups=1), inv_freq_P=half_P)
     mla = fit_layer(gqa, moments(gqa), 16, 4, THETA, ClosedForm()).mla
     assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, gqa_naive(X_TD, gqa)) < 1e-7
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_memory_of_the_size_of_the_moments(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In hidden x hidden float64 beyond the moments: both sides of a regression on some of the tokens, its factors, its
+    right side and its answer. Holding on to what was factored would show."""
+    hidden, method = 192, ClosedForm()
+    exact = gqa_weights(heads=12, groups=1, head_dim=16, hidden=hidden)
+    gqa, plain = exact.to(dtype=torch.float32), moments(exact)
+    seen = replace(plain, aside_DD=plain.converted_DD.clone(), aside_cross_DD=0.9 * plain.converted_DD)
+    seen = replace(seen, aside_share=0.25, aside_energy=float(plain.converted_DD.trace()))
+    kept: list[Tensor] = []
+
+    def keeping(moment_FF: Tensor, by: float) -> Tensor:
+        kept.append(raised(moment_FF, by))
+        return kept[-1]
+
+    if held:
+        monkeypatch.setattr(refit, "raised", keeping)
+    with LiveBytes() as aiming:
+        aimed = aim(gqa, seen, method)
+    seen = seen.of_converted()
+    with LiveBytes() as fitting:
+        found = fit_aimed(aimed, seen, 24, 8, THETA, method).mla
+    sizes = [live.peak / (8 * hidden**2) for live in (aiming, fitting)]
+    assert (sizes[0] <= 5.1) is not held and sizes[1] <= 4.3
+    assert held or aiming.now / (8 * hidden**2) <= 2.2  # queries and output projection are the largest that are kept
+    assert found.q_nope_HnD is aimed.gqa.q_HdD

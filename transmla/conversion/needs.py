@@ -101,10 +101,10 @@ def memory_bytes(
 ) -> int:
     """Estimated peak of the conversion, in bytes.
 
-    While layers are fitted: streams, head outputs, one layer and its attention once more as plain weights, moments and the
-    regressions that are made of them, and the attention of one group. While the last one is refined, by itself: streams,
-    that layer and the head in float32. While the result is measured and written: two layers, or the head in float32 and
-    as it is stored.
+    While layers are fitted: streams, head outputs, one layer and its attention once more as plain weights, moments and
+    the regressions that are made of them, and the attention of one group. While the last one is refined, by itself:
+    streams, that layer and the head in float32. While the result is measured and written: two layers, or the head in
+    float32 and as it is stored.
 
     layer: values in the largest layer;  dtype: that is written, as a rule that of the source
     """

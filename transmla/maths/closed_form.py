@@ -180,7 +180,7 @@ def fit_aimed(
     attended_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
     if gqa.biased:
         attended_DD = attended_DD / attended_DD[-1, -1]  # attention sums to one, but for rounding
-    mean_D = attended_DD[-1]
+    mean_D = attended_DD[-1].clone()  # not a view: it would hold all of it
     if gqa.biased:  # what all tokens share is left to the bias of the output
         attended_DD = attended_DD - torch.outer(mean_D, mean_D)
     received_DD, attended_DD = (
