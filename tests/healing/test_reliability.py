@@ -18,7 +18,7 @@ from transmla.checkpoint.destination import JOURNAL, lock_partial
 from transmla.errors import DestinationError, GateError
 from transmla.healing.needs import disk_bytes
 from transmla.healing.prepare import packed_texts
-from transmla.healing.train import Told, last_checkpoint
+from transmla.healing.train import Healer, Told, last_checkpoint
 from transmla.healing.weights import open_trainable
 from transmla.healing.windows import Windows
 from transmla.recipe import Healing
@@ -90,7 +90,8 @@ def test_it_does_not_go_on_from_another_parent(inputs: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("others", [{}, {"lora": 2}, {"train": "all"}])
 def test_disk_is_foretold(inputs: Path, tmp_path: Path, others: dict[str, Any]) -> None:
-    """More than is taken whenever progress is told, and no more than two copies and three checkpoints of everything."""
+    """More than is taken whenever progress is told, and no more than two copies and three checkpoints of what is
+    trained, which are smaller where that is the attention alone."""
     most = 0
 
     def look(*_: Any) -> None:
@@ -104,6 +105,31 @@ def test_disk_is_foretold(inputs: Path, tmp_path: Path, others: dict[str, Any]) 
     foretold = disk_bytes(converted, settings) - 32 * 2**20
     whole = 4 * sum(math.prod(info.shape) for info in converted.tensors.values())
     assert 2 * whole < most <= foretold <= 12 * whole + 12 * settings.tokens, (most, foretold, whole)
+    sharded = disk_bytes(converted, settings, sharded=True) - 32 * 2**20
+    assert (foretold < sharded) is (settings.lora is None) and sharded <= 12 * whole + 12 * settings.tokens
+
+
+@pytest.mark.parametrize("train", ["attention", "all"])
+def test_checkpoints_hold_what_is_trained(
+    inputs: Path, tmp_path: Path, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is missed when the best one is loaded."""
+    found: list[set[str]] = []
+    trained: set[str] = set()
+    said: list[str] = []
+
+    class Looking(Healer):
+        def _load_best_model(self) -> None:
+            best = Path(str(self.state.best_model_checkpoint))
+            found.append(set(load_file(best / "model.safetensors")))
+            trained.update(name for name, weight in self.model.named_parameters() if weight.requires_grad)
+            super()._load_best_model()
+
+    monkeypatch.setattr("transmla.healing.train.Healer", Looking)
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda message, *_: said.append(message))
+    heal(inputs, tmp_path / "out", train=train)
+    assert found == [trained] and any("mlp" in name for name in trained) is (train == "all")
+    assert not [message for message in said if "missing keys" in message]
 
 
 def test_a_loss_that_is_not_finite_ends_it() -> None:

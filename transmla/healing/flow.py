@@ -35,6 +35,7 @@ from transmla.healing.student import (
     compile_layers,
     halve_frozen,
     plain,
+    save_trained_alone,
     select_trained,
     share_frozen,
     teach,
@@ -148,7 +149,7 @@ def heal(
     larger = None if options.teacher is None else open_model(options.teacher)
     if larger is not None:
         check_teacher(larger, source_checkpoint)
-    check_destination(target, disk_bytes(converted, options))
+    check_destination(target, disk_bytes(converted, options, is_sharded()))
     processes = Processes.current(device)
     if options.on_policy and is_sharded():
         raise UnsupportedError(
@@ -208,6 +209,8 @@ def _train(
     select_trained(student, settings.train)
     if settings.checkpointing:
         recompute_activations(student)
+    if settings.lora is None:
+        save_trained_alone(student)
     model: Any = student if settings.lora is None else with_adapters(student, settings.lora)
     if not is_sharded():
         if settings.precision == "bfloat16":

@@ -20,15 +20,18 @@ _TOKEN_BYTES, _PREDICTION_BYTES = 12, 6
 _ENDS = ("embed_tokens.weight", "lm_head.weight")
 
 
-def disk_bytes(converted: Source, settings: Healing) -> int:
-    """At the worst moment: the unfolded model, the trained one and checkpoints in float32, windows, and the result."""
+def disk_bytes(converted: Source, settings: Healing, sharded: bool = False) -> int:
+    """At the worst moment: the unfolded model, the trained one and checkpoints in float32, windows, and the result.
+
+    sharded: over processes; then checkpoints hold all weights, not those alone that are trained
+    """
     values = {name: math.prod(info.shape) for name, info in converted.tensors.items()}
     whole = 4 * sum(values.values())
     attention = f".{converted.config.get('attention_module', 'self_attn')}."
     chosen = [name for name in values if attention in name or (settings.train == "all" and not name.endswith(_ENDS))]
     trained = sum(values[name] for name in chosen)
     if settings.lora is None:
-        checkpoint = whole + _OPTIMIZER_BYTES * trained
+        checkpoint = (whole if sharded else 4 * trained) + _OPTIMIZER_BYTES * trained
     else:  # two narrow matrices for each wide one
         shapes = [converted.tensors[name].shape for name in chosen]
         adapters = sum(settings.lora * sum(shape) for shape in shapes if len(shape) == 2)

@@ -200,6 +200,13 @@ def select_trained(model: Any, train: str) -> None:
         parameter.requires_grad = chosen and not is_gain
 
 
+def save_trained_alone(model: PreTrainedModel) -> None:
+    """Let checkpoints of the training hold what is trained; the rest is in the folder that the training began with."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # save_pretrained leaves these out, and Trainer does not miss them when it loads
+    model._keys_to_ignore_on_save = set(model.state_dict()) - trained
+
+
 def halve_frozen(model: nn.Module) -> None:
     """Cast frozen matrices to bfloat16, in place; autocast would multiply them in bfloat16 anyway."""
     for module in model.modules():
