@@ -157,7 +157,10 @@ def test_stream_loss_counts_every_token_by_its_own_size() -> None:
     assert loss.fitted == pytest.approx(0.01, rel=1e-4) and loss.heldout == pytest.approx(0.25, rel=1e-4)
 
 
-def test_next_token_losses_of_held_out_windows() -> None:
+@pytest.mark.parametrize("rows", [2, 256])
+def test_next_token_losses_of_held_out_windows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece, and in pieces of which the last is smaller."""
+    monkeypatch.setattr("transmla.conversion.streams.ROWS_OF_LOGITS", rows)
     streams = random_streams(windows=5, tokens=6, hidden=8, heldout=2)
     head_VD = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     tokens_NT = torch.randint(20, (5, 6), generator=torch.Generator().manual_seed(2))

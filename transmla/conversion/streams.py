@@ -29,6 +29,8 @@ from transmla.train.losses import energy, stream_error
 CPU = torch.device("cpu")
 # tokens that pass a layer at once: enough for products at full rate, and little beside the weights
 TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 32768
+# of them whose logits are there at once
+ROWS_OF_LOGITS = 256
 
 
 @dataclass
@@ -295,13 +297,23 @@ def next_token_losses(streams: Streams, tokens_NT: Tensor, head: Callable[[Tenso
     """Mean cross-entropy per held-out window in nats, source and converted; head: stream [T, D] -> logits [T, V]."""
     losses: dict[int, tuple[float, ...]] = {}
     for place in range(streams.num_fitted, len(streams.source_NTD)):
-        labels = tokens_NT[place, 1:].to(streams.device)
+        labels_T = tokens_NT[place, 1:].to(streams.device)
         losses[streams.indices[place]] = tuple(
-            float(torch.nn.functional.cross_entropy(head(stream_TD.to(streams.device))[:-1].float(), labels))
+            _mean_nats(head, stream_TD[:-1], labels_T)
             for stream_TD in (streams.source_NTD[place], streams.converted_NTD[place])
         )
     of_all = torch.tensor(list(streams.processes.gather(losses).values()))
     return of_all[:, 0], of_all[:, 1]
+
+
+def _mean_nats(head: Callable[[Tensor], Tensor], stream_TD: Tensor, labels_T: Tensor) -> float:
+    """Of the labels, by what stands before each; few tokens at once, since a vocabulary is large."""
+    parts = zip(stream_TD.split(ROWS_OF_LOGITS), labels_T.split(ROWS_OF_LOGITS), strict=True)
+    nats = [
+        torch.nn.functional.cross_entropy(head(part_TD.to(labels_T.device)).float(), part_T, reduction="sum")
+        for part_TD, part_T in parts
+    ]
+    return float(torch.stack(nats).sum(dtype=torch.float64)) / len(labels_T)
 
 
 def _mean(values: list[float]) -> float:
