@@ -37,7 +37,9 @@ def refit(weight_KF: Tensor, gram_FF: Tensor, wanted_FK: Tensor, ridge: float) -
     strength = ridge * gram_FF.diagonal().mean()
     residual_FK = torch.addmm(wanted_FK, gram_FF, weight_KF.T, alpha=-1)
     factors = torch.linalg.lu_factor(raised(gram_FF, strength))
-    return weight_KF + torch.linalg.lu_solve(*factors, residual_FK).T
+    moved_FK: Tensor = torch.linalg.lu_solve(*factors, residual_FK)
+    del factors, residual_FK  # before the sum, which is as large
+    return weight_KF + moved_FK.T
 
 
 def chosen_ridge(
