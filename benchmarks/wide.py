@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def _lively(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
 
 
 def watched(command: list[str], environment: dict[str, str], log: Path) -> dict[str, Any]:
-    """Run a command; its resident memory in GiB, once a second at first, less often later, and its peak."""
+    """Run a command; its resident memory in GiB, once a second at first, less often later, and the peak that the system
+    has counted."""
     started, curve, every = time.monotonic(), [], 1.0
     with log.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr, cwd=log.parent) as process:
         seen = psutil.Process(process.pid)
@@ -100,7 +102,9 @@ def watched(command: list[str], environment: dict[str, str], log: Path) -> dict[
     if process.returncode:
         raise SystemExit(f"the conversion failed, see {log}")
     return {
-        "peak_rss_gib": max(point[1] for point in curve),
+        # the only child; in KiB, on a Mac in bytes
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        / (2**30 if sys.platform == "darwin" else 2**20),
         "rss_gib": [[round(x, 2) for x in point if x] for point in curve],
     }
 
