@@ -17,8 +17,10 @@ from transmla.train import ROWS_ON_CPU
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and transformers themselves
 _RUNTIME_BYTES = 400 * 2**20
+# activations of a window that are gone and that glibc keeps, as measured in a fit; larger ones are mapped
+_KEPT_WINDOWS, _MAPPED_BYTES = 32, 2**25
 # at most, of hidden x hidden in float64: six moments, and what a regression on other tokens needs beside them
-MOMENTS = 12
+_MOMENTS = 12
 # tokenizer, configs, provenance and modeling file, generously
 COMPANION_BYTES = 32 * 2**20
 
@@ -111,11 +113,13 @@ def memory_bytes(
     hidden, window = gqa.hidden_size, recipe.window
     width = gqa.num_attention_heads * gqa.head_dim
     streams = (recipe.num_tokens + recipe.sampled) * (2 * hidden + width) * 4
-    moments = MOMENTS * hidden * hidden * 8
+    moments = _MOMENTS * hidden * hidden * 8
     plain = (width + 2 * gqa.num_key_value_heads * gqa.head_dim) * hidden
     attention = 6 * (gqa.num_attention_heads // gqa.num_key_value_heads) * window * window * 4
     head = int(config["vocab_size"]) * hidden * (4 + DTYPE_BYTES[dtype])
-    fitting = streams + max(4 * (layer + plain) + moments + attention, head)
+    activations = window * hidden * 4
+    heap = _KEPT_WINDOWS * activations if activations < _MAPPED_BYTES else 0
+    fitting = heap + streams + max(4 * (layer + plain) + moments + attention, head)
     writing = min(BUFFER_BYTES, weight_bytes) + max(8 * layer, head)
     refining = 0
     descent = with_batch(LEVELS[recipe.refine], recipe.batch).distil
