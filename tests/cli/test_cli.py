@@ -372,7 +372,7 @@ doc_to_choice: choices
 metric_list: [{{metric: acc}}]
 """)
     command = [sys.executable, "-m", "transmla", "eval", str(converted), "--against", "none", "--windows", "1"]
-    options = ["--length", "16", "--tasks", "tiny_choices", "--include-path", str(tmp_path)]
+    options = ["--length", "16", "--dtype", "float32", "--tasks", "tiny_choices", "--include-path", str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(Path(transmla.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([*command, *options], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert found.returncode == 0 and "tiny_choices" in found.stdout, found.stderr
