@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.conversion.pieces import model_and_layer, random_streams
-from tests.maths.weights import relative
+from tests.maths.weights import fit_layer, relative
 from transmla.conversion.block import BlockDistiller, through
 from transmla.conversion.levels import Descent
 from transmla.conversion.moments import observe
 from transmla.conversion.streams import Streams, advance_converted, advance_source, converted_heads
 from transmla.maths.attention import MlaWeights
-from transmla.maths.closed_form import ClosedForm, fit_layer
+from transmla.maths.closed_form import ClosedForm
 from transmla.model.head import Head
 from transmla.model.layer import SourceLayer
 from transmla.model.source import Ends

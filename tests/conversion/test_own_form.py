@@ -22,13 +22,13 @@ import transmla
 from tests.conversion.made import IDS, PLAIN, QUICK, Convert
 from tests.conversion.pieces import random_streams
 from tests.families import MakeSource, lively_config, lively_model
+from tests.maths.weights import fit_layer, relative
 from tests.maths.weights import lively as lively_values
-from tests.maths.weights import relative
 from transmla.conversion.moments import observe
 from transmla.errors import GeometryError, UnsupportedError
 from transmla.families import FAMILIES, rope_parameters, rotary_dim
 from transmla.geometry import GqaGeometry, gqa_geometry, mla_geometry
-from transmla.maths.closed_form import ClosedForm, fit_layer
+from transmla.maths.closed_form import ClosedForm
 from transmla.maths.reference import mla_naive
 from transmla.model.layer import build_layer
 from transmla.model.loading import load, load_any, load_tokenizer

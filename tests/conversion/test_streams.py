@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conversion.pieces import model_and_layer, random_streams
-from tests.maths.weights import relative
+from tests.maths.weights import fit_layer, relative
 from transmla.conversion.moments import observe
 from transmla.conversion.streams import (
     Repair,
@@ -19,7 +19,7 @@ from transmla.conversion.streams import (
     stream_loss,
 )
 from transmla.maths.attention import MlaWeights
-from transmla.maths.closed_form import ClosedForm, fit_layer
+from transmla.maths.closed_form import ClosedForm
 from transmla.maths.reference import gqa_naive, mla_naive
 from transmla.model.layer import SourceLayer
 from transmla.processes import Processes

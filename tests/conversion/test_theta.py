@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.conversion.pieces import model_and_layer, random_streams
+from tests.maths.weights import fit_layer
 from transmla.conversion.moments import observe
 from transmla.conversion.theta import candidates, choose, output_error, surveyed_layers
-from transmla.maths.closed_form import ClosedForm, fit_layer
+from transmla.maths.closed_form import ClosedForm
 
 
 def test_the_source_s_own_theta_comes_first() -> None:

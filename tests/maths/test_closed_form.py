@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.live import LiveBytes
-from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, on, relative
+from tests.maths.weights import THETA, fit_layer, gqa_weights, inputs, lively, moments, on, relative
 from transmla.maths import refit
 from transmla.maths.attention import (
     GqaWeights,
@@ -19,7 +19,7 @@ from transmla.maths.attention import (
     over_features,
     with_one,
 )
-from transmla.maths.closed_form import ClosedForm, Moments, _with_unseen, aim, fit_aimed, fit_layer
+from transmla.maths.closed_form import ClosedForm, Moments, _with_unseen, aim, fit_aimed
 from transmla.maths.moment import raised
 from transmla.maths.reference import gqa_naive
 from transmla.maths.rotary_split import rotary_split

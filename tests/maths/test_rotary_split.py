@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.maths.weights import THETA, gqa_weights, inputs, lively, moments, on, relative
+from tests.maths.weights import THETA, fit_layer, gqa_weights, inputs, lively, moments, on, relative
 from transmla.maths import rotary_split as module
 from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies, mla_attention, rotate
-from transmla.maths.closed_form import ClosedForm, fit_layer
+from transmla.maths.closed_form import ClosedForm
 from transmla.maths.reference import gqa_naive, mla_naive
 from transmla.maths.rotary_split import (
     RotarySplit,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transmla.maths.attention import GqaWeights, MlaWeights, inverse_frequencies
-from transmla.maths.closed_form import Moments
+from transmla.maths.closed_form import ClosedForm, FittedLayer, Moments, aim, fit_aimed
 
 THETA = 1000.0
 
@@ -90,3 +90,16 @@ def moments(gqa: GqaWeights, **changes: Any) -> Moments:
         "distance_HS": lively(heads, 30, seed=5).softmax(-1),
     }
     return Moments(**made | changes)
+
+
+def fit_layer(
+    gqa: GqaWeights,
+    seen: Moments,
+    rank: int,
+    rope: int,
+    theta: float | None,
+    method: ClosedForm,
+    q_lora_rank: int | None = None,
+) -> FittedLayer:
+    """A whole layer as a conversion fits it."""
+    return fit_aimed(aim(gqa, seen, method), seen.of_converted(), rank, rope, theta, method, q_lora_rank)

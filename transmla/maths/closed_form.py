@@ -121,20 +121,6 @@ class FittedLayer:
     query_loss: float | None = None
 
 
-def fit_layer(
-    gqa: GqaWeights,
-    moments: Moments,
-    kv_lora_rank: int,
-    qk_rope_head_dim: int,
-    theta: float | None,
-    method: ClosedForm,
-    q_lora_rank: int | None = None,
-) -> FittedLayer:
-    """Latent attention of the given sizes that stands in for `gqa` on the converted stream: `aim`, then `fit_aimed`."""
-    aimed = aim(gqa, moments, method)
-    return fit_aimed(aimed, moments, kv_lora_rank, qk_rope_head_dim, theta, method, q_lora_rank)
-
-
 def aim(gqa: GqaWeights, moments: Moments, method: ClosedForm) -> Aim:
     """The source's queries, keys and values, read from the converted stream, which makes up for earlier layers.
 
