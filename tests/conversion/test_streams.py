@@ -108,16 +108,16 @@ def test_a_repair_of_few_tokens_is_held_back(model_type: str) -> None:
 
 
 def test_several_windows_at_once(layer: SourceLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as there are tokens for, and never some that are held out, set aside or behind an edge with others."""
+    """As many as there are tokens for, and never some that are held out or set aside with others."""
     found = []
     for tokens in (1, 112):
         monkeypatch.setattr("transmla.conversion.streams.TOKENS_ON_CPU", tokens)
         streams = random_streams(windows=30, tokens=16, heldout=10, gap=40)
-        places = [places for places, _, _ in streams.batches(edge=5)]
+        places = [places for places, _, _ in streams.batches()]
         assert (streams.num_aside, streams.first_aside) == (5, 15)
         if tokens > 1:
             starts = [(one.start, one.stop) for one in places]
-            assert starts == [(0, 5), (5, 12), (12, 15), (15, 20), (20, 27), (27, 30)]
+            assert starts == [(0, 7), (7, 14), (14, 15), (15, 20), (20, 27), (27, 30)]
         mla = fitted(layer, streams, 12)
         heads_NTF = converted_heads(layer, mla, streams)
         repair = Repair(layer, mla, heads_NTF, streams)
@@ -127,6 +127,29 @@ def test_several_windows_at_once(layer: SourceLayer, monkeypatch: pytest.MonkeyP
         found.append((repaired_DHv, streams.source_NTD, streams.converted_NTD))
     for one, other in zip(*found, strict=True):
         assert relative(one, other) < 1e-4
+
+
+def test_a_repair_of_the_last_windows(layer: SourceLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of all windows know nothing of what is set aside of the last ones, on which the ridge is chosen."""
+    found = []
+    ridges = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
+    for tokens in (1, 1000):
+        monkeypatch.setattr("transmla.conversion.streams.TOKENS_ON_CPU", tokens)
+        streams = random_streams(windows=30, tokens=16, heldout=10, gap=40)
+        closed = streams.last(14)
+        assert (closed.num_fitted, closed.first_aside, streams.first_aside) == (4, 3, 15)
+        mla = fitted(layer, closed, 12)
+        repair = Repair(layer, mla, converted_heads(layer, mla, closed), closed)
+
+        def see(places: slice, *rest: torch.Tensor, repair: Repair = repair) -> None:
+            repair.see(slice(places.start - 16, places.stop - 16), *rest)
+
+        advance_source(layer, streams, see)
+        weights, ridge = repair.fitted(ridges)
+        found.append((weights.o_DHv, ridge))
+        assert all(float(gram.diagonal().sum()) > 0 for gram in repair._grams)
+    (one, first), (other, second) = found
+    assert first == second > ridges[0] and relative(one, other) < 1e-4
 
 
 def test_repair_never_sees_held_out_windows(layer: SourceLayer, streams: Streams) -> None:

@@ -87,7 +87,7 @@ def _fit(
     def see(places: slice, stream_BTD: Tensor, out_BTD: Tensor) -> None:
         repair.see(slice(places.start - before, places.stop - before), stream_BTD, out_BTD)
 
-    advance_source(layer, streams, see, edge=before)
+    advance_source(layer, streams, see)
     # float32, as the journal keeps it: a resumed run computes the same
     repaired, output_ridge = repair.fitted(run.method.ridges(run.method.output_ridge))
     mla = _agreed(repaired.to(dtype=torch.float32), run)

@@ -112,17 +112,15 @@ class Streams:
             here = {self.indices[place]: value for place, value in zip(places, values, strict=True)}
         return _mean(list(self.processes.gather(here).values()))
 
-    def batches(
-        self, source: bool = True, converted: bool = True, edge: int = 0
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def batches(self, source: bool = True, converted: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(places here, source [B, T, D], converted [B, T, D]) on the device, float32; empty for a stream not wanted.
 
-        All of them are held out, or set aside, or neither; edge: none holds windows before and behind this place
+        All of them are held out, or set aside, or neither.
         """
         nothing = torch.empty(0, device=self.device)
         tokens = TOKENS_ON_CPU if self.device.type == "cpu" else TOKENS_ON_GPU
         size = max(1, tokens // self.source_NTD.shape[1])
-        edges = sorted({0, edge, self.first_aside, self.num_fitted, len(self.source_NTD)})
+        edges = sorted({0, self.first_aside, self.num_fitted, len(self.source_NTD)})
         for first, end in pairwise(edges):
             for start in range(first, end, size):
                 places = slice(start, min(start + size, end))
@@ -195,9 +193,20 @@ class Repair:
         self._energy = zeros(1)
 
     def see(self, places: slice, stream_BTD: Tensor, out_BTD: Tensor) -> None:
-        """Some windows; stream_BTD, out_BTD: the source's stream before the layer, and the output of its attention."""
-        if places.start < 0 or places.stop > self._streams.num_fitted:
-            return
+        """Some windows, of which those that are not fitted to are left out.
+
+        places: of windows here, below 0 of those before them
+        stream_BTD, out_BTD: the source's stream before the layer, and the output of its attention
+        """
+        first_aside, num_fitted = self._streams.first_aside, self._streams.num_fitted
+        for part, (first, end) in enumerate(((first_aside, num_fitted), (0, first_aside))):
+            first, end = max(first, places.start), min(end, places.stop)
+            if first < end:
+                here = slice(first - places.start, end - places.start)
+                self._add(part, slice(first, end), stream_BTD[here], out_BTD[here])
+
+    def _add(self, part: int, places: slice, stream_BTD: Tensor, out_BTD: Tensor) -> None:
+        """Windows of one part: 0 are those set aside, 1 the others."""
         heads_BTF = self._heads_NTF[places].to(self._streams.device)
         if self._mla.o_bias_D is not None:
             heads_BTF = with_one(heads_BTF)
@@ -213,7 +222,6 @@ class Repair:
             weight_BT = 1 / (energy(read_BTD) * size_BT)
         root_BT1 = weight_BT.sqrt()[..., None]
         weighted_NF, weighted_ND = (heads_BTF * root_BT1).flatten(0, 1), (wanted_BTD * root_BT1).flatten(0, 1)
-        part = int(places.start < self._streams.first_aside)
         self._grams[part] += second_moment(weighted_NF)
         self._wanted[part] += weighted_NF.T @ weighted_ND
         if not part:
@@ -237,14 +245,13 @@ class Repair:
 
 
 def advance_source(
-    layer: SourceLayer, streams: Streams, see: Callable[[slice, Tensor, Tensor], None] | None = None, edge: int = 0
+    layer: SourceLayer, streams: Streams, see: Callable[[slice, Tensor, Tensor], None] | None = None
 ) -> None:
     """Source stream behind the layer.
 
-    see:  called with the places of some windows, their streams before the layer and the outputs of its attention
-    edge: see `Streams.batches`
+    see: called with the places of some windows, their streams before the layer and the outputs of its attention
     """
-    for places, source_BTD, _ in streams.batches(converted=False, edge=edge):
+    for places, source_BTD, _ in streams.batches(converted=False):
         with streams.computing():
             out_BTD = layer.attention(layer.into_attention(source_BTD), streams.positions(places)).float()
         if see is not None:
