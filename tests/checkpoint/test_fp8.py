@@ -12,6 +12,7 @@ import transmla
 from tests.families import MakeSource
 from transmla.checkpoint.read import open_source
 from transmla.errors import SourceError, UnsupportedError
+from transmla.model.loading import load_source
 
 BLOCK = [16, 10]
 
@@ -72,6 +73,24 @@ def test_it_converts_to_what_its_products_convert_to(lively: MakeSource, text_fi
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
     written = json.loads((tmp_path / "fp8-mla" / "config.json").read_text("utf-8"))
     assert "quantization_config" not in json.dumps(written)
+
+
+@pytest.mark.parametrize("on_hopper", [False, True])
+def test_the_source_is_dequantised_on_every_machine(
+    lively: MakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_hopper: bool
+) -> None:
+    """Where a GPU has such floats, transformers would keep them and ask for kernels."""
+    monkeypatch.setitem(globals(), "BLOCK", [8, 8])  # transformers wants blocks that divide the sizes
+    meant = quantised(lively(model_type="qwen3", layers=1), tmp_path / "fp8", modules_to_not_convert=["lm_head"])
+    if on_hopper:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    model = load_source(open_source(tmp_path / "fp8"), dtype=torch.float32)
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linear) > 7 and all(type(module) is torch.nn.Linear for module in linear)
+    found = model.state_dict()
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        assert torch.allclose(found[name].float(), meant[name].float(), rtol=1e-2)
 
 
 @pytest.mark.parametrize("damage", ["missing", "wrong shape"])

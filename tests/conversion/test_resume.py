@@ -186,6 +186,8 @@ def test_a_journal_of_other_settings_is_not_thrown_away(lively: MakeSource, run:
         run(lively(), theta=500.0)
     with pytest.raises(DestinationError, match="differs in context"):
         run(lively(), theta=THETA, context=1)
+    with pytest.raises(DestinationError, match="differs in form"):
+        run(lively(), theta=THETA, format="transmla")
     with pytest.raises(
         DestinationError, match=r"differs in seed \(0 then, 1 now\), tokens \(\[512, 0\] then, \[256, 0\] now\)"
     ):

@@ -47,20 +47,23 @@ def journal_of(destination: Path) -> Path:
 
 def check_destination(path: Path, needed_bytes: int = 0) -> None:
     """Raise `DestinationError` unless a folder of that size can be made at `path`, empty or new."""
-    clear_finished(path)
-    if path.is_file():
-        _clear_beside(path)
-    is_empty_folder = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-    if (path.is_symlink() or path.exists()) and not is_empty_folder:
-        raise _refused(path, "the destination exists already", "nothing is ever overwritten", _OTHER)
-    partial = partial_of(path)
-    _check_parent(path)
-    free_bytes = shutil.disk_usage(partial.parent).free
-    if (partial / MARKER).is_file():  # an abandoned run's files will be replaced
-        free_bytes += _bytes_in(partial)
-    if needed_bytes > free_bytes:
-        why = f"{size(needed_bytes)} are needed, {size(free_bytes)} are free"
-        raise _refused(path, "the disk is too small", why, "free some space, or choose another disk or a smaller dtype")
+    with disk_errors(path):
+        clear_finished(path)
+        if path.is_file():
+            _clear_beside(path)
+        is_empty_folder = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+        if (path.is_symlink() or path.exists()) and not is_empty_folder:
+            raise _refused(path, "the destination exists already", "nothing is ever overwritten", _OTHER)
+        partial = partial_of(path)
+        _check_parent(path)
+        free_bytes = shutil.disk_usage(partial.parent).free
+        if (partial / MARKER).is_file():  # an abandoned run's files will be replaced
+            free_bytes += _bytes_in(partial)
+        if needed_bytes > free_bytes:
+            why = f"{size(needed_bytes)} are needed, {size(free_bytes)} are free"
+            raise _refused(
+                path, "the disk is too small", why, "free some space, or choose another disk or a smaller dtype"
+            )
 
 
 def _check_parent(path: Path) -> None:

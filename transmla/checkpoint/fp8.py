@@ -72,4 +72,5 @@ class Fp8Store:
             why = f"it needs scales {name}{_SCALE} of shape {list(wanted)}, and " + (
                 "there are none" if scales is None else f"they are {list(scales.shape)}"
             )
-            raise broken_tensor(self._store.files()[0].parent / info.file, name, why, "download the checkpoint again")
+            folder = next((file.parent for file in self._store.files()), Path())
+            raise broken_tensor(folder / info.file, name, why, "download the checkpoint again")

@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import get_safetensors_metadata
 
+from transmla.checkpoint.fp8 import Fp8Store, block_size
 from transmla.checkpoint.read import Source, read_config
 from transmla.checkpoint.resolve import ResolvedSource
 from transmla.checkpoint.safetensors_file import STORED_DTYPES
-from transmla.checkpoint.store import TensorInfo
+from transmla.checkpoint.store import TensorInfo, WeightStore
 from transmla.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
+
+
+class UnreadHeadersError(SourceError):
+    """The headers cannot be had from the hub; of weights that are not safetensors, only a download can tell."""
 
 
 class HubStore:
@@ -35,14 +40,17 @@ class HubStore:
 
 
 def open_on_hub(resolved: ResolvedSource) -> Source:
-    """A source whose config is in the local cache and whose weights are not; `SourceError` if headers cannot be had."""
+    """A source whose config is in the local cache and whose weights are not.
+
+    Raises `UnreadHeadersError` if headers cannot be had.
+    """
     path = resolved.path / "config.json"
     config = read_config(path)
     try:
         found = get_safetensors_metadata(resolved.name, revision=resolved.revision)
     except Exception as error:  # whatever a network can do, of several libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SourceError(
+        raise UnreadHeadersError(
             "the headers of the model cannot be read",
             where=resolved.name,
             why=reason,
@@ -58,4 +66,7 @@ def open_on_hub(resolved: ResolvedSource) -> Source:
         for file, metadata in found.files_metadata.items()
         for name, info in metadata.tensors.items()
     }
-    return Source(resolved.path, "safetensors", config, str(path), HubStore(tensors))
+    store: WeightStore = HubStore(tensors)
+    if (block := block_size(config)) is not None:
+        store = Fp8Store(store, block)
+    return Source(resolved.path, "safetensors", config, str(path), store)

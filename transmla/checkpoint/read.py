@@ -15,6 +15,7 @@ from transmla.checkpoint.bin_file import BinStore
 from transmla.checkpoint.destination import clear_finished
 from transmla.checkpoint.fp8 import Fp8Store, block_size
 from transmla.checkpoint.gguf.read import GgufStore
+from transmla.checkpoint.resolve import local
 from transmla.checkpoint.safetensors_file import SafetensorsStore
 from transmla.checkpoint.store import FLOAT_DTYPES, TensorInfo, WeightStore, broken_tensor, first_few, parsed_json
 from transmla.errors import SourceError, UnsupportedError
@@ -151,13 +152,15 @@ def open_source(path: Path, *, sizes_only: bool = False) -> Source:
 
     sizes_only: the config of a .gguf file may be less than transformers would make of it; see `GgufStore`
     """
+    if local(str(path)) is None:
+        raise _not_a_model(
+            path, "no such file" if path.suffix.lower() == ".gguf" else "no such folder", "check the path"
+        )
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise _not_a_model(path, "it is a file, but not a .gguf file", "pass a model folder or a .gguf file")
         store = GgufStore(path, sizes_only=sizes_only)
         return Source(path, "gguf", store.config, f"{path} (metadata)", store)
-    if not path.is_dir():
-        raise _not_a_model(path, "no such folder", "check the path")
     clear_finished(path)
     weights, format = _weights_in(path)
     config = read_config(path / "config.json")

@@ -1,6 +1,7 @@
 """From what the user typed to a folder: a path, the embedded model, or a hub id, in this order."""
 
 import difflib
+import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,14 +35,13 @@ def resolve(name: str, revision: str | None = None, *, headers_only: bool = Fals
     revision:     commit, branch or tag; hub ids only
     headers_only: leave weights that are not in the local cache on the hub
     """
-    path = Path(name).expanduser()
-    if name and path.exists():
-        found = path
+    if (found := local(name)) is not None:
+        path = found
     elif _looks_like_path(name):
-        kind = "file" if path.suffix.lower() == ".gguf" else "folder"
+        kind = "file" if name.lower().endswith(".gguf") else "folder"
         raise _not_found(name, f"no such {kind}", "check the path")
     elif name in EMBEDDED_MODELS:
-        found = _embedded(name)
+        path = _embedded(name)
     elif "/" in name:
         return _from_hub(name, revision, headers_only)
     else:
@@ -49,7 +49,16 @@ def resolve(name: str, revision: str | None = None, *, headers_only: bool = Fals
         raise _not_found(name, why, "pass one of these, or a recipe")
     if revision is not None:
         raise _not_found(name, f"revision {revision!r} was given, but only hub ids have revisions", "leave it out")
-    return ResolvedSource(found, name, None)
+    return ResolvedSource(path, name, None)
+
+
+def local(name: str) -> Path | None:
+    """The file or folder that is there by this name; none for what cannot be a path, as it is too long."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of nobody's home, with a zero
+        return None
 
 
 def _looks_like_path(name: str) -> bool:
@@ -58,7 +67,7 @@ def _looks_like_path(name: str) -> bool:
         name.startswith(("/", "./", "../", "~"))
         or "/" in rest
         or name.endswith((".gguf", "/"))
-        or (bool(rest) and Path(owner).exists())
+        or (bool(rest) and local(owner) is not None)
     )
 
 
@@ -79,7 +88,7 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> ResolvedSo
     try:
         folder = download(_COMPANIONS if headers_only else _SAFETENSORS)
         if headers_only:
-            return ResolvedSource(folder, name, folder.name, not any(folder.glob("*.safetensors")))
+            return ResolvedSource(folder, name, folder.name, not _has_weights(folder))
         if not any(folder.glob("*.safetensors")):
             folder = download(_BIN)
     except hub.GatedRepoError as error:
@@ -100,6 +109,20 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> ResolvedSo
         raise _not_found(name, f"the download failed: {reason}", "try again; finished files are kept") from error
     # the hub cache keeps one folder for each commit, named by its hash
     return ResolvedSource(folder, name, folder.name)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder of the cache holds all weights; a download that was interrupted leaves some of them."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / whole).is_file():
+            return True
+        try:
+            files = set(json.loads((folder / f"{whole}.index.json").read_bytes())["weight_map"].values())
+            if files and all((folder / file).is_file() for file in files):
+                return True
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that is damaged
+            continue
+    return False
 
 
 def _not_found(name: str, why: str, remedy: str) -> SourceError:

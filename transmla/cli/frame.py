@@ -282,9 +282,9 @@ def source_of(model: str, against: str | None) -> str | None:
     from pathlib import Path
 
     from transmla.checkpoint.provenance import FILE_NAME, named_source, read_provenance
-    from transmla.checkpoint.resolve import resolve
+    from transmla.checkpoint.resolve import local, resolve
 
-    if not (Path(model) / FILE_NAME).is_file():
+    if local(model) is None or not (Path(model) / FILE_NAME).is_file():
         return None
     name = named_source(Path(model))
     try:

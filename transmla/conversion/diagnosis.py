@@ -7,6 +7,7 @@ from pathlib import Path
 from transmla.checkpoint.gguf.describe import describe_gguf
 from transmla.checkpoint.provenance import FILE_NAME
 from transmla.checkpoint.read import open_source
+from transmla.checkpoint.resolve import local
 from transmla.conversion.plan import plan
 from transmla.families import FAMILIES
 from transmla.targets import doctor as converted
@@ -32,11 +33,11 @@ def doctor(model: str | Path) -> Diagnosis:
 
 def _is_source(path: Path) -> bool:
     """Whether it names something that `convert` takes: a family of the table, or what is not a path at all."""
+    if local(str(path)) is None:
+        return True
     if path.suffix.lower() == ".gguf" and path.is_file():
         known = {family.gguf_architecture for family in FAMILIES.values()}
         return describe_gguf(path).architecture in known
     if (path / FILE_NAME).is_file():
         return False
-    if not path.exists():
-        return True
     return path.is_dir() and open_source(path).config.get("model_type") in FAMILIES

@@ -19,6 +19,7 @@ from rich.console import Console
 from transmla.checkpoint.companions import tokenizer_files
 from transmla.checkpoint.destination import disk_errors, partial_of
 from transmla.checkpoint.hashes import file_hashes
+from transmla.checkpoint.hub_headers import UnreadHeadersError
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
 from transmla.checkpoint.write import SHARD_BYTES, CheckpointWriter
@@ -130,7 +131,10 @@ def convert(
     """
     device = named(device)
     started = time.monotonic()
-    planned = plan(source, recipe=recipe, **settings)
+    try:
+        planned = plan(source, recipe=recipe, **settings)
+    except UnreadHeadersError:
+        planned = plan(source, recipe=recipe, download=True, **settings)
     target = Path(destination) if destination is not None else default_destination(planned)
     processes = Processes.current(device)
     where = processes.device(device)
@@ -320,6 +324,7 @@ def _fingerprint(planned: Plan, method: ClosedForm, refinement: Refinement, hash
         "context": planned.calibration_context,
         "seed": recipe.seed,
         "theta": recipe.theta,
+        "form": planned.form,
         "method": asdict(method),
         "refinement": asdict(refinement),
         "latent_bits": None if recipe.latent_bits is None else [recipe.latent_bits, recipe.latent_recent],

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from transmla.checkpoint.destination import check_destination
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
-from transmla.checkpoint.resolve import ResolvedSource, resolve
+from transmla.checkpoint.resolve import ResolvedSource, local, resolve
 from transmla.checkpoint.store import understood
 from transmla.conversion.needs import (
     COMPANION_BYTES,
@@ -349,7 +349,7 @@ def _recipe(source: str, recipe: str | Path | None) -> Recipe:
         named = find_recipe(str(recipe))
         # SRC was named as well, and is what the user means; the recipe's revision belongs to its own source
         return replace(load_recipe(named if named is not None else Path(recipe)), source=source, revision=None)
-    named = None if Path(source).exists() else find_recipe(source)
+    named = None if local(source) is not None else find_recipe(source)
     return load_recipe(named) if named is not None else Recipe(source=source)
 
 

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    FineGrainedFP8Config,
+)
 
 from transmla.checkpoint.companions import tokenizer
+from transmla.checkpoint.fp8 import block_size
 from transmla.checkpoint.provenance import FILE_NAME
 from transmla.checkpoint.read import Source, open_source
-from transmla.checkpoint.resolve import resolve
+from transmla.checkpoint.resolve import local, resolve
 from transmla.checkpoint.store import source_errors
 from transmla.devices import usable
 from transmla.errors import SourceError, UnsupportedError
@@ -81,7 +88,7 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
 def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
     """The source model as transformers loads it, in evaluation mode.
 
-    GGUF files are dequantised, and the rotary scaling that they store is applied.
+    Weights of 8-bit floats and GGUF files are dequantised, and the rotary scaling that they store is applied.
     """
     device = usable(device)
     # never the code of a folder, and no question whether to run it
@@ -90,6 +97,10 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
         if complete_config(source.config).get("attn_logit_softcapping"):
             # transformers 5.19 loads Gemma 2 with sdpa, which has no cap
             options["attn_implementation"] = "eager"
+    if block_size(source.config) is not None:
+        # on GPUs that have 8-bit floats transformers would keep them, round activations as well, and want kernels
+        settings = {**source.config["quantization_config"], "dequantize": True}
+        options["quantization_config"] = FineGrainedFP8Config.from_dict(settings)
     if source.format != "gguf":
         with loadable(source):
             model = AutoModelForCausalLM.from_pretrained(str(source.path), **options, **corrections(source.config))
@@ -136,14 +147,17 @@ def open_model(name: str) -> Source:
 
     Raises `SourceError` if it is not found or cannot be read, and `RecipeError` if the recipe is invalid.
     """
-    recipe = None if Path(name).exists() else find_recipe(name)
+    recipe = None if local(name) is not None else find_recipe(name)
     settings = load_recipe(recipe) if recipe is not None else Recipe(source=name)
     return open_source(resolve(settings.source or name, settings.revision).path)
 
 
 def is_converted(folder: Path) -> bool:
     """Whether `transmla convert` has written this folder, judged by its provenance file."""
-    return (folder / FILE_NAME).is_file()
+    try:
+        return (folder / FILE_NAME).is_file()
+    except OSError:  # of a name that is too long for one
+        return False
 
 
 def _checked_type(folder: Path) -> str:
