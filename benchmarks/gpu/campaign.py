@@ -118,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         collect(args.out, args.tiny, args.device)
         told = record.get("why", "").strip().splitlines()[-1:]
         print(f"{stage.name:16}{record['status']:12}{record['seconds']:7.1f} s", *told, flush=True)
+        if record["status"] == "interrupted":
+            return 130
     return 0
 
 

@@ -33,7 +33,7 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 from weights import pack
 
 import transmla
-from transmla.checkpoint.provenance import commit, versions
+from transmla.checkpoint.provenance import commit, portable_name, versions
 from transmla.evaluation.roofline import Rates, machine_rates, step_cost
 from transmla.evaluation.steps import ran_out_of_memory
 from transmla.geometry import gqa_geometry, mla_geometry
@@ -145,13 +145,17 @@ def tests(run: Run) -> dict[str, Any]:
     options += ["-p", "no:benchmark", "-p", "no:randomly"]
     if importlib.util.find_spec("xdist") is not None:
         options += ["-n", "4"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *where],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "4"}, capture_output=True, text=True,
-    )  # fmt: skip
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
+    log = run.out / "stages" / "pytest.log"  # stays if time runs out
+    code = None
+    with log.open("w", encoding="utf-8") as file, suppress(subprocess.TimeoutExpired):
+        code = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *where],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "4"}, stdout=file, stderr=subprocess.STDOUT,
+            timeout=max(1.0, run.left - 3),
+        ).returncode  # fmt: skip
+    lines = log.read_text("utf-8", errors="replace").strip().splitlines()
     told = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    return {"code": done.returncode, "summary": lines[-1] if lines else "", "lines": told[:60], "tail": lines[-40:]}
+    return {"code": code, "summary": lines[-1] if lines else "", "lines": told[:60], "tail": lines[-40:]}
 
 
 def own_form(run: Run) -> dict[str, Any]:
@@ -660,7 +664,7 @@ def _quality(run: Run, folder: Path, found: dict[str, Any]) -> None:
     report = transmla.evaluate(
         folder, run.source, text=list(names.values()), device=str(run.device), **settings
     ).plain()
-    by_path = {path: name for name, path in names.items()}
+    by_path = {portable_name(path): name for name, path in names.items()}
     found["quality"] = {by_path[path]: ratio for path, ratio in report["comparison"]["texts"].items()}
     found["perplexity"] = {by_path[path]: one for path, one in report["model"]["texts"].items()}
     run.keep(found)
@@ -755,8 +759,11 @@ def convert_8b(run: Run) -> dict[str, Any]:
         settings = LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
         model = _random(run, LlamaForCausalLM, settings)
         _enliven(model)
-        model.to(torch.bfloat16).save_pretrained(source, max_shard_size="2GB")
-        add_tokenizer(source)
+        unfinished = source.with_name("8b-source.new")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier call, which was ended
+        model.to(torch.bfloat16).save_pretrained(unfinished, max_shard_size="2GB")
+        add_tokenizer(unfinished)
+        unfinished.rename(source)
         del model
         _free()
         torch.cuda.reset_peak_memory_stats() if run.cuda else None

