@@ -31,6 +31,7 @@ class Processes:
 
     rank: int = 0
     size: int = 1
+    _objects: Any = None  # a group that passes objects through host memory: as bytes on GPUs they would fill these
 
     @classmethod
     def current(cls, device: str) -> Processes:
@@ -43,7 +44,8 @@ class Processes:
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
-        return cls(state.process_index, state.num_processes)
+        objects = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        return cls(state.process_index, state.num_processes, objects)
 
     @property
     def first(self) -> bool:
@@ -84,14 +86,14 @@ class Processes:
         parts: list[Any] = [values]
         if self.size > 1:
             parts = [None] * self.size
-            torch.distributed.all_gather_object(parts, values)
+            torch.distributed.all_gather_object(parts, values, group=self._objects)
         return dict(sorted((key, value) for part in parts for key, value in part.items()))
 
     def from_first(self, value: Any) -> Any:
         """The value that process 0 has passed, in every process; any object that can be pickled."""
         if self.size > 1:
             broadcast = [value]
-            torch.distributed.broadcast_object_list(broadcast, src=0)
+            torch.distributed.broadcast_object_list(broadcast, src=0, group=self._objects)
             value = broadcast[0]
         return value
 
