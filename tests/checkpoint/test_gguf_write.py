@@ -217,6 +217,13 @@ def test_pre_tokenizer_is_read_off(tmp_path: Path, steps: list[dict[str, Any]], 
     assert vocab.types == [kind.NORMAL] * 3 + [kind.CONTROL, kind.USER_DEFINED, kind.UNUSED]
 
 
+def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
+    """As a [PAD] that was added and never given an embedding."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level(BYTES)))
+    with pytest.raises(UnsupportedError, match=r"'<tool>' has no row among the 4 embeddings"):
+        read_vocab(tmp_path, 4, NoBegin())
+
+
 def test_refusals(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = tmp_path / "taken.gguf"
     taken.write_text("mine")

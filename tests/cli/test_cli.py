@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transmla
+from transmla.checkpoint.resolve import resolve
 from transmla.cli import main
 from transmla.cli.frame import source_of
 
@@ -68,6 +69,11 @@ def test_every_option_is_explained(command: str) -> None:
         (("convert", "stories260k", "--latent", "auto", "--budget", "-2%"), 10, ["budget must be positive"]),
         (("eval", "stories260k", "--length", "2000000"), 7, ["too short"]),
         (("generate", "stories260k", "hello", "--chat"), 1, ["chat template"]),
+        (("plan", "x" * 300), 3, ["not found"]),
+        (("doctor", "x" * 300), 3, ["not found"]),
+        (("eval", "x" * 300), 3, ["not found"]),
+        (("eval", "~nobody-of-this-name/x"), 3, ["no such folder"]),
+        (("convert", "stories260k", "x" * 250), 8, ["File name too long"]),
     ],
 )
 def test_errors_have_their_exit_code(
@@ -267,6 +273,19 @@ def test_doctor_on_a_file_and_on_a_source(converted: Path, tmp_path: Path) -> No
     assert "not converted" in run("doctor", "stories260k").stdout
     assert run("doctor", tmp_path / "none").exit_code == 3
     assert run("doctor", tmp_path / "none.gguf").exit_code == 3
+
+
+def test_names_with_brackets_are_shown_as_they_are(converted: Path, tmp_path: Path) -> None:
+    """They are no markup."""
+    model, source = tmp_path / "m[red]", tmp_path / "s[red]"
+    shutil.copytree(converted, model)
+    shutil.copytree(resolve("stories260k").path, source)
+    quick = ("--against", "none", "--text", "tinystories-valid", "--windows", 1, "--length", 64, "-q")
+    for words in (("doctor", model), ("plan", source), ("eval", model, *quick)):
+        result = run(*words)
+        assert result.exit_code == 0 and Path(str(words[1])).name in result.stdout, result.output
+    result = run("convert", "stories260k", tmp_path / "out[red]", "--dry-run")
+    assert "out[red]" in result.stdout.replace("\n", "")
 
 
 def test_prompts_keep_their_spacing(converted: Path) -> None:

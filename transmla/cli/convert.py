@@ -159,8 +159,8 @@ def geometry_options(decorated: Any) -> Any:
 @option(
     "--format",
     type=click.Choice(FORMATS),
-    help="deepseek_v3: for stock engines; transmla: the class of SRC with latent attention, for transformers; auto: "
-    "deepseek_v3 where it can express SRC exactly. [default: auto]",
+    help="deepseek_v3: for stock engines; transmla: the class of SRC with latent attention, for transformers and, "
+    "where transmla is installed, vLLM; auto: deepseek_v3 where it can express SRC exactly. [default: auto]",
     group="Result",
 )
 @device
@@ -240,7 +240,7 @@ def convert_command(
             checked = transmla.plan(source, target, **given)
             emit(checked.summary, json_file, lambda: show_plan(checked, console))
             if json_file != "-":
-                console.print(f"would write {target}", highlight=False)
+                console.print(f"would write {target}", highlight=False, markup=False)
             return
         with progress(quiet or not is_first_process()) as update:
             report = transmla.convert(

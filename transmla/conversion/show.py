@@ -56,7 +56,7 @@ def show_conversion(report: ConversionReport, console: Console, peak_memory: int
         "written": f"{report.destination}  ({size(report.written_bytes)}, {report.plan.dtype})",
     }
     for name, value in facts.items():
-        console.print(f"{name:<24} {value}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<24} {value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _refined(block: BlockReport, last: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from transmla.tables import columns, size
@@ -18,7 +19,9 @@ CONTEXTS = {"4K": 4096, "32K": 32768, "128K": 131072}
 
 def show_plan(plan: Plan, console: Console) -> None:
     gqa, mla = plan.gqa, plan.mla
-    console.print(f"[bold]{plan.resolved.name}[/]  {plan.family.model_type}, {plan.source.format}", highlight=False)
+    console.print(
+        f"[bold]{escape(plan.resolved.name)}[/]  {plan.family.model_type}, {plan.source.format}", highlight=False
+    )
     geometry = columns("", "source", "converted")
     geometry.add_row("attention", f"{gqa.kind}, {gqa.num_key_value_heads} KV heads", "MLA")
     geometry.add_row("layers, hidden size", f"{gqa.num_hidden_layers}, {gqa.hidden_size}", "same")
@@ -40,7 +43,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"needs about {size(plan.memory_bytes)} of memory and {size(plan.disk_bytes)} of disk", highlight=False
     )
     for note in plan.notes:
-        console.print(f"[yellow]note[/] {note}", highlight=False)
+        console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
 
 
 def _splits_table(plan: Plan) -> Table:

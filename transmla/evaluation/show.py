@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from transmla.evaluation.evaluate import quantised_sizes
@@ -24,7 +25,7 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
     first = perplexity_of(model, report.text)
     console.print(_perplexities(report))
     console.print(
-        f"{report.text}: {len(first.nats_N)} windows of {report.made['length']:,} tokens{_begin(report)}, "
+        f"{escape(report.text)}: {len(first.nats_N)} windows of {report.made['length']:,} tokens{_begin(report)}, "
         f"{report.made['dtype']}, "
         f"{report.made['device']}. ± one standard error over windows, for the ratio that of the paired difference",
         highlight=False,
@@ -55,7 +56,7 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
             f"gate {verdict}  {gate.name}: recovery {gate.found:.3f}, at least {gate.wanted} is wanted", highlight=False
         )
     for one in report.skipped:
-        console.print(f"[yellow]left out[/] {one.part} of {one.model}: {one.why}", highlight=False)
+        console.print(f"[yellow]left out[/] {escape(f'{one.part} of {one.model}: {one.why}')}", highlight=False)
 
 
 def _begin(report: EvaluationReport) -> str:
@@ -68,7 +69,7 @@ def _begin(report: EvaluationReport) -> str:
 def _named(model: dict[str, Any], source: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
     """The source, if there is one, and the model, as they are called in tables."""
     found = [one for one in (source, model) if one]
-    return list(zip(short_names(one["name"] for one in found), found, strict=True))
+    return list(zip(map(escape, short_names(one["name"] for one in found)), found, strict=True))
 
 
 def _perplexities(report: EvaluationReport) -> Table:
@@ -99,10 +100,11 @@ def _other_texts(report: EvaluationReport) -> Table:
     for text in report.model["texts"]:
         own = plus_minus(perplexity_of(report.model, text), 3)
         if report.source is None or text not in report.source["texts"]:
-            table.add_row(text, "", own, "")
+            table.add_row(escape(text), "", own, "")
             continue
         base = perplexity_of(report.source, text)
-        table.add_row(text, plus_minus(base, 3), own, plus_minus(ratio(perplexity_of(report.model, text), base), 4))
+        compared = ratio(perplexity_of(report.model, text), base)
+        table.add_row(escape(text), plus_minus(base, 3), own, plus_minus(compared, 4))
     return table
 
 

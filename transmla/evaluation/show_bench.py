@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from transmla.tables import columns, is_narrow, short_names, size
@@ -41,7 +42,7 @@ def show_bench(report: BenchReport, console: Console) -> None:
 def _called(rows: Sequence[Timing | Held]) -> dict[str, str]:
     """Models, the source first, and what they are called in tables."""
     models = list(dict.fromkeys(row.model for row in rows))
-    return dict(zip(models, short_names(models), strict=True))
+    return dict(zip(models, map(escape, short_names(models)), strict=True))
 
 
 def _grid(rows: tuple[Timing, ...], narrow: bool) -> Table:

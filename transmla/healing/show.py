@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from transmla.tables import columns, is_narrow
@@ -24,13 +25,13 @@ def show_healing(report: HealReport, console: Console) -> None:
     facts = columns("", " ")
     if report.raised:
         states = ", ".join(f"{count} raised {text}" for text, count in report.raised.items())
-        facts.add_row("states that were passed over", f"{states} by more than the error")
+        facts.add_row("states that were passed over", f"{escape(states)} by more than the error")
     facts.add_row("trained on", f"{report.tokens:,} tokens, {report.best_step:,} steps{best}")
     if report.distinct < report.tokens:
         facts.add_row("distinct tokens", f"{report.distinct:,}")
     repeated = [f"{text} {count} times" for text, count in report.passes.items() if count > 1]
     if repeated:
-        facts.add_row("texts that were repeated", ", ".join(repeated))
+        facts.add_row("texts that were repeated", escape(", ".join(repeated)))
     facts.add_row("trained", f"{report.num_trained:,} parameters, steps of at most {report.rate:g} of their size")
     if report.latent_bits is not None:
         facts.add_row("latents", f"rounded as in a cache latent-int{report.latent_bits}, here and in training")
@@ -38,7 +39,7 @@ def show_healing(report: HealReport, console: Console) -> None:
     if report.tokens_per_second:
         floor = f"{report.of_floor:.1f} times what its matrix products take"
         facts.add_row("steps", f"{report.tokens_per_second:,.0f} tokens/s, {floor}")
-    facts.add_row("written", f"{report.destination}")
+    facts.add_row("written", escape(str(report.destination)))
     console.print(facts)
 
 
@@ -47,7 +48,7 @@ def _wide(report: HealReport) -> Table:
     for text in report.texts:
         before, after = report.before[text], report.after[text]
         table.add_row(
-            text,
+            escape(text),
             f"{before['divergence']:.4f}", f"-> {after['divergence']:.4f}",
             f"{math.exp(before['nats']):.3f}", f"-> {math.exp(after['nats']):.3f}",
             f"{math.exp(after['source_nats']):.3f}",
@@ -61,7 +62,7 @@ def _narrow(report: HealReport) -> Table:
     table = columns("held out", "before", "after", "source")
     for text in report.texts:
         before, after = report.before[text], report.after[text]
-        table.add_row(text, "", "", "")
+        table.add_row(escape(text), "", "", "")
         table.add_row("  divergence", f"{before['divergence']:.4f}", f"{after['divergence']:.4f}", "")
         source = f"{math.exp(after['source_nats']):.3f}"
         table.add_row("  perplexity", f"{math.exp(before['nats']):.3f}", f"{math.exp(after['nats']):.3f}", source)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def show_export(report: ExportReport, console: Console) -> None:
     before, after = report.values_per_token
     made = f", quantised by {report.quantiser}" if report.quantiser else ""
-    console.print(f"written   {report.path}  ({size(report.num_bytes)}, {report.format}{made})", highlight=False)
+    written = f"written   {report.path}  ({size(report.num_bytes)}, {report.format}{made})"
+    console.print(written, highlight=False, markup=False)
     if report.kept:
         kinds = sorted({(name.split(".")[2], kind) for name, kind in report.kept.items()})
         kept = ", ".join(f"{name} as {kind}" for name, kind in kinds)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def show_quantised(report: QuantiseReport, console: Console) -> None:
     spread = sum(report.spread) / len(report.spread)
-    console.print(f"written     {report.path}", highlight=False)
+    console.print(f"written     {report.path}", highlight=False, markup=False)
     console.print(f"measured on {report.tokens:,} tokens", highlight=False)
     console.print(
         f"gain        dealt bits: errors {spread:.2f} times smaller than equal ones, by theory", highlight=False

@@ -60,7 +60,7 @@ def read_vocab(folder: Path, vocab_size: int, tokenizer: Any) -> GgufVocab:
     model = content["model"]
     if model.get("type") != "BPE":
         raise _unknown(path, f"its model is {model.get('type')}, and only BPE is known", "")
-    tokens, types = _tokens(content, vocab_size)
+    tokens, types = _tokens(content, vocab_size, path)
     begin = tokenizer.bos_token_id
     add_begin = begin is not None and tokenizer("", verbose=False).input_ids[:1] == [begin]
     if not model.get("byte_fallback"):
@@ -86,16 +86,22 @@ def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab: GgufVocab) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
-def _tokens(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _tokens(content: Mapping[str, Any], vocab_size: int, where: Path) -> tuple[list[str], list[int]]:
     """Text and type of every row; rows without a token are unused."""
+    added = content.get("added_tokens") or []
+    rows = {**content["model"]["vocab"], **{one["content"]: one["id"] for one in added}}
+    if without := sorted(text for text, row in rows.items() if row >= vocab_size):
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        why = f"the token {without[0]!r}{more} has no row among the {vocab_size:,} embeddings"
+        raise _unknown(where, why, "take it out of the tokenizer, or resize the source's embeddings and convert again")
     tokens = [f"[PAD{row}]" for row in range(vocab_size)]
     types = [int(gguf.TokenType.UNUSED)] * vocab_size
     unknown = content["model"].get("unk_token")
     for text, row in content["model"]["vocab"].items():
         tokens[row], types[row] = text, int(_type(text, unknown))
-    for added in content.get("added_tokens") or []:
-        row, text = added["id"], added["content"]
-        special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    for one in added:
+        row, text = one["id"], one["content"]
+        special = gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED
         tokens[row], types[row] = text, int(gguf.TokenType.UNKNOWN if text == unknown else special)
     return tokens, types
 
