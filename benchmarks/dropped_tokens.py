@@ -17,7 +17,8 @@ import torch
 
 from transmla.evaluation.measure import windows_of
 from transmla.evaluation.perplexity import Perplexity, perplexity, ratio
-from transmla.evaluation.quantised_cache import RECENT, SINK
+from transmla.evaluation.quantised_cache import RECENT
+from transmla.maths.coding import SINK
 from transmla.model.loading import load_any, load_tokenizer
 
 

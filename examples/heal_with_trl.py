@@ -1,7 +1,7 @@
 """Train a converted model with TRL's SFTTrainer, the right way round: unfold, train, fold.
 
     pip install trl datasets
-    python examples/heal_with_trl.py OUT HEALED [--data rows.jsonl] [--steps 100] [--lora 16]
+    python examples/heal_with_trl.py OUT HEALED [--data rows.jsonl] [--steps 100] [--rate 1e-4] [--length 256]
 
 OUT is a folder that `transmla convert` has written. Training it as it is would wreck it, as its latent rows are about
 1e-6.

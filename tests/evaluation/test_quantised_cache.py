@@ -9,7 +9,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from tests.families import lively_config, lively_model
 from transmla.evaluation.perplexity import perplexity
-from transmla.evaluation.quantised_cache import SINK, GridCode, RotatedCode, packed_bytes_per_token, packed_caches
+from transmla.evaluation.quantised_cache import (
+    Apart,
+    GridCode,
+    PairCode,
+    RotatedCode,
+    packed_bytes_per_token,
+    packed_caches,
+)
+from transmla.maths.coding import SINK
 
 IDS = torch.randint(3, 512, (2, 60), generator=torch.Generator().manual_seed(1))
 STEP = 8
@@ -50,21 +58,21 @@ def test_a_rotation_shares_an_outlier_out() -> None:
 
 
 class Naive(DynamicLayer):
-    """All keys and values as floats, of which groups of `STEP` tokens were rounded when so many newer ones had come."""
+    """All keys and values as floats, of which groups of `step` tokens were rounded when so many newer ones had come."""
 
-    def __init__(self, key: Any, value: Any) -> None:
+    def __init__(self, code: PairCode, step: int = STEP) -> None:
         super().__init__()
-        self.codes, self.packed = (key, value), 0
+        self.code, self.step, self.packed = code, step, 0
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         whole = super().update(key, value)
         shown = [x.clone() for x in whole]
-        for start in range(SINK, SINK + self.packed, STEP):
-            for x, exact, code in zip(shown, whole, self.codes, strict=True):
-                part = exact[:, :, start : start + STEP]
-                x[:, :, start : start + STEP] = code.decode(code.encode(part), exact.dtype)
-        while whole[0].shape[2] - SINK - self.packed >= 2 * STEP:
-            self.packed += STEP
+        for start in range(SINK, SINK + self.packed, self.step):
+            block = self.code.encode(*(exact[:, :, start : start + self.step] for exact in whole), start)
+            for x, rounded in zip(shown, self.code.decode(block, start, key.dtype), strict=True):
+                x[:, :, start : start + self.step] = rounded
+        while whole[0].shape[2] - SINK - self.packed >= 2 * self.step:
+            self.packed += self.step
         return tuple(shown)
 
 
@@ -72,8 +80,8 @@ class Naive(DynamicLayer):
 def test_the_model_reads_what_is_packed(kind: str) -> None:
     model = lively_model(lively_config())
     size, layers = model.config.head_dim, model.config.num_hidden_layers
-    pair = (GridCode(STEP, 2, by_channel=True), GridCode(size, 2, by_channel=False))
-    key, value = pair if kind.startswith("KIVI") else (RotatedCode(size, 2), RotatedCode(size, 2))
+    grids = Apart(GridCode(STEP, 2, by_channel=True), GridCode(size, 2, by_channel=False))
+    code = grids if kind.startswith("KIVI") else Apart(RotatedCode(size, 2), RotatedCode(size, 2))
     made: list[Cache] = []
 
     def real() -> Cache:
@@ -81,7 +89,7 @@ def test_the_model_reads_what_is_packed(kind: str) -> None:
         return made[-1]
 
     found = perplexity(model, IDS, cache=real, chunk=STEP)
-    wanted = perplexity(model, IDS, cache=lambda: Cache(layers=[Naive(key, value) for _ in range(layers)]), chunk=STEP)
+    wanted = perplexity(model, IDS, cache=lambda: Cache(layers=[Naive(code) for _ in range(layers)]), chunk=STEP)
     exact = perplexity(model, IDS)
     assert found.nats == pytest.approx(wanted.nats, abs=1e-5)
     assert abs(exact.nats - found.nats) > 1e-3, "rounding changes nothing, the test sees nothing"
@@ -93,5 +101,6 @@ def test_the_model_reads_what_is_packed(kind: str) -> None:
 
 def test_caches_by_bits() -> None:
     model = lively_model(lively_config())
-    assert list(packed_caches(model, 4)) == ["KIVI 4 bits", "rotated 4 bits"] and packed_caches(model, 2.5) == {}
+    assert list(packed_caches(model, 4)) == ["KIVI 4 bits", "rotated 4 bits"]
+    assert packed_caches(model, 2.5) == packed_caches(model, 5) == {}
     assert math.isnan(packed_bytes_per_token(packed_caches(model, 4)["KIVI 4 bits"]()))

@@ -40,7 +40,7 @@ def result(tmp_path: Path) -> Path:
         ),
         "model": model(
             "mla", [2.1, 2.31], 320.0,
-            quantised=[{"bits": 4, "bytes_per_token": 100.0, "nats": [2.15, 2.35]}, None],
+            quantised=[{"bits": 4, "cache": "int4", "bytes_per_token": 100.0, "nats": [2.15, 2.35]}, None],
             positions={"edges": [0, 512, 1024], "nats": [[2.1, 2.2]]},
             tasks=[task | {"value": 0.6, "standard_error": None}],
             layers=[{"stream_loss_heldout": error, "latent_loss": 10 * error} for error in (0.01, 0.02)],
@@ -118,9 +118,9 @@ def test_every_number_is_on_the_page(result: Path, timing: Path, tmp_path: Path)
     page = Page(out.read_text("utf-8"))
     assert page.open == []
     for shown in (
-        "-50.0%", "×1.111", "1.1110 ± 0.0022", "0.0512", "90.0%", "source, 4 bits", "mla-24-8, 4 bits", "85.7%",
-        "-0.1000 ± ?", "512-1,024", "upon & a time", "no wonderwords", "passed", "missed", "a <b>.txt", "2026-11-22",
-        "32.2 (30.0-33.0)", "1.50", "2,048", "out of memory", "200 G/s", "2.0 GiB/s",
+        "-50.0%", "×1.111", "1.1110 ± 0.0022", "0.0512", "90.0%", "source, 4 bits, simulated", "mla-24-8, int4",
+        "85.7%", "-0.1000 ± ?", "512-1,024", "upon & a time", "no wonderwords", "passed", "missed", "a <b>.txt",
+        "2026-11-22", "32.2 (30.0-33.0)", "1.50", "2,048", "out of memory", "200 G/s", "2.0 GiB/s",
     ):  # fmt: skip
         assert shown in page.shown, shown
     drawn = ("frontier", "positions", "recovery", "speed", "spectrum", "layers")
@@ -169,7 +169,7 @@ def test_frontier_rows(result: Path) -> None:
     rows = frontier_rows(read_results([result]), [{"name": "other", "bytes_per_token": 320.0, "ratio": 3.0}])
     assert [(row.name, row.group) for row in rows] == [
         ("source, as stored", "source"), ("mla-24-8, as stored", "converted"), ("other", "published"),
-        ("source, 4 bits", "source, quantised"), ("mla-24-8, 4 bits", "converted, quantised"),
+        ("source, 4 bits, simulated", "source, quantised"), ("mla-24-8, int4", "converted, quantised"),
     ]  # fmt: skip
     assert rows[1].ratio == pytest.approx(2.718281828**0.105, rel=1e-6)
     assert "| other | 320 | 24.50 | 3.0000 |" in frontier_table(rows)

@@ -80,6 +80,11 @@ def test_own_form_with_norms(lively: Any, text_file: Path, tmp_path: Path) -> No
     assert transmla.load(report.path).latent_cache("coded4").bytes_per_token > 0
 
 
+def test_of_text_that_the_folder_writes(converted: Path, tmp_path: Path) -> None:
+    report = transmla.quantise(converted, tmp_path / "coded", text="stories+self", tokens=2048)
+    assert report.tokens == 2048 and report.relative_error < 1e-3
+
+
 def test_what_cannot_be_prepared(converted: Path, prepared: Path, tmp_path: Path) -> None:
     train = transmla.unfold(converted, tmp_path / "train")
     with pytest.raises(UnsupportedError, match="form for training"):

@@ -100,7 +100,15 @@ from transmla.recipe import DTYPES
     "--quantised",
     metavar="8,4,2",
     help="Also measure source and model with packed caches of so many bits per value; numbers like 2.5 are for folders "
-    "of `transmla quantise`.",
+    "of `transmla quantise` and for --coded-source.",
+    group="What is measured",
+)
+@option(
+    "--coded-source",
+    is_flag=True,
+    default=None,
+    help="With --quantised: also measure SRC with a transform coded cache, as KVTC has it, the hardest to beat at few "
+    "bits; calibrated on 16,384 tokens, forward and backward.",
     group="What is measured",
 )
 @option(

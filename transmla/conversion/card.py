@@ -141,8 +141,9 @@ def _limits(planned: Plan) -> str:
         )
     return (
         f"- This is the {planned.family.model_type} class of transformers with latent attention in place of its own\n"
-        "  (`modeling_transmla.py`). Engines other than transformers have no class for it; deepseek_v3, which they\n"
-        f"  have, cannot express the source's {', '.join(planned.obstacles) or 'class, which was asked for'}.\n"
+        "  (`modeling_transmla.py`). Engines other than transformers and, with transmla installed, vLLM have no\n"
+        "  class for it; deepseek_v3, which they have, cannot express the source's "
+        f"{', '.join(planned.obstacles) or 'class, which was asked for'}.\n"
         "- Its weights are of ordinary size, so any trainer may train it; `transmla heal` distils it from the source.\n"
     )
 

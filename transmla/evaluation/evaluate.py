@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from transmla.checkpoint.provenance import FILE_NAME, commit, portable, portable_name, read_provenance, versions
+from transmla.checkpoint.provenance import commit, portable, portable_name, read_provenance, versions
+from transmla.checkpoint.resolve import local
 from transmla.devices import named, usable
 from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
@@ -23,7 +24,7 @@ from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
 from transmla.evaluation.tasks import check_tasks
 from transmla.geometry import CACHE_BITS
-from transmla.model.loading import load_tokenizer
+from transmla.model.loading import is_converted, load_tokenizer
 from transmla.progress import Progress, silent
 from transmla.recipe import Recipe
 from transmla.tables import Shown
@@ -96,6 +97,7 @@ def evaluate(
     include_path: str | None = None,
     limit: int | None = None,
     quantised: Sequence[float] | None = None,
+    coded_source: bool | None = None,
     positions: int | None = None,
     needles: Sequence[int] | None = None,
     generation: int | None = None,
@@ -116,7 +118,8 @@ def evaluate(
     windows: the first so many windows of a text;  length: tokens per window, default 1024 or the context
     begin:   put the begin token, of a tokenizer that adds one, in the place of each window's first token. Without it,
              windows are pieces of the text without special tokens, as in most published numbers
-    tasks, include_path, limit, quantised, positions, needles, generation, gates: see `Suite`; overrides of its values
+    tasks, include_path, limit, quantised, coded_source, positions, needles, generation, gates: see `Suite`; overrides
+             of its values
     dtype:   to compute and cache in, "auto" for the stored one;  device: where
     kept:    file for finished parts, from which the same call resumes; to be removed when the report is safe
     reuse:   an earlier result file of the same source, suite, dtype and device: its source is not measured again
@@ -126,7 +129,8 @@ def evaluate(
     wanted = _suite(
         suite, model,
         texts=(text,) if isinstance(text, str) else _tuple(text), windows=windows, length=length, begin=begin,
-        tasks=_tuple(tasks), include_path=include_path, limit=limit, quantised=_tuple(quantised), positions=positions,
+        tasks=_tuple(tasks), include_path=include_path, limit=limit, quantised=_tuple(quantised),
+        coded_source=coded_source, positions=positions,
         needles=_tuple(needles), generation=generation, gates=gates,
     )  # fmt: skip
     device = named(device)
@@ -149,6 +153,13 @@ def evaluate(
             where="--gate",
             why="a gate is a recovery: a value over the source's",
             remedy="name the source with --against",
+        )
+    if wanted.coded_source and not wanted.quantised:
+        raise RecipeError(
+            "nothing says how many bits the coded cache of the source has",
+            where="--coded-source",
+            why="it is measured with the bits of --quantised",
+            remedy="add them, as in --quantised 4,3,2",
         )
     store = Kept(Path(kept) if kept is not None else None, settings)
     if wanted.gates and against is None:
@@ -244,8 +255,8 @@ def _without_gates(suite: dict[str, Any]) -> dict[str, Any]:
 
 def _files(name: str | Path) -> list[list[str | int]]:
     """Names, sizes and times of a folder's files, by which a changed model is recognised."""
-    folder = Path(name)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    folder = local(str(name))
+    files = sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
@@ -254,7 +265,7 @@ def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
 
 
 def _default_text(model: Path) -> str:
-    if (model / FILE_NAME).is_file():
+    if is_converted(model):
         recipe: dict[str, Any] = read_provenance(model).get("recipe", {})
         return str(recipe.get("evaluation", Recipe().evaluation))
     return Recipe().evaluation

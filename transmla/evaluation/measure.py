@@ -20,17 +20,20 @@ from transmla.checkpoint.provenance import portable, read_provenance
 from transmla.devices import release
 from transmla.errors import TransmlaError, VerificationError
 from transmla.evaluation.cache import measured_bytes_per_token
+from transmla.evaluation.coded_source import CodedSource
 from transmla.evaluation.generation import WAYS, shipped_prompts, written
 from transmla.evaluation.perplexity import Perplexity, perplexity, text_windows
 from transmla.evaluation.positions import by_position
-from transmla.evaluation.quantised_cache import RECENT, packed_bytes_per_token, packed_caches
+from transmla.evaluation.quantised_cache import GRID_BITS, RECENT, packed_bytes_per_token, packed_caches
 from transmla.evaluation.smoke import smoke
+from transmla.evaluation.steps import ran_out_of_memory
 from transmla.evaluation.suite import Suite
 from transmla.evaluation.tasks import needles, run_tasks
-from transmla.model.loading import is_converted, load_any, load_tokenizer
+from transmla.model.loading import is_converted, load_any, load_tokenizer, open_model
 from transmla.progress import Progress
+from transmla.targets import quantise
 from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
-from transmla.text.windows import begin_tokens, with_begin
+from transmla.text.windows import begin_tokens, calibration_tokens, with_begin
 
 # tokens per window when neither suite nor option says so
 DEFAULT_LENGTH = 1024
@@ -148,21 +151,41 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         _require_predictions(found, subject)
         return {"nats": list(found.nats_N), "num_tokens": found.num_tokens, "length": length}
 
-    def quantised(bits: float) -> list[dict[str, Any]]:
+    # of short windows, less is exact
+    recent = max(1, min(RECENT, length // 8))
+
+    def with_cache(bits: float, cache: str, make: Callable[[], Cache]) -> dict[str, Any]:
         ids_NT = windows_of(suite.texts[0], tokenizer, length, suite.windows, begin)
-        # of short windows, less is exact
-        recent = max(1, min(RECENT, length // 8))
-        rows = []
-        for cache, make in packed_caches(subject.model, bits, recent).items():
-            made = _LastOf(make)
-            tell = functools.partial(progress, f"{cache} {Path(name).name}")
-            found = perplexity(
-                subject.model, ids_NT, unscored=unscored, cache=made, chunk=recent,
-                progress=lambda done, total, tell=tell: tell(done, total, ""),  # type: ignore[misc]
-            )  # fmt: skip
-            stored = packed_bytes_per_token(made.last)
-            rows.append({"bits": bits, "cache": cache, "bytes_per_token": stored, "nats": list(found.nats_N)})
-        return rows
+        made = _LastOf(make)
+        stage = f"{cache} {Path(name).name}"
+        found = perplexity(
+            subject.model, ids_NT, unscored=unscored, cache=made, chunk=recent,
+            progress=lambda done, total: progress(stage, done, total, ""),
+        )  # fmt: skip
+        stored = packed_bytes_per_token(made.last)
+        return {"bits": bits, "cache": cache, "bytes_per_token": stored, "nats": list(found.nats_N)}
+
+    def quantised(bits: float) -> list[dict[str, Any]]:
+        return [with_cache(bits, *pair) for pair in packed_caches(subject.model, bits, recent).items()]
+
+    def coded() -> list[dict[str, Any]]:
+        window = min(quantise.WINDOW, int(subject.model.config.get_text_config(decoder=True).max_position_embeddings))
+        ids_NT = calibration_tokens(quantise.MIX, tokenizer, quantise.TOKENS, window).ids_NT
+        try:
+            source = CodedSource(subject.model, open_model(name), ids_NT, progress=progress)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise TransmlaError(
+                "out of memory",
+                where=name,
+                why=f"windows of {window} tokens are passed back through the whole model",
+                remedy="leave --coded-source out, or use a device with more memory",
+            ) from error
+        return [
+            with_cache(bits, f"KVTC-like {bits:g} bits", functools.partial(source.cache, bits, recent))
+            for bits in suite.quantised
+        ]
 
     def positions() -> dict[str, Any]:
         context = int(subject.model.config.max_position_embeddings)
@@ -206,6 +229,14 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         result["layers"] = read_provenance(Path(name)).get("layers", [])
     if suite.quantised:
         rows = [part(f"{bits:g} bits", functools.partial(quantised, bits)) for bits in suite.quantised]
+        is_source = not result["converted"]
+        for bits, row in zip(suite.quantised, rows, strict=True):
+            if row == [] and not (is_source and suite.coded_source):
+                others = "--coded-source measures" if is_source else "`transmla quantise` prepares a folder for"
+                why = f"integers have {', '.join(map(str, GRID_BITS))} bits; {others} numbers between"
+                skipped.append(Skipped(name, f"a cache of {bits:g} bits", why))
+        if suite.coded_source and is_source:
+            rows.append(part("coded cache", coded))
         result["quantised"] = [row for found in rows for row in found or [None]]
     if suite.positions:
         result["positions"] = part("positions", positions)

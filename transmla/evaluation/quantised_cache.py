@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from transmla.maths.coding import lloyd_max, spread_basis
+from transmla.maths.coding import SINK, lloyd_max, spread_basis
 from transmla.model.modeling_transmla import GroupCode, TransformCode
 
-# first and newest tokens of a text that stay exact, in every cache that is measured
-SINK, RECENT = 4, 64
+# newest tokens of a text that stay exact, as the first ones (`SINK`) do, in every cache that is measured
+RECENT = 64
+# whole numbers of bits that there are integers of
+GRID_BITS = (2, 3, 4, 8)
 Packed = dict[str, Tensor]
 
 
@@ -30,6 +32,34 @@ class Code(Protocol):
     def encode(self, x_BGNd: Tensor) -> Packed: ...
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor: ...
+
+
+class PairCode(Protocol):
+    """Packs keys and values [B, G, N, d] of N neighbouring tokens, of which the first has the position `start`."""
+
+    def encode(self, key_BGNd: Tensor, value_BGNd: Tensor, start: int) -> Packed: ...
+
+    def decode(self, packed: Packed, start: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+
+
+class Apart:
+    """Keys by one code, values by another."""
+
+    def __init__(self, key: Code, value: Code) -> None:
+        self._codes = {"key": key, "value": value}
+
+    def encode(self, key_BGNd: Tensor, value_BGNd: Tensor, start: int) -> Packed:
+        halves = zip(self._codes.items(), (key_BGNd, value_BGNd), strict=True)
+        return {f"{half}.{name}": part for (half, code), x in halves for name, part in code.encode(x).items()}
+
+    def decode(self, packed: Packed, start: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key, value = (
+            code.decode(
+                {name.removeprefix(f"{half}."): x for name, x in packed.items() if name.startswith(f"{half}.")}, dtype
+            )
+            for half, code in self._codes.items()
+        )
+        return key, value
 
 
 class GridCode:
@@ -68,23 +98,24 @@ class RotatedCode:
 class PackedLayer(DynamicLayer):
     """Keys and values of one layer: the first tokens exact, then packed ones, then the newest exact."""
 
-    def __init__(self, key: Code, value: Code, recent: int) -> None:
+    def __init__(self, code: PairCode, recent: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._key, self._value, self._recent = key, value, recent
-        self.packed: list[tuple[Packed, Packed]] = []
+        self._code, self._recent = code, recent
+        self.packed: list[Packed] = []
         self.num_packed = self.batch = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values [B, G, T, d], those that were packed as they come back."""
         keys, values = super().update(key_states, value_states)
-        found = []
-        for which, (exact, code) in enumerate(((keys, self._key), (values, self._value))):
-            parts = [code.decode(block[which], exact.dtype) for block in self.packed]
-            found.append(torch.cat([exact[:, :, :SINK], *parts, exact[:, :, SINK:]], dim=2))
         step = self._recent
+        pairs = [self._code.decode(block, SINK + number * step, keys.dtype) for number, block in enumerate(self.packed)]
+        found = [
+            torch.cat([exact[:, :, :SINK], *(pair[which] for pair in pairs), exact[:, :, SINK:]], dim=2)
+            for which, exact in enumerate((keys, values))
+        ]
         oldest = slice(SINK, SINK + step)
         while keys.shape[2] >= SINK + 2 * step:
-            self.packed.append((self._key.encode(keys[:, :, oldest]), self._value.encode(values[:, :, oldest])))
+            self.packed.append(self._code.encode(keys[:, :, oldest], values[:, :, oldest], SINK + self.num_packed))
             keys, values = (torch.cat([x[:, :, :SINK], x[:, :, SINK + step :]], dim=2) for x in (keys, values))
             self.num_packed += step
         self.keys, self.values = keys, values
@@ -102,7 +133,7 @@ class PackedLayer(DynamicLayer):
 
     def packed_tensors(self) -> list[Tensor]:
         """What is stored of the packed tokens."""
-        return [tensor for block in self.packed for half in block for tensor in half.values()]
+        return [tensor for block in self.packed for tensor in block.values()]
 
 
 def packed_caches(model: Any, bits: float, recent: int = RECENT) -> dict[str, Callable[[], Cache]]:
@@ -114,11 +145,11 @@ def packed_caches(model: Any, bits: float, recent: int = RECENT) -> dict[str, Ca
     config = model.config
     whole = int(bits) if bits == int(bits) else None
     if hasattr(model, "latent_cache"):
-        kinds = [f"int{whole}"] if whole is not None else []
+        kinds = [f"int{whole}"] if whole in GRID_BITS else []
         if getattr(config, "latent_code", None) is not None:
             kinds.append(f"coded{bits:g}")
         return {kind: lambda kind=kind: model.latent_cache(kind, sink=SINK, recent=recent) for kind in kinds}  # type: ignore[misc]
-    if whole is None:
+    if whole not in GRID_BITS:
         return {}
     text_config = config.get_text_config(decoder=True)
     heads = text_config.num_attention_heads
@@ -126,11 +157,11 @@ def packed_caches(model: Any, bits: float, recent: int = RECENT) -> dict[str, Ca
 
     def by_channel() -> Cache:
         key, value = GridCode(recent, whole, by_channel=True), GridCode(size, whole, by_channel=False)
-        return _of(lambda: PackedLayer(key, value, recent))
+        return _of(lambda: PackedLayer(Apart(key, value), recent))
 
     def rotated() -> Cache:
         code = RotatedCode(size, whole)
-        return _of(lambda: PackedLayer(code, code, recent))
+        return _of(lambda: PackedLayer(Apart(code, code), recent))
 
     def _of(layer: Callable[[], PackedLayer]) -> Cache:
         return Cache(layers=[layer() for _ in range(text_config.num_hidden_layers)])

@@ -125,7 +125,7 @@ def frontier_rows(results: list[Result], published: Iterable[dict[str, Any]] = (
             found = [(f"{name}, as stored", group, one["cache_bytes_per_token"], perplexity_of(one, text))]
             for row in filter(None, one.get("quantised", [])):
                 nats = Perplexity(tuple(row["nats"]), 0)
-                label = row.get("cache", f"{row['bits']} bits")
+                label = row.get("cache", f"{row['bits']:g} bits, simulated")
                 found.append((f"{name}, {label}", f"{group}, quantised", row["bytes_per_token"], nats))
             for label, kind, size, nats in found:
                 compared = ratio(nats, base)

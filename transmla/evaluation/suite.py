@@ -20,6 +20,8 @@ class Suite:
     agreement: KL and agreement of the first choice with the source, on the first text
     quantised: bits per value of packed caches that are measured beside the model's own, on the first text: two kinds of
                the source's, those of the model
+    coded_source: with `quantised`: also the source's cache transform coded with so many bits, of which all that is
+               stored counts, from a calibration of its own
     positions: windows over the whole context, for perplexity by position, on the first text
     tasks:     of lm-eval;  limit: documents of each, 0 for all;  include_path: folder of more task files
     needles:   context lengths of RULER's needle test;  samples: needles per length
@@ -36,6 +38,7 @@ class Suite:
     begin: bool = False
     agreement: bool = False
     quantised: tuple[float, ...] = ()
+    coded_source: bool = False
     positions: int = 0
     tasks: tuple[str, ...] = ()
     limit: int = 0
@@ -80,8 +83,8 @@ def _objection(key: str, value: Any) -> str | None:
             return f"there is no gate {unknown[0]!r}; gates are {', '.join(GATES)}"
         if not all(0 < share <= 2 for share in value.values()):
             return "a gate is a share of the source, like 0.95"
-    if key == "quantised" and any(not 0.5 <= bits <= 8 or bits in (1, 5, 6, 7) for bits in value):
-        return "bits are 2, 3, 4 or 8, and for a folder that is prepared also numbers between, like 2.5"
+    if key == "quantised" and not all(0.5 <= bits <= 8 for bits in value):
+        return "bits are 2, 3, 4 or 8, and for coded caches numbers from 0.5 to 8, like 2.5"
     if key == "generation" and value < 0:
         return "generation is a number of tokens"
     if key == "windows" and value < 1:

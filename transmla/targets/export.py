@@ -110,10 +110,11 @@ def open_converted(folder: Path) -> Source:
     source = open_source(folder)
     if source.config.get("model_type") == "transmla":
         raise UnsupportedError(
-            "no engine has a class for this folder",
+            "this folder cannot be exported",
             where=source.config_where,
             why="it has the form of its source's own class, because deepseek_v3 cannot express the model",
-            remedy="run it with transformers (trust_remote_code=True); `transmla plan SRC` names the obstacles",
+            remedy="run it with transformers (trust_remote_code=True) or, with transmla installed, in vLLM; "
+            "`transmla plan SRC` names the obstacles",
         )
     if source.config.get("model_type") != "deepseek_v3" or not source.config.get("latent_norm_folded"):
         raise UnsupportedError(

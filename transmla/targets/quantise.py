@@ -9,7 +9,8 @@ Shape legend: r kv_lora_rank, e qk_rope_head_dim, k = r + e, T tokens, S samples
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named, narrow_dtype
 from transmla.errors import UnsupportedError
 from transmla.maths import EPS
-from transmla.maths.coding import coding_basis, lloyd_max, spread_basis
+from transmla.maths.coding import Seen, code_bases, code_levels
 from transmla.maths.fold import largest_mean_square, latent_scale
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig
@@ -32,16 +33,12 @@ from transmla.progress import Progress, silent
 from transmla.tables import Shown
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits, load_stock
 from transmla.targets.stock import MODELING_FILE, modeling_source
+from transmla.text.sampling import sample_from
 from transmla.text.windows import calibration_tokens
 
 BASES = ("coded", "spread")
 MIX = "wikitext:2+synthetic+code"
-WINDOW = 512
-# first tokens, which stay exact and are unlike all others
-SINK = 4
-# tokens of which levels are fitted, and values of these
-LEVEL_TOKENS, LEVEL_VALUES = 2048, 1_000_000
-MAX_BITS = 8
+TOKENS, WINDOW = 16384, 512
 
 
 @dataclass(frozen=True)
@@ -66,43 +63,12 @@ class QuantiseReport(Shown):
         show_quantised(self, console)
 
 
-@dataclass
-class Seen:
-    """Means over the tokens of one layer [k, k] and [k] but for the first of a text, and what was cached [T, k]."""
-
-    square_kk: Tensor
-    gradient_kk: Tensor
-    sum_k: Tensor
-    count: int = 0
-    samples: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, width: int, device: torch.device) -> Seen:
-        """Nothing yet."""
-        square_kk, gradient_kk = torch.zeros(2, width, width, dtype=torch.float64, device=device)
-        return cls(square_kk, gradient_kk, torch.zeros(width, dtype=torch.float64, device=device))
-
-    def add(self, key_Tk: Tensor, gradient_Tk: Tensor) -> None:
-        """One text, from its start."""
-        self.samples.append(key_Tk.cpu())
-        key_Tk, gradient_Tk = key_Tk[SINK:].double(), gradient_Tk[SINK:].double()
-        self.square_kk += key_Tk.T @ key_Tk
-        self.gradient_kk += gradient_Tk.T @ gradient_Tk
-        self.sum_k += key_Tk.sum(0)
-        self.count += len(key_Tk)
-
-    def finish(self) -> None:
-        """Sums become means."""
-        for name in ("square_kk", "gradient_kk", "sum_k"):
-            setattr(self, name, getattr(self, name).cpu() / self.count)
-
-
 def quantise(
     model: str | Path,
     out: str | Path,
     *,
     text: str = MIX,
-    tokens: int = 16384,
+    tokens: int = TOKENS,
     basis: str = "coded",
     device: str = "auto",
     seed: int = 0,
@@ -110,7 +76,7 @@ def quantise(
 ) -> QuantiseReport:
     """Write the converted folder `model` to the new folder `out` with latents in a basis for rounding.
 
-    text:   whose statistics are taken, a mix of texts;  tokens: how many
+    text:   whose statistics are taken, a mix of texts, of which "self" is what the folder writes;  tokens: how many
     basis:  "coded" for caches with dealt bits (latent-coded3), "spread" for those with the same number for every value,
             as engines have
     device: where the model runs, forward and backward, in bfloat16 if that is fast there
@@ -135,7 +101,8 @@ def quantise(
     loaded = load(model, dtype=torch.float32, device=device)
     cutter = tokenizer(source)
     window = min(WINDOW, int(loaded.config.max_position_embeddings))
-    ids_NT = calibration_tokens(text, cutter, tokens, window).ids_NT
+    sampler = partial(sample_from, loaded, seed=seed, progress=lambda *at: tell("sample", *at, "tokens"))
+    ids_NT = calibration_tokens(text, cutter, tokens, window, sampler=sampler).ids_NT
     check_destination(Path(out), sum(info.num_bytes for info in source.tensors.values()))
     with CheckpointWriter(Path(out)) as writer:
         witness_1T = ids_NT[-1:, :WITNESS_TOKENS].to(device)
@@ -143,7 +110,7 @@ def quantise(
             wanted_TV = loaded(witness_1T, use_cache=False).logits[0].double().cpu()
         seen = _observe(loaded.to(narrow_dtype(loaded.device) or torch.float32), ids_NT, seed, tell)
         attention = _attention_prefix(config)
-        del loaded
+        del loaded, sampler
         maps, codes, spread = code_bases(seen, int(config["kv_lora_rank"]), basis, seed)
         levels, distortion = code_levels(seen, maps, codes)
         _write(source, writer, attention, maps)
@@ -207,53 +174,6 @@ def _observe(model: Any, ids_NT: Tensor, seed: int, progress: Progress) -> list[
     for layer in seen:
         layer.finish()
     return seen
-
-
-def code_bases(
-    seen: list[Seen], rank: int, basis: str, seed: int
-) -> tuple[list[tuple[Tensor, Tensor]], list[dict[str, Tensor]], tuple[float, ...]]:
-    """By layer: the map of the latent and its inverse; mean, deviation, importance of what is cached then; spread."""
-    maps, codes, spread = [], [], []
-    for layer in seen:
-        mean_k = layer.sum_k
-        covariance_kk = layer.square_kk - torch.outer(mean_k, mean_k)
-        map_rr, inverse_rr, variances_r = coding_basis(layer.gradient_kk[:rank, :rank], covariance_kk[:rank, :rank])
-        spread.append(float(variances_r.mean() / variances_r.clamp_min(1e-30).log().mean().exp()))
-        if basis == "spread":
-            rotation_rr = spread_basis(rank, seed)
-            map_rr, inverse_rr = rotation_rr @ map_rr, inverse_rr @ rotation_rr.T
-        # a latent of unit mean square, as conversion makes it
-        factor = float((rank / (map_rr @ layer.square_kk[:rank, :rank] @ map_rr.T).trace()).sqrt())
-        map_rr, inverse_rr = map_rr * factor, inverse_rr / factor
-        full_kk = torch.block_diag(map_rr, torch.eye(len(mean_k) - rank, dtype=torch.float64))
-        variance_k = (full_kk @ covariance_kk @ full_kk.T).diagonal().clamp_min(1e-20)
-        back_kk = torch.block_diag(inverse_rr, torch.eye(len(mean_k) - rank, dtype=torch.float64))
-        cost_k = (back_kk.T @ layer.gradient_kk @ back_kk).diagonal()
-        maps.append((map_rr, inverse_rr))
-        codes.append(
-            {"mean": full_kk @ mean_k, "deviation": variance_k.sqrt(), "importance": (variance_k * cost_k).clamp_min(0)}
-        )
-    return maps, codes, tuple(spread)
-
-
-def code_levels(
-    seen: list[Seen], maps: list[tuple[Tensor, Tensor]], codes: list[dict[str, Tensor]]
-) -> tuple[list[Tensor], list[float]]:
-    """Levels for 0 to 8 bits, of all coordinates together, and the distortion that each leaves."""
-    values, weights = [], []
-    for layer, (map_rr, _), code in zip(seen, maps, codes, strict=True):
-        rank = len(map_rr)
-        x_Sk = torch.cat([x_Tk[SINK:] for x_Tk in layer.samples])[:LEVEL_TOKENS].double()
-        u_Sk = torch.cat([x_Sk[:, :rank] @ map_rr.T, x_Sk[:, rank:]], dim=1)
-        z_Sk = (u_Sk - code["mean"]) / code["deviation"]
-        gain_S1 = z_Sk.square().mean(1, keepdim=True).sqrt().clamp_min(1e-4)
-        values.append((z_Sk / gain_S1).flatten())
-        weights.append(gain_S1.square().expand_as(z_Sk).flatten())
-    values_S, weights_S = torch.cat(values), torch.cat(weights)
-    step = max(1, len(values_S) // LEVEL_VALUES)
-    found = [lloyd_max(values_S[::step], weights_S[::step], 2**bits) for bits in range(MAX_BITS + 1)]
-    found[0] = torch.zeros(1), 1.0
-    return [levels for levels, _ in found], [error for _, error in found]
 
 
 def _short(values: Tensor) -> list[float]:
