@@ -15,6 +15,7 @@ from transmla.checkpoint.read import open_source
 from transmla.cli import main
 from transmla.errors import RecipeError
 from transmla.evaluation.coded_source import CodedSource, rotations
+from transmla.evaluation.evaluate import quantised_sizes
 from transmla.evaluation.perplexity import perplexity
 from transmla.evaluation.quantised_cache import RECENT, packed_bytes_per_token, packed_caches
 from transmla.model.loading import load_any, load_tokenizer, open_model
@@ -111,3 +112,13 @@ def test_evaluation(tmp_path: Path) -> None:
         transmla.evaluate("stories260k", coded_source=True, **settings)
     refused = CliRunner().invoke(main, ["eval", "stories260k", "--coded-source", "-q"])
     assert refused.exit_code == 10 and "--quantised 4,3,2" in refused.output
+
+
+def test_sizes_of_rounded_caches_where_the_dtype_is_the_stored_one() -> None:
+    settings: dict[str, Any] = {"text": "tinystories-valid", "windows": 1, "length": 64}
+    sizes = []
+    for dtype in ("auto", "bfloat16"):
+        report = transmla.evaluate("stories260k", dtype=dtype, **settings)
+        assert report.model["dtype"] == ("float32" if dtype == "auto" else dtype)
+        sizes.append(quantised_sizes(report.model, dtype))
+    assert sizes[0] == sizes[1]

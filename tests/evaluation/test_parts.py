@@ -18,6 +18,7 @@ from transmla.checkpoint.resolve import resolve
 from transmla.errors import DataError
 from transmla.evaluation import tasks
 from transmla.evaluation.agreement import agreement, predictions
+from transmla.evaluation.generation import acceptance, predictions_for, shipped_prompts
 from transmla.evaluation.perplexity import perplexity
 from transmla.evaluation.positions import by_position, edges_up_to
 from transmla.evaluation.smoke import repeated_share, smoke
@@ -54,6 +55,20 @@ def test_agreement_equals_plain_loops(model: Any, other: Any, monkeypatch: pytes
     assert found.kl.standard_error == pytest.approx(float(divergence.std()) / math.sqrt(3), rel=1e-4)
     itself = agreement(predictions(model, IDS), predictions(model, IDS))
     assert itself.kl.value == pytest.approx(0, abs=1e-6) and itself.top1.value == 1
+
+
+def test_rows_without_a_token_are_not_compared(model: Any) -> None:
+    """Vocabularies of one family are padded to different sizes."""
+    padded = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    padded.resize_token_embeddings(576)
+    with torch.no_grad():
+        padded.get_output_embeddings().weight[512:] = 3.0
+    for pair in ((padded, model), (model, padded)):
+        found = agreement(*(predictions(one, IDS) for one in pair))
+        assert found.kl.value == pytest.approx(0, abs=1e-6) and found.top1.value == 1
+    prompts, texts = shipped_prompts(AutoTokenizer.from_pretrained(STORIES))[:2], [[5, 6, 7], [8]]
+    judged = [predictions_for(one, prompts, texts) for one in (padded, model)]
+    assert acceptance(*judged, texts, greedy=False).value == pytest.approx(1, abs=1e-5)
 
 
 def test_positions_average_to_the_perplexity(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +225,37 @@ def test_recovery_and_its_paired_error() -> None:
     nats = TaskResult("lambada", "perplexity", 20.0, 1.0, False, (-2.0, -4.0))
     (found,) = recoveries([nats], [TaskResult("lambada", "perplexity", 10.0, 1.0, False, (-2.0, -2.0))])
     assert found.difference == 10 and math.isnan(found.standard_error)
+
+
+def test_answers_that_are_read_in_two_ways_are_two_metrics() -> None:
+    """As GSM8K's are; each is compared with itself, over its own documents."""
+
+    def answers(strict: list[float], flexible: list[float]) -> list[TaskResult]:
+        named = {"strict-match": strict, "flexible-extract": flexible}
+        row = {f"exact_match,{kind}": sum(values) / len(values) for kind, values in named.items()}
+        samples = [{"filter": kind, "exact_match": one} for kind, values in named.items() for one in values]
+        better = {"gsm8k": {"exact_match": True}}
+        return tasks._results({"results": {"gsm8k": row}, "samples": {"gsm8k": samples}, "higher_is_better": better})
+
+    own = answers([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])
+    assert [(one.metric, one.values) for one in own] == [
+        ("exact_match,strict-match", (1.0, 0.0, 0.0, 0.0)),
+        ("exact_match,flexible-extract", (1.0, 1.0, 1.0, 1.0)),
+    ]
+    for found in recoveries(own, own):
+        assert (found.recovery, found.difference, found.standard_error) == (1, 0, 0)
+    plain = tasks._results({"results": {"piqa": {"acc,none": 0.5}}, "samples": {"piqa": [{"acc": 1}, {"acc": 0}]}})
+    assert [(one.metric, one.values) for one in plain] == [("acc", (1.0, 0.0))]
+
+
+def test_haystacks_are_built_with_the_loaded_tokenizer(tmp_path: Path) -> None:
+    """lm-eval would load it by name, and run the code that lies in the folder."""
+    ruler = pytest.importorskip("lm_eval.tasks.ruler.common_utils")
+    loader, tokenizer = ruler.AutoTokenizer, AutoTokenizer.from_pretrained(STORIES)
+    for made in (tokenizer, AutoTokenizer.from_pretrained(STORIES)):
+        with tasks._with_tokenizer(made):
+            assert ruler.get_tokenizer("a-name") is made
+    assert ruler.AutoTokenizer is loader
 
 
 def test_repetition_and_emptiness(model: Any) -> None:

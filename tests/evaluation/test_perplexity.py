@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tests.families import lively_config, lively_model
 from transmla.checkpoint.resolve import resolve
 from transmla.errors import DataError, VerificationError
 from transmla.evaluation.cache import measured_bytes_per_token
@@ -32,6 +33,19 @@ def test_equals_ten_plain_lines(ids_NT: torch.Tensor, device: torch.device) -> N
     assert found.value == pytest.approx(math.exp(mean), rel=1e-6)
     assert found.nats_N == pytest.approx(losses, rel=1e-6)
     assert found.num_tokens == 12 * 128
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere", "gpt_neox"])
+def test_many_logits_are_made_in_rows(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of heads with scales, caps and biases, too."""
+    model = lively_model(lively_config(model_type=model_type)).double()
+    ids_NT = torch.randint(3, 512, (3, 50), generator=torch.Generator().manual_seed(1))
+    wanted = perplexity(model, ids_NT)
+    monkeypatch.setattr("transmla.evaluation.perplexity.MANY_LOGITS", 1000)
+    monkeypatch.setattr(type(model), "forward", None)
+    told: list[int] = []
+    found = perplexity(model, ids_NT, progress=lambda done, total: told.append(done))
+    assert found.nats_N == pytest.approx(wanted.nats_N, rel=1e-6) and told == [2, 3]
 
 
 def test_the_first_tokens_are_not_scored(ids_NT: torch.Tensor) -> None:

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import transmla
-from tests.families import lively_source
+from tests.families import lively_config, lively_model, lively_source
 from transmla.checkpoint.resolve import resolve
 from transmla.cli import main
 from transmla.errors import GeometryError
-from transmla.evaluation import roofline, speed, steps
+from transmla.evaluation import budget, roofline, speed, steps
 from transmla.evaluation.cache import held_bytes
 from transmla.model.loading import load_any
 
@@ -259,6 +259,49 @@ def test_a_size_that_does_not_fit_is_a_row(converted: Path, monkeypatch: pytest.
     report = transmla.bench(converted, "stories260k", contexts=(8,), batches=(1, 2), steps=2, repeats=1)
     assert [row.failed for row in report.rows] == [None, None, "out of memory", None]
     assert report.rows[3].speed_ratio is None and report.rows[3].tokens_per_second
+
+
+def test_experts_count_by_what_a_token_sees() -> None:
+    model = lively_model(lively_config(model_type="mixtral", layers=1))
+    experts = [weight for name, weight in model.named_parameters() if ".experts." in name]
+    assert len(experts) == 2 and all(len(weight) == 4 for weight in experts), "two of four are chosen"
+    others = sum(weight.numel() for weight in model.parameters()) - sum(map(torch.numel, experts))
+    others -= model.get_input_embeddings().weight.numel()
+    multiply_adds, moved = roofline.step_cost(model, 1, 0, 0.0)
+    assert multiply_adds == others + sum(map(torch.numel, experts)) / 2
+    assert moved == 4 * multiply_adds
+    assert roofline.step_cost(model, 3, 0, 0.0)[1] == 4 * (others + sum(map(torch.numel, experts)))
+
+
+def test_a_step_that_does_not_fit_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = speed.decode
+
+    def failing(model: Any, *rest: Any) -> float:
+        if type(model).__name__.startswith("Llama"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, *rest)
+
+    monkeypatch.setattr(speed, "decode", failing)
+    report = transmla.bench(converted, "stories260k", contexts=(8,), steps=2, repeats=1)
+    assert [row.failed for row in report.rows] == ["out of memory", None]
+    assert report.rows[1].speed_ratio is None and report.rows[1].tokens_per_second
+
+
+def test_a_budget_beyond_the_memory_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = budget.fill
+
+    def failing(model: Any, *rest: Any) -> Any:
+        if type(model).__name__.startswith("Llama"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, *rest)
+
+    monkeypatch.setattr(budget, "fill", failing)
+    report = transmla.bench(converted, "stories260k", contexts=(16,), steps=2, repeats=1, cache_budget=2**20)
+    assert report.budget is not None
+    assert [(row.texts > 0, row.remark) for row in report.budget.rows][:1] == [
+        (False, "out of memory: one text beside the weights")
+    ]
+    assert report.budget.rows[-1].tokens_per_second
 
 
 def test_other_errors_are_not_swallowed(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,17 @@ from transformers.cache_utils import Cache, DynamicLayer
 from tests.model.folders import LAYERS, RANK, ROPE, VOCAB, write_folder
 from tests.model.test_attention import relative
 from tests.model.test_cache import generate
+from transmla.model import modeling_transmla as modeling
 from transmla.model.loading import load
-from transmla.model.modeling_transmla import GroupCode, LatentCache, dealt_bits, pack, packed_width, unpack
+from transmla.model.modeling_transmla import (
+    GroupCode,
+    LatentCache,
+    TransformCode,
+    dealt_bits,
+    pack,
+    packed_width,
+    unpack,
+)
 
 Load = Callable[..., Any]
 WIDTH = RANK + ROPE
@@ -207,10 +216,42 @@ def test_one_block_is_unpacked_at_a_time(model: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(GroupCode, "decode", watched)
     blocks = type(cache.layers[0]).blocks
     wanted = model(ids[:, 70:], past_key_values=LatentCache.from_state(model.config, state)).logits
-    monkeypatch.setattr(type(cache.layers[0]), "blocks", lambda self, ordered: blocks(self, 16, ordered))
+    monkeypatch.setattr(type(cache.layers[0]), "blocks", lambda self, ordered, rows: blocks(self, 16, ordered))
     found = model(ids[:, 70:], past_key_values=cache).logits
     assert unpacked == [70] * LAYERS + [16, 16, 16, 16, 6] * LAYERS
     assert relative(found, wanted) < 1e-7
+
+
+@torch.no_grad()
+def test_many_queries_see_small_blocks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of all of them with a block are there at once."""
+    ids = torch.randint(3, VOCAB, (2, 400), generator=torch.Generator().manual_seed(2))
+    cache = model.latent_cache("int4", recent=0)
+    model(ids[:, :360], past_key_values=cache)
+    state, sizes = cache.state_dict(), []
+    scores = modeling._scores
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found: torch.Tensor = scores(query, key, *rest)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(modeling, "_scores", watched)
+    found = []
+    for most in (2**28, 2**14):
+        monkeypatch.setattr(modeling, "SCORES", most)
+        sizes.clear()
+        found.append(model(ids[:, 360:], past_key_values=LatentCache.from_state(model.config, state)).logits)
+        heads = model.config.num_attention_heads
+        assert max(sizes) == 2 * heads * 40 * (360 if most == 2**28 else modeling.LEAST_BLOCK)
+    assert relative(*found) < 1e-7
+
+
+def test_a_layer_that_no_bit_was_dealt_to(model: Any) -> None:
+    code = TransformCode([1.0] * 4, [2.0] * 4, [0] * 4, {})
+    packed = code.encode(torch.randn(2, 5, 4))
+    assert packed["codes"].shape == (2, 5, 0) and code.bytes_per_token == 2
+    assert torch.equal(code.decode(packed, torch.float32), torch.ones(2, 5, 4))
 
 
 @torch.no_grad()

@@ -68,11 +68,14 @@ def predictions(model: Any, ids_NT: Tensor, progress: Callable[[int, int], None]
 def agreement(model: Predictions, source: Predictions) -> Agreement:
     """Of two predictions for the same windows."""
     kl, top1 = [], []
+    # what one of them has more are rows without a token
+    vocabulary = min(len(model.head.weight_VD), len(source.head.weight_VD))
     with torch.no_grad():
         for own_TD, wanted_TD in zip(model.hidden_NTD, source.hidden_NTD, strict=True):
             divergence, same = 0.0, 0
             for own, wanted in zip(own_TD.split(CHUNK), wanted_TD.split(CHUNK), strict=True):
-                own_TV, wanted_TV = (_log_probabilities(*pair) for pair in ((own, model), (wanted, source)))
+                pairs = ((own, model), (wanted, source))
+                own_TV, wanted_TV = (_log_probabilities(*pair, vocabulary) for pair in pairs)
                 divergence += float((wanted_TV.exp() * (wanted_TV - own_TV)).sum())
                 same += int((own_TV.argmax(-1) == wanted_TV.argmax(-1)).sum())
             kl.append(divergence / len(own_TD))
@@ -80,5 +83,6 @@ def agreement(model: Predictions, source: Predictions) -> Agreement:
     return Agreement(Mean(tuple(kl)), Mean(tuple(top1)))
 
 
-def _log_probabilities(hidden_TD: Tensor, made: Predictions) -> Tensor:
-    return made.head.logits(hidden_TD.to(made.head.weight_VD.device)).float().log_softmax(-1).cpu()
+def _log_probabilities(hidden_TD: Tensor, made: Predictions, vocabulary: int) -> Tensor:
+    logits_TV = made.head.logits(hidden_TD.to(made.head.weight_VD.device))[:, :vocabulary]
+    return logits_TV.float().log_softmax(-1).cpu()

@@ -149,12 +149,11 @@ class _Turn:
         self.seconds: list[float] = []
         self.paired: list[float] = []
         self.remark = kind.counted
-        self.cache: Any = fill(kind.loaded, ids_1S[:, :-steps], lambda: kind.make(self.context))
-        self.ids_1T = ids_1S[:, -steps:]
-        self.bytes_per_text, windows = 0, forgetful(self.cache)
-        for token_11 in torch.split(self.ids_1T, 1, dim=1):
-            decode(kind.loaded, self.cache, token_11, ids_1S.device)
-            self.bytes_per_text = max(self.bytes_per_text, held_bytes(self.cache))
+        self.ids_1T, self.bytes_per_text, self.texts = ids_1S[:, -steps:], 0, 0
+        self.cache: Any = None
+        windows = self._guarded(lambda: self._fill(ids_1S[:, :-steps]))
+        if self.cache is None:
+            return
         self.texts = budget // self.bytes_per_text
         if not self.texts:
             self.remark = f"one text takes {size(self.bytes_per_text)}"
@@ -164,6 +163,16 @@ class _Turn:
         rewind(self.cache, steps, windows)
         self._guarded(lambda: self.cache.batch_repeat_interleave(self.texts))
         self._windows = {} if self.cache is None else forgetful(self.cache)
+
+    def _fill(self, ids_1S: Tensor) -> dict[int, Any]:
+        """Read a text and see what the cache of it takes at the most while the steps are made; its layers with a window
+        before these."""
+        self.cache = fill(self.kind.loaded, ids_1S, lambda: self.kind.make(self.context))
+        windows = forgetful(self.cache)
+        for token_11 in torch.split(self.ids_1T, 1, dim=1):
+            decode(self.kind.loaded, self.cache, token_11, ids_1S.device)
+            self.bytes_per_text = max(self.bytes_per_text, held_bytes(self.cache))
+        return windows
 
     def step(self, device: torch.device) -> float | None:
         """Seconds of one step of all texts; None if there is nothing to time."""
@@ -183,7 +192,8 @@ class _Turn:
         except (MemoryError, RuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
-            self.cache, self.remark = None, "out of memory: it fits, but not beside the weights and a step"
+            what = "it fits, but not beside the weights and a step" if self.texts else "one text beside the weights"
+            self.cache, self.remark = None, f"out of memory: {what}"
             return None
 
     def row(self, base: _Turn) -> Held:

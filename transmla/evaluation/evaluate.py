@@ -209,7 +209,8 @@ def evaluate(
 
 def quantised_sizes(source: dict[str, Any], dtype: str) -> dict[str, float]:
     """Bytes per token of the source's cache in 8 and 4 bits, by arithmetic: what a user gets without converting."""
-    per_bit = source["cache_bytes_per_token"] / (32.0 if dtype == "float32" else 16.0)
+    stored = source.get("dtype", dtype)  # which "auto" stands for
+    per_bit = source["cache_bytes_per_token"] / (32.0 if stored == "float32" else 16.0)
     return {name: per_bit * bits for name, bits in CACHE_BITS.items() if bits < 16}
 
 

@@ -193,6 +193,9 @@ def acceptance(model: Judged, source: Judged, texts: Sequence[Sequence[int]], *,
         if greedy:
             accepted_T = (base_TV.argmax(-1) == torch.tensor(list(text))).float()
         else:
-            accepted_T = torch.minimum(model.logits(own_TD).softmax(-1), base_TV.softmax(-1)).sum(-1)
+            own_TV = model.logits(own_TD)
+            vocabulary = min(own_TV.shape[-1], base_TV.shape[-1])
+            chances = (logits_TV[:, :vocabulary].softmax(-1) for logits_TV in (own_TV, base_TV))
+            accepted_T = torch.minimum(*chances).sum(-1)
         shares.append(float(accepted_T.mean()))
     return Mean(tuple(shares))

@@ -219,6 +219,7 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         "name": name,
         "converted": is_converted(Path(name)),
         "cache_bytes_per_token": part("cache", lambda: measured_bytes_per_token(subject.model), optional=False),
+        "dtype": part("dtype", lambda: str(subject.model.dtype).removeprefix("torch."), optional=False),
         # the first text is what everything else refers to
         "texts": {
             which: part(f"text {which}", functools.partial(text, which), optional=number > 0)

@@ -15,6 +15,11 @@ from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 
 from transmla.errors import DataError, VerificationError
+from transmla.model.head import head_of
+from transmla.train.losses import text_nats
+
+# all at once: a gigabyte in float32
+MANY_LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,10 @@ def perplexity(
     def run(size: int) -> None:
         for ids_BT in ids_NT[len(nats) :].split(size):
             ids_BT = ids_BT.to(model.device)
-            through = {"use_cache": False} if cache is None else {"past_key_values": cache()}
-            losses = []
-            for start in range(0, ids_BT.shape[1], ids_BT.shape[1] if cache is None else chunk):
-                end = start + (ids_BT.shape[1] if cache is None else chunk)
-                next_BT = ids_BT[:, start + 1 : end + 1]
-                logits_BTV = model(ids_BT[:, start:end], **through).logits[:, : next_BT.shape[1]].float()
-                losses.append(torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), next_BT, reduction="none"))
-            loss_BT = torch.cat(losses, dim=1)
+            if cache is None and _has_many_logits(model, ids_BT):
+                loss_BT = _losses_by_rows(model, ids_BT)
+            else:
+                loss_BT = _losses(model, ids_BT, cache, chunk)
             nats.extend(loss_BT[:, unscored - 1 :].mean(1).tolist())
             if progress is not None:
                 progress(len(nats), len(ids_NT))
@@ -111,6 +112,32 @@ def perplexity(
             remedy="try --dtype float32; if it stays, convert again",
         )
     return Perplexity(tuple(nats), ids_NT.numel())
+
+
+def _losses(model: Any, ids_BT: Tensor, cache: Callable[[], Any] | None, chunk: int) -> Tensor:
+    """Next-token losses [B, T - 1], `chunk` tokens at a time through a cache if there is one."""
+    through = {"use_cache": False} if cache is None else {"past_key_values": cache()}
+    size = ids_BT.shape[1] if cache is None else chunk
+    losses = []
+    for start in range(0, ids_BT.shape[1], size):
+        end = start + size
+        next_BT = ids_BT[:, start + 1 : end + 1]
+        logits_BTV = model(ids_BT[:, start:end], **through).logits[:, : next_BT.shape[1]].float()
+        losses.append(torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), next_BT, reduction="none"))
+    return torch.cat(losses, dim=1)
+
+
+def _has_many_logits(model: Any, ids_BT: Tensor) -> bool:
+    """Whether those of all tokens at once would be a matter of gigabytes."""
+    return hasattr(model, "get_decoder") and ids_BT.numel() * model.get_input_embeddings().num_embeddings > MANY_LOGITS
+
+
+def _losses_by_rows(model: Any, ids_BT: Tensor) -> Tensor:
+    """Next-token losses [B, T - 1], with the logits of few tokens at a time."""
+    hidden_BTD = model.get_decoder()(ids_BT, use_cache=False).last_hidden_state[:, :-1]
+    head, labels_BT = head_of(model), ids_BT[:, 1:]
+    loss_N, _ = text_nats(hidden_BTD.flatten(0, 1), head.logits, labels_BT.flatten(), len(head.weight_VD))
+    return loss_N.view_as(labels_BT)
 
 
 def ratio(model: Perplexity, source: Perplexity) -> Ratio:

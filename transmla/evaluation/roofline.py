@@ -55,20 +55,24 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 def step_cost(model: Any, batch: int, context: int, cached_bytes: float) -> tuple[float, float]:
     """(multiply-adds, bytes) of one decoding step: every weight but the embedding once, the whole cache once.
 
+    Of experts, a text multiplies with those that its token is sent to, and all texts together read no more than theirs.
     Attention per head and cached token: GQA 2 d; MLA in latent space 2 r + e.
     """
     config = model.config
     embedding = model.get_input_embeddings().weight
     weights = [weight for weight in model.parameters() if weight is not embedding]
-    count = sum(weight.numel() for weight in weights)
     if model.get_output_embeddings().weight is embedding:
-        weights, count = [*weights, embedding], count + embedding.numel()
+        weights = [*weights, embedding]
+    # matrices of several experts are one tensor
+    chosen = getattr(config.get_text_config(decoder=True), "num_experts_per_tok", None)
+    shares = [chosen / len(weight) if chosen and weight.dim() == 3 else 1.0 for weight in weights]
+    count = sum(share * weight.numel() for share, weight in zip(shares, weights, strict=True))
     if getattr(config, "kv_lora_rank", None):
         per_head = 2 * config.kv_lora_rank + config.qk_rope_head_dim
     else:
         per_head = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     attention = config.num_attention_heads * per_head * _attended(config, context)
-    moved = sum(weight.numel() * weight.element_size() for weight in weights)
+    moved = sum(min(1.0, batch * share) * weight.nbytes for share, weight in zip(shares, weights, strict=True))
     return float(batch * (count + attention)), moved + cached_bytes
 
 

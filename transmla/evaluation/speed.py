@@ -214,9 +214,17 @@ def _measured(
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     windows = {name: forgetful(cache) for name, cache in caches.items()}
     for repeat in range(-1, repeats):
-        for name, cache in caches.items():
-            elapsed = decode(models[name], cache, ids_BS[:, context:], device)
-            rewind(cache, steps, windows[name])
+        for name in list(caches):
+            try:
+                elapsed = decode(models[name], caches[name], ids_BS[:, context:], device)
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                failed[name] = "out of memory"
+                del caches[name], windows[name], seconds[name]
+                gc.collect()
+                continue
+            rewind(caches[name], steps, windows[name])
             if repeat >= 0:  # the first one warms up kernels and allocators
                 seconds[name].append(elapsed / steps)
     rows = []

@@ -21,8 +21,10 @@ NEEDLE = "niah_single_1"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One metric of one task. values: of each document, in lm-eval's order; empty where a metric has none
+    """One metric of one task.
 
+    metric: as lm-eval calls it, with the filter of the answers where it has one: "exact_match,strict-match"
+    values: of each document, in lm-eval's order; empty where a metric has none
     value and standard_error are lm-eval's own.
     """
 
@@ -87,7 +89,7 @@ def run_tasks(
 
     adapter = Silent(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
     try:
-        with _without_git():
+        with _without_git(), _with_tokenizer(tokenizer):
             found = simple_evaluate(
                 adapter, tasks=names, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
             )
@@ -147,6 +149,26 @@ def _without_git() -> Iterator[None]:
         evaluator.get_git_commit_hash = asked
 
 
+@contextmanager
+def _with_tokenizer(tokenizer: Any) -> Iterator[None]:
+    """RULER's tasks build their texts with a tokenizer that they load by name, and would run the code in its folder."""
+    from lm_eval.tasks.ruler import common_utils as ruler
+
+    class Loaded:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> Any:
+            return tokenizer
+
+    loader = ruler.AutoTokenizer
+    ruler.get_tokenizer.cache_clear()
+    ruler.AutoTokenizer = Loaded
+    try:
+        yield
+    finally:
+        ruler.AutoTokenizer = loader
+        ruler.get_tokenizer.cache_clear()
+
+
 def _check(names: Sequence[str], known: list[str]) -> None:
     for name in names:
         if name not in known:
@@ -163,12 +185,13 @@ def _results(found: dict[str, Any]) -> list[TaskResult]:
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = row.get(f"{metric}_stderr,{kind}")
-            values = [sample.get(metric) for sample in samples]
+            # of answers that are read in several ways, each is a metric of its own
+            values = [sample.get(metric) for sample in samples if sample.get("filter", kind) == kind]
             scalar = all(isinstance(one, int | float) for one in values)
             results.append(
                 TaskResult(
                     task=task,
-                    metric=metric,
+                    metric=metric if kind == "none" else f"{metric},{kind}",
                     value=float(value),
                     standard_error=float(error) if isinstance(error, int | float) else math.nan,
                     higher_is_better=better.get(metric) is not False,
@@ -208,7 +231,7 @@ def _share(own: TaskResult, base: TaskResult) -> float:
 def needles(model: Any, tokenizer: Any, name: str, lengths: list[int], samples: int) -> dict[int, tuple[float, float]]:
     """Share of RULER needles found and its standard error, by context length.
 
-    name: of the tokenizer, as transformers loads it; lm-eval builds the haystacks with it. Needs wonderwords and nltk.
+    tokenizer, name: lm-eval builds the haystacks with it, and wants a name. Needs wonderwords and nltk.
     """
     try:
         # one after the other: lm-eval's documents are 500 of the first length, then 500 of the next

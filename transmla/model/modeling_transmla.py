@@ -89,6 +89,8 @@ GAIN_BITS = 16
 # values that attention unpacks at once, of all texts together: on a CPU they stay in its caches; and least tokens
 UNPACKED = {"cpu": 2**20, "other": 2**26}
 LEAST_BLOCK = 128
+# of which scores there are at most so many at once, unless that would be less than a block
+SCORES = 2**28
 # buffers that grow do so by pieces of so many tokens
 PIECE = 2048
 
@@ -258,6 +260,8 @@ class TransformCode:
                 found = torch.bucketize(z_BNk[..., start : start + count].contiguous(), (levels[1:] + levels[:-1]) / 2)
                 codes.append(pack(found.to(torch.uint8), bits))
             start += count
+        if not codes:  # all bits went to other layers
+            codes = [z_BNk.new_zeros((*z_BNk.shape[:-1], 0), dtype=torch.uint8)]
         return {"codes": torch.cat(codes, dim=-1), "scales": gain_BN1}
 
     def decode(
@@ -409,14 +413,17 @@ class LatentLayer(CacheLayerMixin):
         taken = x_BNk.gather(1, at_BK.clamp(0, x_BNk.shape[1] - 1)[..., None].expand(-1, -1, x_BNk.shape[-1]))
         self.sinks = torch.where(inside_BK[..., None], taken, self.sinks)
 
-    def blocks(self, size: int | None = None, ordered: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+    def blocks(
+        self, size: int | None = None, ordered: bool = False, rows: int = 1
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """The place of the first token and [B, 1, N, k] of each piece of the cache; one is unpacked at a time.
 
         ordered: with the coordinates in the order of the code
+        rows:    of scores of a text that are made with a piece: queries times heads
         """
         order = self.code.order if ordered and self.code is not None else None
         if size is None:
-            size = self._block_size()
+            size = self._block_size(rows)
         if self.num_packed <= size:
             # a compiled step is not compiled anew when something is packed, as long as it fits into one piece
             if self.num_packed:
@@ -429,12 +436,12 @@ class LatentLayer(CacheLayerMixin):
             x_BNk = self.exact[:, : self.num_exact]
             yield self.num_packed, (x_BNk if order is None else x_BNk[..., order])[:, None]
 
-    def _block_size(self) -> int:
+    def _block_size(self, rows: int) -> int:
         if self.exact is None:
             return LEAST_BLOCK
         texts, _, width = self.exact.shape
         values = UNPACKED["cpu" if self.exact.device.type == "cpu" else "other"]
-        return max(values // (texts * width), LEAST_BLOCK)
+        return max(min(values // (texts * width), SCORES // (texts * rows)), LEAST_BLOCK)
 
     def _unpacked(self, start: int, end: int, order: torch.Tensor | None) -> torch.Tensor:
         """The packed tokens between these places [B, N, k], with the first ones of each text as they were."""
@@ -721,7 +728,7 @@ class CachedLatent:
         wide = torch.promote_types(query.dtype, torch.float32)
         top: Any = None
         total = attended = top
-        for start, key_B1Nk in layer.blocks(ordered=absorbs):
+        for start, key_B1Nk in layer.blocks(ordered=absorbs, rows=q_nope_BHTn.shape[1] * num_queries):
             key, value = (key_B1Nk, key_B1Nk) if absorbs else self.expand(key_B1Nk)
             scores = _scores(query, key, wide) * self.scaling
             if self.softcap is not None:
