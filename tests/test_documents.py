@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
+import transmla
 from transmla.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -82,16 +83,20 @@ def test_tables_of_results_are_up_to_date(page: Path, reference: ModuleType) -> 
     assert shortened == text or reference.filled(shortened) == text, "a block that has changed is written again"
 
 
-def test_what_plan_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["plan stories260k", "doctor stories260k-mla-24-8"])
+def test_what_is_printed_without_measuring(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Otherwise: python benchmarks/tour.py"""
     monkeypatch.setenv("COLUMNS", "100")
-    printed = CliRunner().invoke(main, ["plan", "stories260k"]).stdout
-    lines = [line.rstrip() for line in printed.splitlines()]
-    shown = [page for page in PAGES if "<!-- plan -->" in page.read_text("utf-8")]
-    assert shown
+    monkeypatch.chdir(tmp_path)
+    name, _, folder = command.partition(" ")
+    if name == "doctor":
+        transmla.convert("stories260k", folder, refine="off", tokens=2048, theta=1e4)
+    lines = [line.rstrip() for line in CliRunner().invoke(main, command.split()).stdout.splitlines()]
+    shown = [page for page in PAGES if f"<!-- {name} -->" in page.read_text("utf-8")]
+    assert shown and len(lines) > 10
     for page in shown:
-        block = page.read_text("utf-8").partition("<!-- plan -->\n```text\n")[2].partition("\n```\n<!-- end -->")[0]
-        assert block.splitlines() == ["$ transmla plan stories260k", *lines]
+        block = page.read_text("utf-8").partition(f"<!-- {name} -->\n```text\n")[2].partition("\n```\n<!-- end -->")[0]
+        assert block.splitlines() == [f"$ transmla {command}", *lines]
 
 
 def test_times_that_nobody_measured_are_called_projected(reference: ModuleType) -> None:
