@@ -4,7 +4,7 @@
     python examples/heal_with_trl.py OUT HEALED [--data rows.jsonl] [--steps 100] [--rate 1e-4] [--length 256]
 
 OUT is a folder that `transmla convert` has written. Training it as it is would wreck it, as its latent rows are about
-1e-6.
+1e-5.
 """
 
 from __future__ import annotations

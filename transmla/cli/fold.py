@@ -27,7 +27,7 @@ def unfold_command(model: str, out: str, dtype: str, quiet: bool) -> None:
     """Write the converted folder MODEL in the form for training: weights of ordinary size, no norm on the latent.
 
     Any trainer takes it with trust_remote_code=True, or as transmla.load(OUT). `transmla fold` makes the stock form of
-    the result. MODEL itself must not be trained: an optimizer step destroys its latent rows, which are about 1e-6.
+    the result. MODEL itself must not be trained: an optimizer step destroys its latent rows, which are about 1e-5.
     """
     with errors():
         import transmla

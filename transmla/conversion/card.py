@@ -136,7 +136,7 @@ _INFERENCE = """> **For inference only.** Do not train this folder, nor a LoRA a
 def _limits(planned: Plan) -> str:
     if planned.form == "deepseek_v3":
         return (
-            "- The latent rows of `kv_a_proj_with_mqa` are about 1e-6 in size, because the norm that stock engines\n"
+            "- The latent rows of `kv_a_proj_with_mqa` are about 1e-5 in size, because the norm that stock engines\n"
             "  put on the latent has to act as a linear map: so it must not be trained. Prefer bfloat16 to float16.\n"
         )
     return (

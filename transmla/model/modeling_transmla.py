@@ -57,7 +57,7 @@ class FoldedRMSNorm(nn.Module):
         if self.training and torch.is_grad_enabled():
             logger.warning_once(
                 "This checkpoint is for inference only: its latent norm is folded (latent_norm_folded in config.json), "
-                "so the latent rows of kv_a_proj_with_mqa are about 1e-6, and an optimizer step destroys them. Train "
+                "so the latent rows of kv_a_proj_with_mqa are about 1e-5, and an optimizer step destroys them. Train "
                 "the unfolded form (transmla unfold), and fold it again afterwards (transmla fold)."
             )
         # weight / sqrt(eps) overflows float16
