@@ -34,7 +34,6 @@ from transmla.text.documents import Text, mixed, open_text
 from transmla.text.mixes import SELF, Part, parse_mix
 from transmla.text.packing import pack
 from transmla.text.sampling import TEXT_LENGTH, sample_texts
-from transmla.text.sources import is_table
 
 # predictions stored for each token where the recipe does not set top_k
 CACHED_TOP_K = 64
@@ -119,13 +118,17 @@ class Preparation:
             )  # fmt: skip
 
         texts = [opened(part, evaluation=False) for part in parts]
-        heldout_of_each = -(-settings.heldout // len(texts))
-        for text in texts:
-            text.hold_out(heldout_of_each, settings.window)
         watched = [opened(part, evaluation=True) for part in self.texts[1:]]
         for text in watched:
             text.hold_out(settings.heldout, settings.window)
-        heldout = [[window for text in texts for window in text.heldout], *(text.heldout for text in watched)]
+        heldout_of_each = -(-settings.heldout // len(texts))
+        watched_names = {_identity(text.part.name) for text in watched}
+        for text in texts:
+            # what is measured of a watched text is not trained on where the mix has it, too
+            is_watched = _identity(text.part.name) in watched_names
+            text.hold_out(settings.heldout if is_watched else heldout_of_each, settings.window)
+        of_mix = [window for text in texts for window in text.heldout[:heldout_of_each]]
+        heldout = [of_mix, *(text.heldout for text in watched)]
         for path, windows in zip(paths[1:], heldout, strict=True):
             write_windows(path, windows, len(windows), settings.window, self.tell, "hold out")
         rows = pack(mixed(texts, settings.seed), settings.window)
@@ -141,8 +144,8 @@ class Preparation:
         longer = [opened(part, evaluation=False, length=settings.long_window) for part in parts]
         for text, short in zip(longer, texts, strict=True):
             # pieces are counted in pieces; a long one that holds a held-out token is left out as well
-            whole = is_table(text.part.name) or text.part.name == SELF
-            text.skipped = short.skipped if whole else -(-short.skipped * settings.window // settings.long_window)
+            of_pieces = -(-short.skipped * settings.window // settings.long_window)
+            text.skipped = of_pieces if text.is_cut else short.skipped
             if next(islice(text.documents(), text.skipped, None), None) is None:
                 raise DataError(
                     "the text is too short for long windows",
@@ -209,6 +212,12 @@ class Preparation:
         if half:
             halve_frozen(model)
         return model.to(self.device)
+
+
+def _identity(name: str) -> str:
+    """Of the text of this name: a file may be written in several ways."""
+    path = os.path.expanduser(name)
+    return os.path.realpath(path) if os.path.isfile(path) else name
 
 
 def is_sharded() -> bool:

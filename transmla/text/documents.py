@@ -34,10 +34,12 @@ class Text:
     """Documents of one part as token ids: the first windows are held out, the rest is endless.
 
     skipped: documents that are held out;  drawn: tokens that were drawn so far, in so many begun passes
+    is_cut:  it is one text, and its documents are pieces of a window; else they are rows, of any length
     """
 
     part: Part
     documents: Callable[[], Iterator[list[int]]]
+    is_cut: bool = False
     heldout: list[Any] = field(default_factory=list)
     skipped: int = 0
     drawn: int = 0
@@ -86,6 +88,8 @@ def open_text(
     completion_only: of rows with turns, only answers are learned
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    is_chat = part.name == maths.NAME and bool(getattr(tokenizer, "chat_template", None))
+    is_cut = not (is_chat or part.name == SELF or is_table(part.name))
 
     def tokenised(row: Rendered) -> list[int]:
         # a template brings its own special tokens
@@ -102,17 +106,14 @@ def open_text(
     def documents() -> Iterator[list[int]]:
         if part.name == SELF:
             yield from sampled()
-        elif part.name == maths.NAME and getattr(tokenizer, "chat_template", None):
-            for row in maths.rows():
-                yield tokenised(rendered(row, tokenizer, part.name))
-        elif not is_table(part.name):
+        elif is_cut:
             text = read_text(part.name, PLAIN_CHARACTERS, evaluation=evaluation)
             yield from _begun(_pieces(_tokens_of(text, tokenizer), length), tokenizer, begin)
         else:
-            for row in rows(part.name):
+            for row in maths.rows() if is_chat else rows(part.name):
                 yield tokenised(rendered(row, tokenizer, part.name))
 
-    return Text(part, lambda: (document for document in documents() if len(document) > 1))
+    return Text(part, lambda: (document for document in documents() if len(document) > 1), is_cut)
 
 
 def mixed(texts: list[Text], seed: int) -> Iterator[list[int]]:

@@ -1,0 +1,67 @@
+"""What is measured on is never trained on: texts that are watched as well, and rows in long windows."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.text.test_documents import Letters
+from transmla.healing.prepare import Preparation
+from transmla.healing.windows import Windows
+from transmla.processes import ALONE
+from transmla.progress import silent
+from transmla.recipe import Healing
+
+# letters that stand once in all texts begin here
+FIRST = 1000
+
+
+def windows(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, num_long: int = 0, **settings: Any) -> Any:
+    """(train, held-out windows of each text, long), 50 windows of 8 tokens."""
+    monkeypatch.setattr("transmla.healing.prepare.tokenizer", lambda _: tokenizer)
+    nothing: Any = None
+    given = Healing(window=8, **settings)
+    folder.mkdir(exist_ok=True)
+    made = Preparation(nothing, nothing, given, 50, ALONE, torch.device("cpu"), silent, num_long)
+    return made.windows(folder)
+
+
+def letters(found: Windows) -> set[int]:
+    """Those of all windows that stand once in all texts."""
+    return {token for row in found for token in row["input_ids"].tolist() if token >= FIRST}
+
+
+@pytest.mark.parametrize("watch", ["b.txt", "./b.txt"])
+def test_what_is_watched_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: str) -> None:
+    """A text of the mix holds out its share of the windows; one that is watched, all that are measured."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("a.txt", "b.txt")):
+        Path(name).write_text("".join(map(chr, range(FIRST + 500 * number, FIRST + 500 * number + 160))), "utf-8")
+    train, (of_mix, watched), _ = windows(
+        tmp_path / "work", Letters(), monkeypatch, data="a.txt+b.txt", watch=watch, heldout=4
+    )
+    assert len(of_mix) == len(watched) == 4 and len(train) == 50
+    assert letters(watched) == set(range(FIRST + 500, FIRST + 532))
+    assert letters(of_mix) == {*range(FIRST, FIRST + 16), *range(FIRST + 500, FIRST + 516)}, "as much of each"
+    assert letters(train) == {*range(FIRST + 16, FIRST + 160), *range(FIRST + 532, FIRST + 660)}
+
+
+def test_rows_that_are_held_out_are_in_no_long_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worked problems are rows where there is a chat template, and a row has the same length in any window."""
+    tokenizer = Letters()
+    tokenizer.chat_template = "something"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in range(60):
+            yield {
+                "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": chr(FIRST + number)}]
+            }
+
+    monkeypatch.setattr("transmla.text.maths.rows", rows)
+    options: dict[str, Any] = {"data": "maths", "heldout": 24, "long_share": 0.5, "long_window": 64}
+    train, (heldout,), long = windows(tmp_path / "work", tokenizer, monkeypatch, 8, **options)
+    kept = letters(heldout)
+    assert len(kept) > 4 and letters(train) and letters(long)
+    assert not kept & letters(train) and not kept & letters(long)
