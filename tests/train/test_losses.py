@@ -54,6 +54,8 @@ def test_fewer_kept_logits_are_a_lower_bound() -> None:
     found = [divergence_top_k(student, top_k(teacher, k)) for k in (1, 4, 12)]
     for less, more in zip(found, [*found[1:], whole], strict=True):
         assert (less <= more + 1e-5).all() and less.mean() < more.mean()
+    every = divergence_top_k(student, top_k(teacher, V + 1))
+    assert torch.equal(every, divergence_top_k(student, top_k(teacher, V))), "no more than there are"
     itself = divergence_top_k(teacher, top_k(teacher, 3))
     assert itself.abs().max() < 1e-5
 

@@ -44,8 +44,8 @@ Predictions = Callable[[slice], Tensor | TopK]
 
 
 def top_k(logits_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The k most likely tokens and their probabilities in the whole distribution."""
-    probabilities = (logits_NV.float() / temperature).softmax(-1).topk(k, dim=-1)
+    """The k most likely tokens, or all if there are fewer, and their probabilities in the whole distribution."""
+    probabilities = (logits_NV.float() / temperature).softmax(-1).topk(min(k, logits_NV.shape[-1]), dim=-1)
     return TopK(probabilities.values, probabilities.indices)
 
 
