@@ -24,6 +24,7 @@ from transmla.cli import main
 from transmla.errors import DestinationError, GateError, RecipeError, SourceError, UnsupportedError
 from transmla.healing.choice import check, settings_for
 from transmla.healing.flow import _require_gain
+from transmla.healing.prepare import Preparation
 from transmla.healing.schedule import schedule
 from transmla.healing.train import Trained
 from transmla.processes import ALONE
@@ -209,6 +210,23 @@ def test_it_heals_on_every_device(converted: Path, text_file: Path, tmp_path: Pa
     report = transmla.heal(converted, tmp_path / "out", device=device.type, **common)
     assert report.after[str(text_file)]["divergence"] < report.before[str(text_file)]["divergence"]
     assert logits(tmp_path / "out").isfinite().all()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64 - 1])
+def test_any_whole_number_is_a_seed(
+    converted: Path, text_file: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of numpy and the Trainer, too."""
+    seen: list[int] = []
+
+    def begun(preparation: Preparation, *_: Any) -> None:
+        seen.append(preparation.settings.seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transmla.healing.flow._train", begun)
+    with pytest.raises(KeyboardInterrupt):
+        transmla.heal(converted, tmp_path / "out", **SETTINGS | {"data": str(text_file)}, seed=seed)
+    assert seen == [seed % 2**32]
 
 
 def test_windows_longer_than_the_context_are_shortened_before_they_are_counted(

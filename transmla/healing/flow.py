@@ -158,6 +158,8 @@ def heal(
             why="processes would wait for each other: their texts end at different steps",
             remedy="use DDP, where every process has the whole model, or leave on_policy out",
         )
+    # numpy takes no others
+    options = options.with_overrides(seed=options.seed % 2**32)
     set_seed(options.seed)
     plan = schedule(options, processes.size)
     own_device = processes.device(device)
