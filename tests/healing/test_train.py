@@ -11,6 +11,7 @@ import torch
 
 from transmla.healing.choice import with_mix
 from transmla.healing.curves import healing_curve, write_curve
+from transmla.healing.pace import Clock
 from transmla.healing.schedule import learning_rate, rest_rate, schedule
 from transmla.healing.scores import by_text, divergence_at_start
 from transmla.healing.train import Healer, arguments, last_checkpoint
@@ -157,6 +158,25 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_with(tmp_path: Path) -> No
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-8"]
+
+
+def test_the_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was given to a GPU may take long after the call has returned."""
+    now, queued = 0.0, 0.0
+
+    def wait(device: torch.device) -> None:
+        nonlocal now, queued
+        now, queued = now + queued, 0.0
+
+    monkeypatch.setattr("transmla.healing.pace.wait", wait)
+    monkeypatch.setattr("transmla.healing.pace.time.perf_counter", lambda: now)
+    clock, given = Clock(lambda step: 100 * step), SimpleNamespace(device=torch.device("cuda"))
+    for step in range(3):
+        queued = 50.0  # of measuring
+        clock.on_step_begin(given, SimpleNamespace(global_step=step), None)
+        queued = 2.0
+        clock.on_step_end(given, SimpleNamespace(global_step=step + 1), None)
+    assert (clock.seconds, clock.trained, clock.rate) == (6.0, 300, 50.0)
 
 
 def test_curves(tmp_path: Path) -> None:

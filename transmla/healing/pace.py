@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from transmla.evaluation.roofline import product_rate, step_cost
+from transmla.evaluation.roofline import product_rate, step_cost, wait
 
 
 class Clock(TrainerCallback):
@@ -23,11 +23,13 @@ class Clock(TrainerCallback):
         self.seconds, self.trained = 0.0, 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start the clock when the device has done what came before."""
+        wait(args.device)
         self._begun, self._step = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock when the device has done the step."""
+        wait(args.device)
         self.seconds += time.perf_counter() - self._begun
         self.trained += self._tokens(state.global_step) - self._tokens(self._step)
 
