@@ -94,6 +94,16 @@ def test_streams_are_matched_layer_by_layer(source: Any, windows: Windows) -> No
     assert weighted == pytest.approx(plain + 2 * float(errors.mean()), rel=1e-4)
 
 
+def test_a_single_layer_has_no_streams_to_match(windows: Windows) -> None:
+    source = lively_model(lively_config(layers=1))
+    given, teacher = batch(windows), OnlineTeacher(source, autocast("float32", CPU), streams=True)
+    plain, weighted = (
+        teach(unfolded(source.config), teacher, Objective(), weight)(**given)["loss"] for weight in (0.0, 2.0)
+    )
+    weighted.backward()
+    assert float(weighted.detach()) == float(plain.detach()) > 0.01
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_state_that_predicts_nothing_has_no_finite_loss(source: Any, windows: Windows, value: float) -> None:
     """A flat distribution may be nearer to the source than a wrecked model is; still it is no gain."""
@@ -128,6 +138,32 @@ def test_frozen_matrices_are_halved_and_trained_ones_are_not(source: Any) -> Non
     layer = model.model.layers[0]
     assert layer.mlp.up_proj.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
     assert layer.self_attn.o_proj.weight.dtype == layer.input_layernorm.weight.dtype == torch.float32
+
+
+def test_frozen_experts_are_halved(device: torch.device) -> None:
+    """Most of a model of experts, and no linear layers; the products run in bfloat16, and gradients pass."""
+    model: Any = lively_model(lively_config(model_type="qwen3_moe", layers=2)).to(device)
+    select_trained(model, "all")
+    halve_frozen(model)
+    experts = model.model.layers[1].mlp.experts
+    assert {weight.dtype for weight in experts.parameters()} == {torch.float32}, "these are trained"
+    generator = torch.Generator().manual_seed(0)
+    stream_ND = torch.randn(10, 48, generator=generator).to(device)
+    chosen_N2 = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(10)]).to(device)
+    given = stream_ND, chosen_N2, torch.full((10, 2), 0.5, device=device)
+    with torch.no_grad():
+        wanted = experts(*given)
+    select_trained(model, "attention")
+    halve_frozen(model)
+    assert {weight.dtype for weight in experts.parameters()} == {torch.bfloat16}
+    stream_ND.requires_grad_()
+    with autocast("bfloat16", device)():
+        found = experts(*given)
+        logits = model(IDS.to(device)).logits
+    assert found.dtype == torch.float32 and (found - wanted).norm() < 0.03 * wanted.norm()
+    (found.sum() + logits.float().square().sum()).backward()
+    gradients = [stream_ND.grad, *(weight.grad for weight in model.parameters() if weight.requires_grad)]
+    assert all(one is not None and one.isfinite().all() and one.abs().sum() > 0 for one in gradients)
 
 
 def test_kept_predictions_are_those_of_the_source(source: Any, windows: Windows, tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ class Student(PreTrainedModel):
         )  # fmt: skip
         if self.hidden_weight > 0:
             pairs = zip(out.hidden_states[1:-1], lesson.streams[1:-1], strict=True)
-            loss = loss + self.hidden_weight * torch.stack([stream_error(own, target) for own, target in pairs]).mean()
+            errors = [stream_error(own, target) for own, target in pairs]
+            if errors:  # a single layer has no streams between layers
+                loss = loss + self.hidden_weight * torch.stack(errors).mean()
         if torch.is_grad_enabled():
             return {"loss": loss}
 
@@ -208,10 +210,18 @@ def save_trained_alone(model: PreTrainedModel) -> None:
 
 
 def halve_frozen(model: nn.Module) -> None:
-    """Cast frozen matrices to bfloat16, in place; autocast would multiply them in bfloat16 anyway."""
+    """Cast frozen matrices to bfloat16, in place; autocast would multiply them in bfloat16 anyway. And frozen experts,
+    whose grouped products autocast leaves in the dtype of their weights."""
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        weights = list(module.parameters(recurse=False))
+        is_frozen = not any(weight.requires_grad for weight in weights)
+        if is_frozen and (isinstance(module, nn.Linear) or _holds_experts(module)):
             module.to(torch.bfloat16)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether it has the matrices of all experts as parameters of three dimensions, as in transformers."""
+    return hasattr(module, "num_experts") and any(weight.dim() == 3 for weight in module.parameters(recurse=False))
 
 
 def share_frozen(student: Any, source: Any) -> int:
