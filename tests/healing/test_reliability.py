@@ -16,9 +16,10 @@ import transmla
 from tests.families import MakeSource
 from transmla.checkpoint.destination import JOURNAL, lock_partial
 from transmla.errors import DestinationError, GateError
+from transmla.healing.curves import healing_curve
 from transmla.healing.needs import disk_bytes
 from transmla.healing.prepare import packed_texts
-from transmla.healing.train import Healer, Told, last_checkpoint
+from transmla.healing.train import Healer, Told, Trained, distil, last_checkpoint
 from transmla.healing.weights import open_trainable
 from transmla.healing.windows import Windows
 from transmla.recipe import Healing
@@ -54,6 +55,67 @@ def interrupted(inputs: Path, out: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         heal(inputs, out, progress=interrupt)
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+    """Let states have these scores: before training, and every four steps."""
+
+    class Scored(Healer):
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().evaluation_loop(*args, **kwargs)
+            found.metrics["eval_score"] = scores[self.state.global_step // 4]
+            return found
+
+    monkeypatch.setattr("transmla.healing.train.Healer", Scored)
+
+
+@pytest.mark.parametrize(
+    ("scores", "others", "last"),
+    [
+        ((4.0, 3.0, 2.0, 1.0), {"distinct": 640}, 12),
+        ((4.0, 2.0, 1.0, 3.0), {}, 12),
+        ((4.0, 1.0, 2.0, 3.0), {"distinct": 640, "patience": 1}, 8),
+    ],
+)
+def test_what_was_killed_behind_its_training_does_not_train_again(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scores: tuple[float, ...],
+    others: dict[str, Any],
+    last: int,
+) -> None:
+    """Whether the last state is the best one or not, within a pass or at its end; and in a moved folder."""
+    scored(monkeypatch, *scores)
+    results: list[Trained] = []
+    steps: list[int] = []
+
+    def kept(*args: Any) -> Trained:
+        results.append(distil(*args))
+        return results[-1]
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def told(at: str, number: int, *_: Any) -> None:
+        if at == "heal":
+            steps.append(number)
+
+    monkeypatch.setattr("transmla.healing.flow.distil", kept)
+    monkeypatch.setattr("transmla.healing.flow.write_healed", killed)
+    for name in ("out", "out", "moved"):
+        with pytest.raises(KeyboardInterrupt):
+            heal(inputs, tmp_path / name, progress=told, tokens=1536, **others)
+        assert steps == list(range(1, last + 1)), "not one more"
+        if len(results) == 2:
+            (tmp_path / "out.partial").rename(tmp_path / "moved.partial")
+    first = results[0]
+    assert first.best_step == 4 * scores.index(1.0)
+    for again in results[1:]:
+        assert (again.best_step, again.before, again.after) == (first.best_step, first.before, first.after)
+        curves = [healing_curve(one.log, one.plan.tokens, list(one.before)) for one in (first, again)]
+        assert curves[0] == curves[1] and first.tensors.keys() == again.tensors.keys()
+        assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
 
 
 def test_restart_does_not_touch_a_heal_that_is_running(inputs: Path, tmp_path: Path) -> None:
@@ -173,6 +235,18 @@ def test_a_checkpoint_that_was_being_removed_is_none(tmp_path: Path, gone: str |
         (tmp_path / "checkpoint-4" / gone).unlink()
     assert last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{2 if gone else 4}")
     assert (tmp_path / "checkpoint-4").exists() == (gone is None)
+
+
+def test_a_checkpoint_without_the_best_one_is_none(tmp_path: Path) -> None:
+    for step, best in ((2, 2), (4, 2), (6, 5)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).write_text("x")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "best_global_step": best}))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4") and not (tmp_path / "checkpoint-6").exists()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path) is None
 
 
 def test_a_journal_that_cannot_be_read_back_is_a_clear_error(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def arguments(settings: Healing, plan: Schedule, rate: float, folder: Path, devi
         eval_on_start=True,
         save_strategy="steps",
         save_steps=plan.every,
-        save_total_limit=1,
+        save_total_limit=2,  # with 1 it deletes the newest at its end, and a run killed later would train again
         load_best_model_at_end=True,
         metric_for_best_model="eval_score",
         greater_is_better=False,
@@ -152,7 +152,7 @@ def distil(
     heldout:  held-out windows of each text;  names: names of these texts
     """
     clock = Clock(plan.tokens)
-    callbacks: list[TrainerCallback] = [Told(progress), clock]
+    callbacks: list[TrainerCallback] = [Told(progress), clock, Ended()]
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     batches = Batches(student, settings, plan, train, long, folder.parent / "on-policy", processes, progress)
@@ -244,6 +244,12 @@ class Healer(Trainer):
     batches: Batches | None = None
     rest_rate: float | None = None
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of a step; none where training has ended, which the Trainer would find out after a step."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's, on the batch of `batches`."""
         if self.batches is not None:
@@ -272,17 +278,20 @@ def last_checkpoint(folder: Path) -> str | None:
     """The path of the newest complete checkpoint in `folder`, or None.
 
     Incomplete checkpoints are deleted. They have no readable trainer_state.json, which is written last, or lack another
-    part, if a kill came while an old one was removed.
+    part, if a kill came while an old one was removed. So are those without the best one until then.
     """
-    by_step = {}
+    by_step, best = {}, {}
     for path in folder.glob("checkpoint-*"):
         try:
-            step = json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"]
+            state = json.loads((path / "trainer_state.json").read_text("utf-8"))
+            step = state["global_step"]
             if not _is_whole(path):
                 raise ValueError("a kill came while it was removed")
-            by_step[step] = path
+            by_step[step], best[step] = path, state.get("best_global_step")
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path, ignore_errors=True)
+    for step in [step for step in by_step if best[step] and best[step] not in by_step]:
+        shutil.rmtree(by_step.pop(step), ignore_errors=True)
     return str(by_step[max(by_step)]) if by_step else None
 
 
@@ -312,6 +321,20 @@ def whole_tensors(trainer: Trainer, names: set[str]) -> dict[str, Tensor]:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             tensors[name] = whole.detach().float().cpu()
     return tensors
+
+
+class Ended(TrainerCallback):
+    """A Trainer callback that lets a resumed run do no step where training had ended."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After all steps, or when the patience had."""
+        # the folder may have been moved since
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+        stopped = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+        if stopped or state.global_step >= state.max_steps:
+            control.should_training_stop = True
 
 
 class Forgets(TrainerCallback):
