@@ -118,6 +118,36 @@ def test_what_was_killed_behind_its_training_does_not_train_again(
         assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
 
 
+@pytest.mark.parametrize(
+    ("patience", "scores", "killed", "last"),
+    [(2, (5.0, 4.0, 4.5, 3.5, 3.0), 5, 16), (3, (5.0, 4.0, 4.1, 4.2, 4.3, 4.4), 13, 16)],
+)
+def test_patience_survives_a_kill(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    patience: int,
+    scores: tuple[float, ...],
+    killed: int,
+    last: int,
+) -> None:
+    """The first evaluation of a resumed run is one that was counted, and so are those before it."""
+    scored(monkeypatch, *scores)
+    steps: list[int] = []
+
+    def told(at: str, number: int, *_: Any) -> None:
+        if at == "heal":
+            steps.append(number)
+            if number == killed and steps.count(killed) == 1:
+                raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"tokens": 4 * 128 * (len(scores) - 1), "evaluations": len(scores) - 1}
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            heal(inputs, tmp_path / "out", progress=told, patience=patience, **options)
+    assert steps[killed - 1 : killed + 1] == [killed, killed] and steps[-1] == last
+
+
 def test_restart_does_not_touch_a_heal_that_is_running(inputs: Path, tmp_path: Path) -> None:
     interrupted(inputs, tmp_path / "out")
     kept = tmp_path / "out.partial" / JOURNAL / "unfolded" / "model.safetensors"

@@ -154,7 +154,7 @@ def distil(
     clock = Clock(plan.tokens)
     callbacks: list[TrainerCallback] = [Told(progress), clock, Ended()]
     if settings.patience is not None:
-        callbacks.append(EarlyStoppingCallback(settings.patience))
+        callbacks.append(Patience(settings.patience))
     batches = Batches(student, settings, plan, train, long, folder.parent / "on-policy", processes, progress)
     if settings.on_policy:
         callbacks.append(Forgets(batches.own_folder, settings.resample))
@@ -335,6 +335,27 @@ class Ended(TrainerCallback):
         stopped = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
         if stopped or state.global_step >= state.max_steps:
             control.should_training_stop = True
+
+
+class Patience(EarlyStoppingCallback):
+    """A Trainer callback that stops after so many evaluations without gain, whether or not the run was interrupted."""
+
+    _is_repeated = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on with the count of the checkpoint."""
+        inherited: Any = super()
+        inherited.on_train_begin(args, state, control, **kwargs)
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
+        self._is_repeated = state.global_step > 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Count; but not the first one of a resumed run, whose state was counted before."""
+        if not self._is_repeated:
+            inherited: Any = super()
+            inherited.on_evaluate(args, state, control, metrics, **kwargs)
+        self._is_repeated = False
 
 
 class Forgets(TrainerCallback):
