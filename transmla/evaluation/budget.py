@@ -162,7 +162,7 @@ class _Turn:
             return
         rewind(self.cache, steps, windows)
         self._guarded(lambda: self.cache.batch_repeat_interleave(self.texts))
-        self._windows = {} if self.cache is None else forgetful(self.cache)
+        self._windows: dict[int, Any] = {} if self.cache is None else forgetful(self.cache)
 
     def _fill(self, ids_1S: Tensor) -> dict[int, Any]:
         """Read a text and see what the cache of it takes at the most while the steps are made; its layers with a window

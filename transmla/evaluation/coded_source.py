@@ -89,7 +89,7 @@ class CodedSource:
 
         recent: newest tokens that stay exact
         """
-        layers = []
+        layers: list[Any] = []
         dealt = dealt_bits(self._importance, self._distortion, bits)
         for code, bits_k, pair, rotation in zip(self._codes, dealt, self._maps, self._rotations, strict=True):
             made = TransformCode(code["mean"].tolist(), code["deviation"].tolist(), bits_k, self._levels)
@@ -122,6 +122,10 @@ def _together(key_BGNd: Tensor, value_BGNd: Tensor, rotation: Rotation, start: i
 class _WatchedLayer(DynamicLayer):
     """Keeps the keys and values of one call, and their gradients."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: tuple[Tensor, Tensor]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.seen = (key_states, value_states)
         key_states.retain_grad()
@@ -139,21 +143,22 @@ def _observe(model: Any, rotations: list[Rotation], ids_NT: Tensor, seed: int, p
     seen: list[Seen] = []
     try:
         for number, ids_T in enumerate(ids_NT):
-            cache = Cache(layers=[_WatchedLayer() for _ in rotations])
+            watched: list[Any] = [_WatchedLayer() for _ in rotations]
             with torch.enable_grad():
-                logits_TV = model(ids_T[None].to(model.device), past_key_values=cache).logits[0].float()
+                logits_TV = model(ids_T[None].to(model.device), past_key_values=Cache(layers=watched)).logits[0].float()
                 drawn_T1 = torch.multinomial(logits_TV.detach().softmax(-1).cpu(), 1, generator=generator)
                 torch.nn.functional.cross_entropy(
                     logits_TV, drawn_T1[:, 0].to(model.device), reduction="sum"
                 ).backward()
-            pairs = [watched.seen for watched in cache.layers]
             if not seen:
-                seen = [Seen.of(sum(x[0].numel() // x.shape[2] for x in pair), model.device) for pair in pairs]
-            for layer, pair, rotation in zip(seen, pairs, rotations, strict=True):
-                values, gradients = (
-                    _together(*both, rotation, 0)[0] for both in ([x.detach() for x in pair], [x.grad for x in pair])
+                widths = (sum(x[0].numel() // x.shape[2] for x in one.seen) for one in watched)
+                seen = [Seen.of(width, model.device) for width in widths]
+            for layer, one, rotation in zip(seen, watched, rotations, strict=True):
+                key, value = one.seen
+                layer.add(
+                    _together(key.detach(), value.detach(), rotation, 0)[0],
+                    _together(key.grad, value.grad, rotation, 0)[0],
                 )
-                layer.add(values, gradients)
             progress("measure the source's cache", number + 1, len(ids_NT), "")
     finally:
         model.disable_input_require_grads()

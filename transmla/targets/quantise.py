@@ -101,7 +101,9 @@ def quantise(
     loaded = load(model, dtype=torch.float32, device=device)
     cutter = tokenizer(source)
     window = min(WINDOW, int(loaded.config.max_position_embeddings))
-    sampler = partial(sample_from, loaded, seed=seed, progress=lambda *at: tell("sample", *at, "tokens"))
+    sampler = partial(
+        sample_from, loaded, seed=seed, progress=lambda done, total: tell("sample", done, total, "tokens")
+    )
     ids_NT = calibration_tokens(text, cutter, tokens, window, sampler=sampler).ids_NT
     check_destination(Path(out), sum(info.num_bytes for info in source.tensors.values()))
     with CheckpointWriter(Path(out)) as writer:
