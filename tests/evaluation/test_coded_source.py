@@ -17,10 +17,13 @@ from transmla.errors import RecipeError
 from transmla.evaluation.coded_source import CodedSource, rotations
 from transmla.evaluation.evaluate import quantised_sizes
 from transmla.evaluation.perplexity import perplexity
-from transmla.evaluation.quantised_cache import RECENT, packed_bytes_per_token, packed_caches
+from transmla.evaluation.quantised_cache import packed_bytes_per_token, packed_caches
 from transmla.model.loading import load_any, load_tokenizer, open_model
 from transmla.text.sources import read_text
 from transmla.text.windows import calibration_tokens
+
+# newest tokens that stay exact: few, so that much is packed
+STEP = 16
 
 
 @pytest.mark.parametrize(
@@ -74,17 +77,17 @@ def test_it_loses_less_than_other_caches_of_the_source(coded: tuple[Any, CodedSo
     model, source, ids_NT = coded
     exact = perplexity(model, ids_NT).nats
     lost, stored = {}, {}
-    makers = {f"coded {bits}": lambda bits=bits: source.cache(bits, RECENT) for bits in (1, 2.5, 8)}
-    for name, make in (makers | packed_caches(model, 2, RECENT)).items():
+    makers = {f"coded {bits}": lambda bits=bits: source.cache(bits, STEP) for bits in (1, 2.5, 8)}
+    for name, make in (makers | packed_caches(model, 2, STEP)).items():
         made: list[Cache] = []
         lost[name] = (
-            perplexity(model, ids_NT, cache=lambda m=made, k=make: m.append(k()) or m[-1], chunk=RECENT).nats - exact
+            perplexity(model, ids_NT, cache=lambda m=made, k=make: m.append(k()) or m[-1], chunk=STEP).nats - exact
         )
         stored[name] = packed_bytes_per_token(made[0])
     values = model.config.num_hidden_layers * 2 * model.config.num_key_value_heads * model.config.head_dim
     for bits in (1, 2.5, 8):
         assert 0.9 * values * bits / 8 < stored[f"coded {bits}"] <= values * bits / 8
-    assert abs(lost["coded 8"]) < 1e-3 < lost["coded 2.5"] < 0.5 * lost["coded 1"]
+    assert abs(lost["coded 8"]) < 0.3 * lost["coded 2.5"] and 0 < lost["coded 2.5"] < 0.5 * lost["coded 1"], lost
     for other in ("KIVI 2 bits", "rotated 2 bits"):
         assert stored["coded 2.5"] < stored[other] and lost["coded 2.5"] < lost[other]
 
@@ -92,10 +95,8 @@ def test_it_loses_less_than_other_caches_of_the_source(coded: tuple[Any, CodedSo
 def test_the_model_reads_what_is_packed(coded: tuple[Any, CodedSource, torch.Tensor]) -> None:
     model, source, ids_NT = coded
     codes = [layer._code for layer in source.cache(2).layers]
-    found = perplexity(model, ids_NT, cache=lambda: source.cache(2, RECENT), chunk=RECENT)
-    wanted = perplexity(
-        model, ids_NT, cache=lambda: Cache(layers=[Naive(code, RECENT) for code in codes]), chunk=RECENT
-    )
+    found = perplexity(model, ids_NT, cache=lambda: source.cache(2, STEP), chunk=STEP)
+    wanted = perplexity(model, ids_NT, cache=lambda: Cache(layers=[Naive(code, STEP) for code in codes]), chunk=STEP)
     assert found.nats == pytest.approx(wanted.nats, abs=1e-5)
 
 

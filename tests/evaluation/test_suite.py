@@ -31,7 +31,7 @@ def test_a_file_and_options(tmp_path: Path) -> None:
     [
         ("window = 3", "did you mean 'windows'"),
         ('windows = "3"', "windows is an integer, not a string"),
-        ("quantised = [5]", "bits are 2, 3, 4 or 8"),
+        ("quantised = [0.25]", "bits are 2, 3, 4 or 8"),
         ("quantised = [2.5, 9]", "bits are 2, 3, 4 or 8"),
         ("[gates]\nspeed = 1.0", "gates are perplexity, tasks, needles, loops"),
         ("[gates]\ntasks = 95", "share of the source, like 0.95"),
