@@ -247,15 +247,20 @@ def test_cost_of_a_step_counts_every_product() -> None:
     assert moved == 1000 + 4 * sum(weight.numel() for weight in model.parameters())
 
 
-def test_a_size_that_does_not_fit_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = speed.fill
+def without_memory(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, least: int = 1) -> None:
+    """A function of a module runs out of memory with the source, from so many texts on."""
+    real = getattr(module, name)
 
-    def failing(model: Any, ids: torch.Tensor, *make: Any) -> Any:
-        if len(ids) == 2 and type(model).__name__.startswith("Llama"):
+    def failing(model: Any, first: Any, *rest: Any) -> Any:
+        if type(model).__name__.startswith("Llama") and (least == 1 or len(first) >= least):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, ids, *make)
+        return real(model, first, *rest)
 
-    monkeypatch.setattr(speed, "fill", failing)
+    monkeypatch.setattr(module, name, failing)
+
+
+def test_a_size_that_does_not_fit_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_memory(monkeypatch, speed, "fill", least=2)
     report = transmla.bench(converted, "stories260k", contexts=(8,), batches=(1, 2), steps=2, repeats=1)
     assert [row.failed for row in report.rows] == [None, None, "out of memory", None]
     assert report.rows[3].speed_ratio is None and report.rows[3].tokens_per_second
@@ -274,28 +279,14 @@ def test_experts_count_by_what_a_token_sees() -> None:
 
 
 def test_a_step_that_does_not_fit_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = speed.decode
-
-    def failing(model: Any, *rest: Any) -> float:
-        if type(model).__name__.startswith("Llama"):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, *rest)
-
-    monkeypatch.setattr(speed, "decode", failing)
+    without_memory(monkeypatch, speed, "decode")
     report = transmla.bench(converted, "stories260k", contexts=(8,), steps=2, repeats=1)
     assert [row.failed for row in report.rows] == ["out of memory", None]
     assert report.rows[1].speed_ratio is None and report.rows[1].tokens_per_second
 
 
 def test_a_budget_beyond_the_memory_is_a_row(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = budget.fill
-
-    def failing(model: Any, *rest: Any) -> Any:
-        if type(model).__name__.startswith("Llama"):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, *rest)
-
-    monkeypatch.setattr(budget, "fill", failing)
+    without_memory(monkeypatch, budget, "fill")
     report = transmla.bench(converted, "stories260k", contexts=(16,), steps=2, repeats=1, cache_budget=2**20)
     assert report.budget is not None
     assert [(row.texts > 0, row.remark) for row in report.budget.rows][:1] == [
