@@ -87,7 +87,7 @@ def test_it_loses_less_than_other_caches_of_the_source(coded: tuple[Any, CodedSo
     values = model.config.num_hidden_layers * 2 * model.config.num_key_value_heads * model.config.head_dim
     for bits in (1, 2.5, 8):
         assert 0.9 * values * bits / 8 < stored[f"coded {bits}"] <= values * bits / 8
-    assert abs(lost["coded 8"]) < 0.3 * lost["coded 2.5"] and 0 < lost["coded 2.5"] < 0.5 * lost["coded 1"], lost
+    assert abs(lost["coded 8"]) < 1e-3 < lost["coded 2.5"] < 0.5 * lost["coded 1"], lost
     for other in ("KIVI 2 bits", "rotated 2 bits"):
         assert stored["coded 2.5"] < stored[other] and lost["coded 2.5"] < lost[other]
 
