@@ -187,6 +187,40 @@ def test_tasks_that_are_not_there(model: Any, task_folder: Path) -> None:
         run_tasks(model, tokenizer, ["lost_choices"], include_path=str(task_folder))
 
 
+@pytest.mark.usefixtures("only_own_tasks")
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_that_build_their_texts_with_the_tokenizer(
+    model: Any, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As RULER's do: they are not refused before the tokenizer is there, and get the one that is loaded."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "made.py").write_text("""import datasets
+from lm_eval.tasks.ruler.common_utils import get_tokenizer, resolve_tokenizer_name
+
+def built(**kwargs):
+    tokenizer = get_tokenizer(resolve_tokenizer_name(kwargs))
+    rows = [{"query": tokenizer.decode(tokenizer("Once upon a").input_ids, skip_special_tokens=True),
+             "choices": [" time", " fish"], "gold": 0}]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+def needs_more(**kwargs):
+    import a_package_that_is_not_there
+""")
+    task = (task_folder / "tiny.yaml").read_text().splitlines()
+    task = [line for line in task if not line.startswith("dataset_kwargs")]
+    for name, function in (("built_choices", "built"), ("more_choices", "needs_more")):
+        lines = [*task, f"custom_dataset: !function made.{function}"]
+        lines = [line.replace("tiny_choices", name).replace("dataset_path: json", 'dataset_path: ""') for line in lines]
+        (tmp_path / f"{name}.yaml").write_text("\n".join(lines))
+    missing = tasks.check_tasks(["built_choices", "more_choices"], str(tmp_path))
+    assert list(missing) == ["more_choices"] and "transmla[needles]" in str(missing["more_choices"])
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    found = {
+        one.metric: one.value for one in run_tasks(model, tokenizer, ["built_choices"], include_path=str(tmp_path))
+    }
+    assert found["acc"] == 1.0
+
+
 def test_the_index_of_tasks_is_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Index(SimpleNamespace):
         def load(self, name: str) -> None:
@@ -201,13 +235,13 @@ def test_the_index_of_tasks_is_kept_until_a_file_changes(tmp_path: Path, monkeyp
     folder, file = str(tmp_path), tmp_path / "one.yaml"
     for _ in range(2):
         assert list(tasks.check_tasks(["one"], folder)) == ["one"]
-    assert builds == [(folder, None)]
+    assert builds == [(folder, tasks.TOKENIZER)]
     file.write_text("task: one")
     tasks.check_tasks(["one"], folder)
     os.utime(file, ns=(1, 1))
     for _ in range(2):
         tasks.check_tasks(["one"], folder)
-    assert builds == [(folder, None)] * 3
+    assert builds == [(folder, tasks.TOKENIZER)] * 3
 
 
 def test_recovery_and_its_paired_error() -> None:

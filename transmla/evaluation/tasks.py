@@ -17,6 +17,8 @@ from transmla.evaluation.perplexity import standard_error
 from transmla.extras import needs
 
 NEEDLE = "niah_single_1"
+# what RULER's tasks want to be told, and is not used: they get the tokenizer that is loaded
+TOKENIZER = {"tokenizer": "the model's own"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    manager = _manager(include_path, metadata)
+    manager = _manager(include_path, TOKENIZER | (metadata or {}))
     _check(names, manager.all_tasks)
     if batch == "auto" and model.device.type == "cpu":
         batch = 8
@@ -93,7 +95,7 @@ def run_tasks(
             found = simple_evaluate(
                 adapter, tasks=names, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
             )
-    except (FileNotFoundError, ConnectionError, OSError) as error:
+    except (ImportError, OSError) as error:
         raise _no_data(names, error) from error
     return _results(found)
 
@@ -102,18 +104,25 @@ def check_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Dat
     """Tasks whose data cannot be had, and why, before anything is measured; raises `DataError` for a name that lm-eval
     does not know."""
     needs("eval", "--tasks")
-    manager = _manager(include_path)
+    manager = _manager(include_path, TOKENIZER)
     _check(names, manager.all_tasks)
     missing = {}
     for name in names:
         try:
-            manager.load(name)
-        except (FileNotFoundError, ConnectionError, OSError) as error:
+            with _with_tokenizer(None):
+                manager.load(name)
+        except _NotLoadedError:
+            continue
+        except (ImportError, OSError) as error:
             missing[name] = _no_data([name], error)
     return missing
 
 
-def _manager(include_path: str | None, metadata: dict[str, Any] | None = None) -> Any:
+class _NotLoadedError(Exception):
+    """A task builds its texts with the tokenizer, which is not there before the model is loaded."""
+
+
+def _manager(include_path: str | None, metadata: dict[str, Any]) -> Any:
     """lm-eval's index of tasks. It reads fourteen thousand files for it, so one is kept until a task file changes."""
     files = sorted(file for file in Path(include_path).rglob("*") if file.is_file()) if include_path else []
     changed = tuple((str(file), file.stat().st_mtime_ns) for file in files)
@@ -128,11 +137,14 @@ def _indexed(include_path: str | None, metadata: str, changed: tuple[tuple[str, 
 
 
 def _no_data(names: Sequence[str], error: Exception) -> DataError:
+    remedy = "give local task files with --include-path"
+    if isinstance(error, ImportError):
+        remedy = "install what it names (for RULER's tasks pip install 'transmla[needles]')"
     return DataError(
         "the data of a task cannot be read",
         where=", ".join(names),
         why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-        remedy="give local task files with --include-path, or leave the task out",
+        remedy=f"{remedy}, or leave the task out",
     )
 
 
@@ -151,12 +163,17 @@ def _without_git() -> Iterator[None]:
 
 @contextmanager
 def _with_tokenizer(tokenizer: Any) -> Iterator[None]:
-    """RULER's tasks build their texts with a tokenizer that they load by name, and would run the code in its folder."""
+    """RULER's tasks build their texts with a tokenizer that they load by name, and would run the code in its folder.
+
+    tokenizer: to use in its place; None: `_NotLoadedError`
+    """
     from lm_eval.tasks.ruler import common_utils as ruler
 
     class Loaded:
         @staticmethod
         def from_pretrained(*_: Any, **__: Any) -> Any:
+            if tokenizer is None:
+                raise _NotLoadedError
             return tokenizer
 
     loader = ruler.AutoTokenizer
@@ -241,7 +258,7 @@ def needles(model: Any, tokenizer: Any, name: str, lengths: list[int], samples: 
             "the needle test cannot be built",
             where=NEEDLE,
             why=str(error),
-            remedy="pip install wonderwords nltk, or leave the needles out",
+            remedy="pip install 'transmla[needles]', or leave the needles out",
         ) from error
 
 
