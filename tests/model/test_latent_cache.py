@@ -15,12 +15,18 @@ from tests.model.test_cache import generate
 from transmla.model import modeling_transmla as modeling
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import (
+    GAIN_BITS,
+    GAIN_STEPS,
+    GAINS_TRIED,
     GroupCode,
     LatentCache,
     TransformCode,
+    coherent_cost,
     dealt_bits,
     pack,
     packed_width,
+    stretch,
+    transform_codes,
     unpack,
 )
 
@@ -35,13 +41,15 @@ def prepared() -> dict[str, Any]:
     layers = [
         {
             "mean": (0.1 * torch.randn(WIDTH, generator=generator)).tolist(),
-            "deviation": (0.5 + torch.rand(WIDTH, generator=generator)).tolist(),
+            "deviation": ((-1.0) ** layer * (0.5 + torch.rand(WIDTH, generator=generator))).tolist(),
             "importance": torch.rand(WIDTH, generator=generator).pow(3).tolist(),
+            "shape": torch.randint(2, (WIDTH,), generator=generator).tolist(),
         }
-        for _ in range(LAYERS)
+        for layer in range(LAYERS)
     ]
-    distortion = [1.0, 0.36, 0.12, 0.035]
-    return {"layers": layers, "levels": [[0.0], *LEVELS.values()], "distortion": distortion}
+    levels = [[[0.0], *([size * one for one in values] for values in LEVELS.values())] for size in (1.0, 1.3)]
+    distortion = [[1.0, 0.36, 0.12, 0.035], [1.0, 0.4, 0.15, 0.05]]
+    return {"layers": layers, "levels": levels, "distortion": distortion, "coherence": 1.7}
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +128,9 @@ def test_grouped_values_are_the_nearest_of_their_grid(bits: int) -> None:
 def test_bits_go_where_they_help_most() -> None:
     importance = [[8.0] * 8 + [0.1] * 8, [1.0] * 16]
     distortion = [4.0**-bits for bits in range(9)]
-    bits = dealt_bits(importance, distortion, 3.0)
-    assert sum(map(sum, bits)) + 2 * 16 == 3 * 32
+    left = [[distortion] * 16] * 2
+    bits = dealt_bits(importance, left, 2.5)
+    assert sum(map(sum, bits)) + 2 * GAIN_BITS == 2.5 * 32
     assert bits[0][0] > bits[1][0] >= bits[0][8] and len(set(bits[0][:8])) == 1
 
     def loss(dealt: list[list[int]]) -> float:
@@ -131,6 +140,98 @@ def test_bits_go_where_they_help_most() -> None:
 
     equal = [[2] * 16, [2] * 16]
     assert sum(map(sum, equal)) == sum(map(sum, bits)) and loss(bits) < 0.7 * loss(equal)
+
+
+def test_the_gain_of_a_token_is_the_best_of_those_tried() -> None:
+    prepared_code = prepared()
+    code, layer = transform_codes(prepared_code, 2.5)[1], prepared_code["layers"][1]
+    x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(2))
+    best = int(torch.tensor(layer["importance"]).argmax())
+    x[0, 1, best], x[1, 3, best] = 9.0, -14.0
+    x[1, 5] *= 1e-4
+    packed = code.encode(x)
+    assert packed["gains"].dtype == torch.uint8 and packed["gains"].shape == (2, 6, 1)
+    whole = packed["codes"].shape[-1] + packed["gains"].shape[-1]
+    assert whole == code.bytes_per_token == sum(packed_width(count, bits) for bits, count in code.runs) + 1
+
+    mean, deviation, weight = (torch.tensor(layer[name]) for name in ("mean", "deviation", "importance"))
+    z = (x - mean) / deviation
+    bits = {int(place): size for (size, _), places in _runs(code) for place in places}
+    errors, decoded = [], []
+    for step in GAINS_TRIED:
+        at = (z.square().mean(-1, keepdim=True).sqrt().log2() * GAIN_STEPS).round() + step
+        gain = 2.0 ** (at / GAIN_STEPS)
+        nearest, read = torch.zeros_like(z), torch.zeros_like(z)
+        for place, size in bits.items():
+            if size:
+                shape = layer["shape"][place]
+                levels = torch.tensor(prepared_code["levels"][shape][size])
+                chosen = levels[(z[..., place, None] / gain - levels).abs().argmin(-1)]
+                nearest[..., place] = chosen * gain[..., 0]
+                read[..., place] = nearest[..., place] * stretch(prepared_code["distortion"][shape][size], 1.7)
+        held = torch.tensor([bool(bits[place]) for place in range(WIDTH)])
+        errors.append(((nearest - z).square() * weight)[..., held].sum(-1))
+        decoded.append(read * deviation + mean)
+    chosen = torch.stack(errors).argmin(0)
+    assert chosen[0, 1] > 0 and chosen[1, 3] > 0 and (chosen == 0).any(), chosen
+    wanted = torch.stack(decoded).gather(0, chosen[None, ..., None].expand(1, 2, 6, WIDTH))[0]
+    assert relative(code.decode(packed, torch.float32), wanted) < 1e-6
+    in_parts = [code.encode(part) for part in x.split(1, dim=1)]
+    assert torch.equal(torch.cat([part["codes"] for part in in_parts], 1), packed["codes"])
+
+
+def _runs(code: TransformCode) -> list[tuple[tuple[int, int], list[int]]]:
+    """Bits and number of coordinates of each run, and their places."""
+    places = iter(code.order.tolist())
+    return [(run, [next(places) for _ in range(run[1])]) for run in code.runs]
+
+
+def test_many_tokens_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = transform_codes(prepared(), 2.5)[0]
+    x = torch.randn(3, 50, WIDTH, generator=torch.Generator().manual_seed(4))
+    whole = code.encode(x)
+    monkeypatch.setattr(modeling, "ENCODED", 3 * 7 * WIDTH)
+    parts = code.encode(x)
+    assert set(parts) == set(code.stored) and all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("coherence", [1.5, 3.0])
+@pytest.mark.parametrize("distortion", [0.002, 0.1, 0.4, 1.0])
+def test_levels_are_stretched_to_where_they_cost_least(distortion: float, coherence: float) -> None:
+    def cost(factor: float) -> float:
+        missing, noise = 1 - factor * (1 - distortion), factor**2 * distortion * (1 - distortion)
+        return coherence * missing**2 + noise
+
+    least = min(cost(factor / 1000) for factor in range(1000, 2001))
+    assert coherent_cost(distortion, coherence) == pytest.approx(least, abs=1e-6)
+    assert cost(stretch(distortion, coherence)) == pytest.approx(least, abs=1e-6)
+    assert stretch(distortion, coherence) > stretch(distortion, 1.0) == 1
+
+
+def test_what_an_earlier_version_prepared() -> None:
+    new = prepared()
+    old = new | {"levels": new["levels"][0], "distortion": new["distortion"][0]}
+    old["layers"] = [{name: layer[name] for name in ("mean", "deviation", "importance")} for layer in new["layers"]]
+    del old["coherence"]
+    new["coherence"] = 1.0
+    for layer in new["layers"]:
+        layer["shape"] = [0] * WIDTH
+    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(5))
+    for one, other in zip(transform_codes(old, 2.5), transform_codes(new, 2.5), strict=True):
+        assert one.runs == other.runs
+        decoded = [code.decode(code.encode(x), torch.float64) for code in (one, other)]
+        assert torch.equal(*decoded)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_packed_in_another_way(model: Any) -> None:
+    cache = model.latent_cache("coded2.5", recent=4)
+    model(torch.arange(3, 33)[None], past_key_values=cache)
+    state = cache.state_dict()
+    LatentCache.from_state(model.config, state)
+    older = {name.replace("gains", "scales"): value for name, value in state.items()}
+    with pytest.raises(ValueError, match=r"another way .*scales.* compute it again"):
+        LatentCache.from_state(model.config, older)
 
 
 @torch.no_grad()
@@ -248,9 +349,10 @@ def test_many_queries_see_small_blocks(model: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_layer_that_no_bit_was_dealt_to(model: Any) -> None:
-    code = TransformCode([1.0] * 4, [2.0] * 4, [0] * 4, {})
+    layer = {"mean": [1.0] * 4, "deviation": [2.0] * 4, "importance": [1.0] * 4, "shape": [0] * 4}
+    code = TransformCode(layer, [0] * 4, [[[0.0]]], [[1.0]])
     packed = code.encode(torch.randn(2, 5, 4))
-    assert packed["codes"].shape == (2, 5, 0) and code.bytes_per_token == 2
+    assert packed["codes"].shape == (2, 5, 0) and code.bytes_per_token == 1
     assert torch.equal(code.decode(packed, torch.float32), torch.ones(2, 5, 4))
 
 

@@ -2,7 +2,7 @@
 
 Keys of all heads without their rotation, and values of all heads, are one vector per token and layer. Its basis and the
 bits of its coordinates are chosen as `transmla quantise` chooses those of a latent: Fisher metric, principal
-components, bits by importance over all layers, one norm per token, levels fitted to the values. First and newest tokens
+components, bits by importance over all layers, one gain per token, levels fitted to the values. First and newest tokens
 are exact. KVTC itself packs whole prompts for storage, with an entropy coder behind; this is a cache to decode from.
 
 Legend: N windows or tokens that are packed at once, T tokens, G key/value heads, d values per head, P = d / 2,
@@ -23,9 +23,10 @@ from transmla.evaluation.quantised_cache import RECENT, Packed, PackedLayer
 from transmla.families import family_of, rotary_dim
 from transmla.geometry import gqa_geometry
 from transmla.maths.attention import rotate
-from transmla.maths.coding import Seen, code_bases, code_levels
+from transmla.maths.coding import Seen, code_bases, code_levels, prepared_code
+from transmla.model.coherence import CHOSEN_WITH, chosen_coherence
 from transmla.model.layer import half_split_order
-from transmla.model.modeling_transmla import TransformCode, dealt_bits
+from transmla.model.modeling_transmla import TransformCode, transform_codes
 from transmla.model.skeleton import complete_config, source_config, source_frequencies
 from transmla.progress import Progress, silent
 
@@ -78,22 +79,31 @@ class CodedSource:
     ) -> None:
         self._rotations = rotations(source, model.device)
         seen = _observe(model, self._rotations, ids_NT, seed, progress or silent)
-        maps, self._codes, _ = code_bases(seen, len(seen[0].sum_k), "coded", seed)
-        levels, self._distortion = code_levels(seen, maps, self._codes)
-        self._levels = {bits: values.tolist() for bits, values in enumerate(levels) if bits}
-        self._importance = [code["importance"].tolist() for code in self._codes]
+        maps, codes, _ = code_bases(seen, len(seen[0].sum_k), "coded", seed)
+        self._prepared = prepared_code(*code_levels(seen, maps, codes))
         self._maps = [(there.float().to(model.device), back.float().to(model.device)) for there, back in maps]
+
+        def cache(coherence: float) -> Cache:
+            self._prepared["coherence"] = coherence
+            return self.cache(CHOSEN_WITH)
+
+        self._prepared["coherence"] = chosen_coherence(model, ids_NT, cache, progress)
+
+    @property
+    def coherence(self) -> float:
+        """See `chosen_coherence`."""
+        return float(self._prepared["coherence"])
 
     def cache(self, bits: float, recent: int = RECENT) -> Cache:
         """An empty cache of so many bits per value, all that is stored of a token counted.
 
         recent: newest tokens that stay exact
         """
-        layers: list[Any] = []
-        dealt = dealt_bits(self._importance, self._distortion, bits)
-        for code, bits_k, pair, rotation in zip(self._codes, dealt, self._maps, self._rotations, strict=True):
-            made = TransformCode(code["mean"].tolist(), code["deviation"].tolist(), bits_k, self._levels)
-            layers.append(PackedLayer(_TogetherCode(made, *pair, rotation), recent))
+        codes = transform_codes(self._prepared, bits)
+        layers: list[Any] = [
+            PackedLayer(_TogetherCode(code, *pair, rotation), recent)
+            for code, pair, rotation in zip(codes, self._maps, self._rotations, strict=True)
+        ]
         return Cache(layers=layers)
 
 

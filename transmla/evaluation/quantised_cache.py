@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from transmla.maths.coding import SINK, lloyd_max, spread_basis
-from transmla.model.modeling_transmla import GroupCode, TransformCode
+from transmla.model.modeling_transmla import GroupCode, pack, unpack
 
 # newest tokens of a text that stay exact, as the first ones (`SINK`) do, in every cache that is measured
 RECENT = 64
@@ -84,15 +84,21 @@ class RotatedCode:
     def __init__(self, size: int, bits: int) -> None:
         normal = torch.special.ndtri((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000)
         levels, _ = lloyd_max(normal, torch.ones_like(normal), 2**bits)
+        self._levels, self._bits, self._size = levels.float(), bits, size
         self._rotation_dd = spread_basis(size).float()
-        self._code = TransformCode([0.0] * size, [1.0] * size, [bits] * size, {bits: levels.float().tolist()})
 
     def encode(self, x_BGNd: Tensor) -> Packed:
-        return self._code.encode(x_BGNd.float() @ self._rotation_dd.to(x_BGNd.device))
+        device = x_BGNd.device
+        z_BGNd = x_BGNd.float() @ self._rotation_dd.to(device)
+        norm_BGN1 = z_BGNd.square().mean(-1, keepdim=True).sqrt().clamp(1e-4, 6e4).half()
+        bounds = ((self._levels[1:] + self._levels[:-1]) / 2).to(device)
+        codes = torch.bucketize(z_BGNd / norm_BGN1.float(), bounds)
+        return {"codes": pack(codes.to(torch.uint8), self._bits), "norms": norm_BGN1}
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        x_BGNd = self._code.decode(packed, torch.float32)
-        return (x_BGNd @ self._rotation_dd.T.to(x_BGNd.device)).to(dtype)
+        codes = unpack(packed["codes"], self._bits, self._size)
+        z_BGNd = self._levels.to(codes.device)[codes.int()] * packed["norms"].float()
+        return (z_BGNd @ self._rotation_dd.T.to(codes.device)).to(dtype)
 
 
 class PackedLayer(DynamicLayer):

@@ -84,8 +84,12 @@ GROUP = 32
 ROTARY_BITS = 8
 # neighbours in importance that get the same number of bits: what they add to a token is whole bytes
 DEALT_TOGETHER = 8
-# bits of what one token has of its own in the coded formats: the root of its mean square, float16
-GAIN_BITS = 16
+# bits of what one token has of its own in the coded formats: its gain, a power of 2^(1/8) from 2^-16 on
+GAIN_BITS, GAIN_STEPS, GAIN_ZERO = 8, 8, 128
+# gains that are tried, in steps above the root of the token's mean square: values far out want a wider grid
+GAINS_TRIED = (0, 2, 4, 6, 8, 11, 14)
+# values that are packed at once, each of them with all gains that are tried
+ENCODED = 2**20
 # values that attention unpacks at once, of all texts together: on a CPU they stay in its caches; and least tokens
 UNPACKED = {"cpu": 2**20, "other": 2**26}
 LEAST_BLOCK = 128
@@ -146,6 +150,7 @@ class GroupCode:
 
     # of the coordinates in what `decode` gives if that is asked for: as they are
     order: torch.Tensor | None = None
+    stored = ("codes", "scales")
 
     def __init__(self, rank: int, rope: int, bits: int) -> None:
         # number of values, groups and bits of each part
@@ -206,26 +211,51 @@ class TransformCode:
     """Every coordinate has bits of its own, by its importance, and levels that fit how its values are distributed.
 
     The folder is prepared for it (`transmla quantise`): its latents are in a basis in which they are uncorrelated and
-    errors of the coordinates add up. What is stored of a token beside the integers is the root of its mean square.
+    errors of the coordinates add up. What is stored of a token beside the integers is a gain, by which all of its
+    values are divided: of a few above the root of their mean square, the one that leaves the least error.
 
-    mean, deviation: of each coordinate [k];  bits: of each coordinate, of which some may be 0
-    levels:          ascending, of a coordinate of deviation 1, by bits
+    layer:      mean, deviation (which may be negative), importance and shape of each coordinate [k]
+    bits:       of each coordinate, of which some may be 0
+    levels:     by shape and bits, ascending, of a coordinate of deviation 1 (Lloyd-Max)
+    distortion: by shape and bits, share of the variance that is left
+    coherence:  see `stretch`
     """
 
+    stored = ("codes", "gains")
+
     def __init__(
-        self, mean: list[float], deviation: list[float], bits: list[int], levels: dict[int, list[float]]
+        self,
+        layer: dict[str, list[Any]],
+        bits: list[int],
+        levels: list[list[list[float]]],
+        distortion: list[list[float]],
+        coherence: float = 1.0,
     ) -> None:
-        order = sorted(range(len(bits)), key=lambda place: -bits[place])
-        self.runs: list[tuple[int, int]] = []  # bits and number of coordinates
-        for place in order:
-            if self.runs and self.runs[-1][0] == bits[place]:
-                self.runs[-1] = (bits[place], self.runs[-1][1] + 1)
-            else:
-                self.runs.append((bits[place], 1))
+        shapes = layer["shape"]
+        order = sorted(range(len(bits)), key=lambda place: (-bits[place], shapes[place]))
+        # number of coordinates with the same bits; and of the same shape, too
+        self.runs = [(size, len(list(run))) for size, run in itertools.groupby(order, lambda place: bits[place])]
+        pieces = itertools.groupby(order, lambda place: (bits[place], shapes[place]))
+        self._pieces = [(*kind, len(list(run))) for kind, run in pieces]
         self.order = torch.tensor(order)
         self.back = self.order.argsort()
-        self._mean, self._deviation = torch.tensor(mean), torch.tensor(deviation)
-        self._levels = {size: torch.tensor(values) for size, values in levels.items()}
+        self._mean, self._deviation = torch.tensor(layer["mean"]), torch.tensor(layer["deviation"])
+        self._weight = torch.tensor(layer["importance"])[self.order]
+        self._bounds, self._nearest = {}, {}
+        for size, shape, _ in self._pieces:
+            nearest = torch.tensor(levels[shape][size])
+            self._nearest[size, shape] = nearest
+            self._bounds[size, shape] = (nearest[1:] + nearest[:-1]) / 2
+        # what is read: all shapes one behind the other, and where that of a coordinate begins
+        self._levels = {}
+        for size, _ in self.runs:
+            stretched = [
+                stretch(left[size], coherence) * torch.tensor(one[size])
+                for one, left in zip(levels, distortion, strict=True)
+            ]
+            self._levels[size] = torch.cat(stretched)
+        self._begin = torch.tensor([shapes[place] << bits[place] for place in order], dtype=torch.int32)
+        self._gains = torch.exp2((torch.arange(2**GAIN_BITS, dtype=torch.float64) - GAIN_ZERO) / GAIN_STEPS)
         self._tables: dict[torch.dtype, Any] = {}
 
     @property
@@ -235,34 +265,57 @@ class TransformCode:
 
     def _on(self, device: torch.device) -> None:
         if self._mean.device != device:
-            for name in ("order", "back", "_mean", "_deviation"):
-                setattr(self, name, getattr(self, name).to(device))
-            self._levels = {size: values.to(device) for size, values in self._levels.items()}
+            for name, value in vars(self).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(self, name, value.to(device))
+                elif name in ("_bounds", "_nearest", "_levels"):
+                    setattr(self, name, {key: one.to(device) for key, one in value.items()})
             self._tables = {}
 
-    def _in(self, dtype: torch.dtype) -> tuple[dict[int, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Levels by bits, mean and deviation in a dtype, made once."""
+    def _in(self, dtype: torch.dtype) -> tuple[dict[int, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Levels by bits, mean, deviation and gains in a dtype, made once."""
         if dtype not in self._tables:
             levels = {bits: values.to(dtype) for bits, values in self._levels.items()}
-            self._tables[dtype] = levels, self._mean.to(dtype), self._deviation.to(dtype)
+            rest = (values.to(dtype) for values in (self._mean, self._deviation, self._gains))
+            self._tables[dtype] = (levels, *rest)
         return self._tables[dtype]
 
     def encode(self, x_BNk: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Packed integers [B, N, bytes], and the gain [B, N, 1]."""
+        """Packed integers [B, N, bytes], and gains [B, N, 1]."""
         self._on(x_BNk.device)
+        tokens = max(1, ENCODED // max(1, len(x_BNk) * x_BNk.shape[-1]))
+        parts = [self._encode(part_BNk) for part_BNk in x_BNk.split(tokens, dim=-2)]
+        return {name: torch.cat([part[name] for part in parts], dim=-2) for name in parts[0]}
+
+    def _encode(self, x_BNk: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Some tokens, with G gains tried."""
         z_BNk = (x_BNk.float() - self._mean) / self._deviation
-        gain_BN1 = z_BNk.square().mean(-1, keepdim=True).sqrt().clamp(1e-4, 6e4).half()
-        z_BNk = (z_BNk / gain_BN1.float())[..., self.order]
-        codes, start = [], 0
-        for bits, count in self.runs:
+        size_BN1 = z_BNk.square().mean(-1, keepdim=True).sqrt().clamp(1e-5, 6e4)
+        tried_G = torch.tensor(GAINS_TRIED, device=z_BNk.device) + GAIN_ZERO
+        tried_BNG = (size_BN1.log2() * GAIN_STEPS).round().int().add(tried_G).clamp(0, 2**GAIN_BITS - 1)
+        gains_BNG = self._gains.float()[tried_BNG]
+        z_BNGk = z_BNk[..., self.order].unsqueeze(-2) / gains_BNG.unsqueeze(-1)
+        found, start = [], 0
+        error_BNG = torch.zeros_like(gains_BNG)
+        for bits, shape, count in self._pieces:
+            part = z_BNGk[..., start : start + count].contiguous()
             if bits:
-                levels = self._levels[bits]
-                found = torch.bucketize(z_BNk[..., start : start + count].contiguous(), (levels[1:] + levels[:-1]) / 2)
-                codes.append(pack(found.to(torch.uint8), bits))
+                places = torch.bucketize(part, self._bounds[bits, shape], out_int32=True)
+                missing = self._nearest[bits, shape][places] - part
+                error_BNG += missing.square() @ self._weight[start : start + count]
+                found.append(places.to(torch.uint8))
             start += count
-        if not codes:  # all bits went to other layers
-            codes = [z_BNk.new_zeros((*z_BNk.shape[:-1], 0), dtype=torch.uint8)]
-        return {"codes": torch.cat(codes, dim=-1), "scales": gain_BN1}
+        best_BN1 = (error_BNG * gains_BNG.square()).argmin(-1, keepdim=True)
+        gains = tried_BNG.gather(-1, best_BN1).to(torch.uint8)
+        if not found:  # all bits went to other layers
+            return {"codes": gains[..., :0], "gains": gains}
+        codes_BNGk = torch.cat(found, dim=-1)
+        at_BN1k = best_BN1.unsqueeze(-1).expand(*best_BN1.shape, codes_BNGk.shape[-1])
+        codes_BNk = codes_BNGk.gather(-2, at_BN1k).squeeze(-2)
+        runs = [(bits, count) for bits, count in self.runs if bits]
+        parts = codes_BNk.split([count for _, count in runs], dim=-1)
+        packed = [pack(part, bits) for part, (bits, _) in zip(parts, runs, strict=True)]
+        return {"codes": torch.cat(packed, dim=-1), "gains": gains}
 
     def decode(
         self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False, room: int = 0
@@ -274,22 +327,22 @@ class TransformCode:
         codes = packed["codes"]
         wide = torch.promote_types(dtype, torch.float32)
         self._on(codes.device)
-        levels, mean, deviation = self._in(wide)
+        levels, mean, deviation, gains = self._in(wide)
         tokens = codes.shape[-2]
         whole = mean.new_empty((*codes.shape[:-2], tokens + room, len(mean)))
         found, start, at = whole[..., :tokens, :], 0, 0
         for bits, count in self.runs:
-            part = found[..., start : start + count]
+            part, begin = found[..., start : start + count], self._begin[start : start + count]
             start += count
             if not bits:
                 part.zero_()
                 continue
             width = packed_width(count, bits)
-            places = unpack(codes[..., at : at + width], bits, count)
+            places = unpack(codes[..., at : at + width], bits, count).int().add_(begin)
             # as fast as it gets: a flat index of 32 bits
-            part.copy_(torch.index_select(levels[bits], 0, places.flatten().int()).view(places.shape))
+            part.copy_(torch.index_select(levels[bits], 0, places.flatten()).view(places.shape))
             at += width
-        found.mul_(packed["scales"].to(wide))
+        found.mul_(gains[packed["gains"].int()])
         if not ordered:
             whole = whole[..., self.back]
             whole[..., :tokens, :].mul_(deviation).add_(mean)
@@ -298,36 +351,70 @@ class TransformCode:
         return whole.to(dtype)
 
 
-def dealt_bits(importance: list[list[float]], distortion: list[float], average: float) -> list[list[int]]:
+def stretch(distortion: float, coherence: float) -> float:
+    """Factor of Lloyd-Max levels that leave `distortion` of the variance.
+
+    Such levels y of z have E[(z - y) z] = d: the part d of z is missing from y, in all tokens and layers alike, beside
+    a noise of d (1 - d), which averages out. What is missing costs `coherence` times what noise costs. Stretched by s,
+    (1 - s (1 - d))^2 is missing, beside a noise of s^2 d (1 - d): this is the s with the least cost.
+    """
+    return coherence / (distortion + coherence * (1 - distortion))
+
+
+def coherent_cost(distortion: float, coherence: float) -> float:
+    """What stretched levels cost, over the variance."""
+    return distortion * stretch(distortion, coherence)
+
+
+def dealt_bits(importance: list[list[float]], left: list[list[list[float]]], average: float) -> list[list[int]]:
     """Bits of every coordinate of every layer, so that a token has `average` bits per value with all that is stored.
 
     importance: of each layer and coordinate, what it adds to the loss if nothing is stored of it
-    distortion: share of that which is left with 0, 1, 2 ... bits; falling and convex
+    left:       of each layer and coordinate, share of that which is left with 0, 1, 2 ... bits; falling and convex
     Each bit goes where it helps most; neighbours in importance get the same, so that no byte is filled up.
     """
-    groups: list[tuple[int, list[int], float]] = []
-    for layer, values in enumerate(importance):
+    groups: list[tuple[int, list[int], list[float]]] = []
+    for layer, (values, shares) in enumerate(zip(importance, left, strict=True)):
         order = sorted(range(len(values)), key=lambda place: -values[place])
         for start in range(0, len(order), DEALT_TOGETHER):
             members = order[start : start + DEALT_TOGETHER]
-            groups.append((layer, members, sum(values[place] for place in members)))
+            of_all = zip(*([values[place] * share for share in shares[place]] for place in members), strict=True)
+            groups.append((layer, members, [sum(costs) for costs in of_all]))
     size = sum(len(values) for values in importance)
-    left = int(average * size / 8 + 1e-6) - len(importance) * GAIN_BITS // 8
+    room = int(average * size / 8 + 1e-6) - len(importance) * GAIN_BITS // 8
     dealt = [0] * len(groups)
-    gains = [(-weight * (distortion[0] - distortion[1]), number) for number, (_, _, weight) in enumerate(groups)]
+    gains = [(costs[1] - costs[0], number) for number, (_, _, costs) in enumerate(groups)]
     heapq.heapify(gains)
-    while left > 0 and gains:
+    while room > 0 and gains:
         _, number = heapq.heappop(gains)
         dealt[number] += 1
-        left -= 1
-        if dealt[number] + 1 < len(distortion):
-            gain = groups[number][2] * (distortion[dealt[number]] - distortion[dealt[number] + 1])
-            heapq.heappush(gains, (-gain, number))
-    bits = [[0] * len(values) for values in importance]
+        room -= 1
+        costs, bits = groups[number][2], dealt[number]
+        if bits + 1 < len(costs):
+            heapq.heappush(gains, (costs[bits + 1] - costs[bits], number))
+    found = [[0] * len(values) for values in importance]
     for (layer, members, _), count in zip(groups, dealt, strict=True):
         for place in members:
-            bits[layer][place] = count
-    return bits
+            found[layer][place] = count
+    return found
+
+
+def transform_codes(prepared: dict[str, Any], average: float) -> list[TransformCode]:
+    """A code for each layer with so many bits per value, all that is stored counted.
+
+    prepared: `latent_code` of a config: "layers", "levels", "distortion" and "coherence" of `TransformCode`
+    """
+    layers, levels, distortion = prepared["layers"], prepared["levels"], prepared["distortion"]
+    if "shape" not in layers[0]:  # prepared by an earlier version: all coordinates have one shape
+        layers = [layer | {"shape": [0] * len(layer["mean"])} for layer in layers]
+        levels, distortion = [levels], [distortion]
+    coherence = prepared.get("coherence", 1.0)
+    costs = [[coherent_cost(share, coherence) for share in shares] for shares in distortion]
+    left = [[costs[shape] for shape in layer["shape"]] for layer in layers]
+    dealt = dealt_bits([layer["importance"] for layer in layers], left, average)
+    return [
+        TransformCode(layer, bits, levels, distortion, coherence) for layer, bits in zip(layers, dealt, strict=True)
+    ]
 
 
 class LatentLayer(CacheLayerMixin):
@@ -541,6 +628,8 @@ class LatentLayer(CacheLayerMixin):
         """What `tensors` gave."""
         self.reset()
         packed = {name: value.clone() for name, value in tensors.items() if name not in ("exact", "first", "sinks")}
+        if packed and set(packed) != set(getattr(self.code, "stored", ())):
+            raise ValueError(f"this cache was packed in another way ({', '.join(packed)}): compute it again")
         exact = tensors["exact"]
         self.lazy_initialization(exact[:, None], exact[:, None])
         self.exact, self.first, self.sinks = exact.clone(), tensors["first"].clone(), tensors.get("sinks")
@@ -621,16 +710,10 @@ def _codes(config: Any, kind: str) -> list[Any]:
     prepared = getattr(config, "latent_code", None)
     if prepared is None:
         raise ValueError(f"this folder is not prepared for {kind!r}: transmla quantise FOLDER OUT prepares it")
-    layers = prepared["layers"]
     average, width = float(kind.removeprefix("coded")), rank + rope
     if not GAIN_BITS / width < average <= 8:
         raise ValueError(f"{kind!r}: a coded cache has more than {GAIN_BITS / width:g} and at most 8 bits per value")
-    levels = {bits: values for bits, values in enumerate(prepared["levels"]) if bits}
-    dealt = dealt_bits([layer["importance"] for layer in layers], prepared["distortion"], average)
-    return [
-        TransformCode(layer["mean"], layer["deviation"], bits, levels)
-        for layer, bits in zip(layers, dealt, strict=True)
-    ]
+    return list(transform_codes(prepared, average))
 
 
 class CachedLatent:

@@ -25,10 +25,11 @@ from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named, narrow_dtype
 from transmla.errors import UnsupportedError
 from transmla.maths import EPS
-from transmla.maths.coding import Seen, code_bases, code_levels
+from transmla.maths.coding import Seen, code_bases, code_levels, mean_distortion, prepared_code
 from transmla.maths.fold import largest_mean_square, latent_scale
+from transmla.model.coherence import CHOSEN_WITH, STEP, chosen_coherence
 from transmla.model.loading import load
-from transmla.model.modeling_transmla import UnfoldedConfig
+from transmla.model.modeling_transmla import LatentCache, TransformCode, UnfoldedConfig, transform_codes
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits, load_stock
@@ -47,7 +48,7 @@ class QuantiseReport(Shown):
 
     spread:     by layer, the arithmetic over the geometric mean of what the coordinates are worth: the factor by which
                 dealt bits lower the error
-    distortion: share of the variance that is left with 0 .. 8 bits
+    distortion: share of a value's variance that is left with 0 .. 8 bits, mean over all coordinates
     relative_error: of the logits of the written folder
     """
 
@@ -110,18 +111,15 @@ def quantise(
         witness_1T = ids_NT[-1:, :WITNESS_TOKENS].to(device)
         with torch.no_grad():
             wanted_TV = loaded(witness_1T, use_cache=False).logits[0].double().cpu()
-        seen = _observe(loaded.to(narrow_dtype(loaded.device) or torch.float32), ids_NT, seed, tell)
+        loaded = loaded.to(narrow_dtype(loaded.device) or torch.float32)
+        seen = _observe(loaded, ids_NT, seed, tell)
         attention = _attention_prefix(config)
-        del loaded, sampler
         maps, codes, spread = code_bases(seen, int(config["kv_lora_rank"]), basis, seed)
-        levels, distortion = code_levels(seen, maps, codes)
+        codes, levels, distortion = code_levels(seen, maps, codes)
+        code = {"basis": basis, **prepared_code(codes, levels, distortion)}
+        code["coherence"] = chosen_coherence(loaded, ids_NT, partial(_cache, loaded, code, maps), tell)
+        del loaded, sampler
         _write(source, writer, attention, maps)
-        code = {
-            "basis": basis,
-            "layers": [{name: _short(values) for name, values in layer.items()} for layer in codes],
-            "levels": [_short(values) for values in levels],
-            "distortion": _short(torch.tensor(distortion)),
-        }
         writer.write_json("config.json", config | {"latent_code": code})
         writer.write_text(MODELING_FILE, modeling_source())
         copy_companions(source, writer.partial)
@@ -133,7 +131,7 @@ def quantise(
         write_provenance(writer, **sections | {"quantised_for": made})
         error = _verify(writer.partial, witness_1T, wanted_TV, device)
         writer.commit()
-    return QuantiseReport(Path(out), ids_NT.numel(), spread, tuple(distortion), error)
+    return QuantiseReport(Path(out), ids_NT.numel(), spread, mean_distortion(codes, distortion), error)
 
 
 def _observe(model: Any, ids_NT: Tensor, seed: int, progress: Progress) -> list[Seen]:
@@ -173,14 +171,41 @@ def _observe(model: Any, ids_NT: Tensor, seed: int, progress: Progress) -> list[
             assert gradient is not None
             layer.add(keys[index].detach()[0, 0], gradient[0, 0])
         progress("measure latents", number + 1, len(ids_NT), "")
+    for attention in attentions:
+        del attention.project
     for layer in seen:
         layer.finish()
     return seen
 
 
-def _short(values: Tensor) -> list[float]:
-    """Six digits, which is more than they are known to."""
-    return [float(f"{value:.6g}") for value in values.tolist()]
+class _MappedCode:
+    """A code of mapped latents for a model whose latents are not mapped yet."""
+
+    order: Tensor | None = None
+
+    def __init__(self, code: TransformCode, map_rr: Tensor, inverse_rr: Tensor) -> None:
+        self._code, self._maps, self.stored = code, (map_rr.float(), inverse_rr.float()), code.stored
+
+    def encode(self, x_BNk: Tensor) -> dict[str, Tensor]:
+        return self._code.encode(self._mapped(x_BNk.float(), 0))
+
+    def decode(self, packed: dict[str, Tensor], dtype: torch.dtype, ordered: bool = False, room: int = 0) -> Tensor:
+        return self._mapped(self._code.decode(packed, torch.float32, room=room), 1).to(dtype)
+
+    def _mapped(self, x_BNk: Tensor, which: int) -> Tensor:
+        map_rr = self._maps[which].to(x_BNk.device)
+        latent_BNr, key_BNe = x_BNk.split([len(map_rr), x_BNk.shape[-1] - len(map_rr)], dim=-1)
+        return torch.cat([latent_BNr @ map_rr.T, key_BNe], dim=-1)
+
+
+def _cache(model: Any, code: dict[str, Any], maps: list[tuple[Tensor, Tensor]], coherence: float) -> LatentCache:
+    """An empty cache of the model before its latents are mapped."""
+    cache = LatentCache(model.config, recent=STEP)
+    layers: list[Any] = cache.layers
+    codes = transform_codes(code | {"coherence": coherence}, CHOSEN_WITH)
+    for layer, of_layer, pair in zip(layers, codes, maps, strict=True):
+        layer.code = _MappedCode(of_layer, *pair)
+    return cache
 
 
 def _attention_prefix(config: dict[str, Any]) -> str:

@@ -1,0 +1,95 @@
+"""What each part of transform coding gains: the coded cache of a source, with the parts taken in one after the other.
+
+    python benchmarks/coding_steps.py smollm2 --text wikitext2-valid.raw c4-sample.jsonl --out coding-steps.json
+
+Mean divergence of the source's predictions from its own with an exact cache, in nats per token, 64 tokens at a time
+through the cache; the same calibration for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from transmla.checkpoint.companions import tokenizer
+from transmla.evaluation import coded_source
+from transmla.evaluation.measure import windows_of
+from transmla.maths import coding
+from transmla.model import coherence
+from transmla.model import modeling_transmla as modeling
+from transmla.model.coherence import divergence_through
+from transmla.model.loading import load_any, open_model
+from transmla.targets.quantise import MIX, TOKENS, WINDOW
+from transmla.text.windows import calibration_tokens
+
+# what each step begins to use
+STEPS: dict[str, list[tuple[Any, str, Any]]] = {
+    "gain: the root of the mean square": [],
+    "the best of seven gains": [(modeling, "GAINS_TRIED", modeling.GAINS_TRIED)],
+    "levels that are stretched": [(coherence, "COHERENCES", coherence.COHERENCES)],
+    "four shapes of distributions": [(coding, "SHAPES", coding.SHAPES)],
+}
+PLAIN: list[tuple[Any, str, Any]] = [
+    (modeling, "GAINS_TRIED", (0,)),
+    (coherence, "COHERENCES", (1.0,)),
+    (coding, "SHAPES", 1),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--text", nargs="+", default=["wikitext-valid"])
+    parser.add_argument("--windows", type=int, default=1, help="of each text")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--bits", type=float, nargs="+", default=[5, 3.3, 2, 1])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    model, source = load_any(arguments.source, dtype=getattr(torch, arguments.dtype)), open_model(arguments.source)
+    cutter = tokenizer(source)
+    windows = [
+        (text, ids_T)
+        for text in arguments.text
+        for ids_T in windows_of(text, cutter, arguments.length, arguments.windows)
+    ]
+    with torch.no_grad():
+        exact = [model(ids_T[None]).logits[0].float().log_softmax(-1) for _, ids_T in windows]
+    calibration_NT = calibration_tokens(MIX, cutter, TOKENS, WINDOW).ids_NT
+    rotations = coded_source.rotations(source, model.device)
+    seen = coded_source._observe(model, rotations, calibration_NT, 0, lambda *_: None)
+    rows, taken = [], dict[tuple[Any, str], Any]()
+    for name, parts in STEPS.items():
+        taken |= {(place, constant): value for place, constant, value in parts}
+        with ExitStack() as changed:
+            for place, constant, value in PLAIN:
+                changed.enter_context(patch.object(place, constant, taken.get((place, constant), value)))
+            changed.enter_context(patch.object(coded_source, "_observe", lambda *_: seen))
+            coded = coded_source.CodedSource(model, source, calibration_NT)
+            for bits in arguments.bits:
+                losses = [
+                    divergence_through(model, ids_T, exact_TV, coded.cache(bits))
+                    for (_, ids_T), exact_TV in zip(windows, exact, strict=True)
+                ]
+                row = {
+                    "step": name,
+                    "bits": bits,
+                    "coherence": coded.coherence,
+                    "divergence": losses,
+                    "mean": sum(losses) / len(losses),
+                }
+                print(name, bits, f"{row['mean']:.5f} nats", flush=True)
+                rows.append(row)
+    made = {name: value for name, value in vars(arguments).items() if name != "out"}
+    made |= {"source": Path(arguments.source).name, "windows_of": [text for text, _ in windows]}
+    arguments.out.write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
