@@ -16,30 +16,33 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from transmla.checkpoint.companions import tokenizer
 from transmla.evaluation import coded_source
 from transmla.evaluation.measure import windows_of
+from transmla.evaluation.quantised_cache import RECENT
 from transmla.maths import coding
-from transmla.model import coherence
 from transmla.model import modeling_transmla as modeling
-from transmla.model.coherence import divergence_through
 from transmla.model.loading import load_any, open_model
 from transmla.targets.quantise import MIX, TOKENS, WINDOW
 from transmla.text.windows import calibration_tokens
 
-# what each step begins to use
-STEPS: dict[str, list[tuple[Any, str, Any]]] = {
+# what each step takes in; before the first one, all of it is as in PLAIN
+STEPS: dict[str, list[str]] = {
     "gain: the root of the mean square": [],
-    "the best of seven gains": [(modeling, "GAINS_TRIED", modeling.GAINS_TRIED)],
-    "levels that are stretched": [(coherence, "COHERENCES", coherence.COHERENCES)],
-    "four shapes of distributions": [(coding, "SHAPES", coding.SHAPES)],
+    "the best of seven gains": ["GAINS_TRIED"],
+    "four shapes of distributions": ["GAINS_TRIED", "SHAPES"],
 }
-PLAIN: list[tuple[Any, str, Any]] = [
-    (modeling, "GAINS_TRIED", (0,)),
-    (coherence, "COHERENCES", (1.0,)),
-    (coding, "SHAPES", 1),
-]
+PLAIN = {"GAINS_TRIED": (modeling, (0,)), "SHAPES": (coding, 1)}
+
+
+@torch.no_grad()
+def divergence(model: Any, ids_T: Tensor, exact_TV: Tensor, cache: Any) -> float:
+    """Mean over the tokens of one window."""
+    parts = [model(ids_t[None], past_key_values=cache).logits[0] for ids_t in ids_T.split(RECENT)]
+    found_TV = torch.cat(parts).float().log_softmax(-1)
+    return float((exact_TV.exp() * (exact_TV - found_TV)).sum(-1).mean())
 
 
 def main() -> None:
@@ -64,26 +67,20 @@ def main() -> None:
     calibration_NT = calibration_tokens(MIX, cutter, TOKENS, WINDOW).ids_NT
     rotations = coded_source.rotations(source, model.device)
     seen = coded_source._observe(model, rotations, calibration_NT, 0, lambda *_: None)
-    rows, taken = [], dict[tuple[Any, str], Any]()
-    for name, parts in STEPS.items():
-        taken |= {(place, constant): value for place, constant, value in parts}
+    rows = []
+    for name, taken in STEPS.items():
         with ExitStack() as changed:
-            for place, constant, value in PLAIN:
-                changed.enter_context(patch.object(place, constant, taken.get((place, constant), value)))
             changed.enter_context(patch.object(coded_source, "_observe", lambda *_: seen))
+            for constant, (place, value) in PLAIN.items():
+                if constant not in taken:
+                    changed.enter_context(patch.object(place, constant, value))
             coded = coded_source.CodedSource(model, source, calibration_NT)
             for bits in arguments.bits:
                 losses = [
-                    divergence_through(model, ids_T, exact_TV, coded.cache(bits))
+                    divergence(model, ids_T, exact_TV, coded.cache(bits))
                     for (_, ids_T), exact_TV in zip(windows, exact, strict=True)
                 ]
-                row = {
-                    "step": name,
-                    "bits": bits,
-                    "coherence": coded.coherence,
-                    "divergence": losses,
-                    "mean": sum(losses) / len(losses),
-                }
+                row = {"step": name, "bits": bits, "divergence": losses, "mean": sum(losses) / len(losses)}
                 print(name, bits, f"{row['mean']:.5f} nats", flush=True)
                 rows.append(row)
     made = {name: value for name, value in vars(arguments).items() if name != "out"}

@@ -21,11 +21,9 @@ from transmla.model.modeling_transmla import (
     GroupCode,
     LatentCache,
     TransformCode,
-    coherent_cost,
     dealt_bits,
     pack,
     packed_width,
-    stretch,
     transform_codes,
     unpack,
 )
@@ -49,7 +47,7 @@ def prepared() -> dict[str, Any]:
     ]
     levels = [[[0.0], *([size * one for one in values] for values in LEVELS.values())] for size in (1.0, 1.3)]
     distortion = [[1.0, 0.36, 0.12, 0.035], [1.0, 0.4, 0.15, 0.05]]
-    return {"layers": layers, "levels": levels, "distortion": distortion, "coherence": 1.7}
+    return {"layers": layers, "levels": levels, "distortion": distortion}
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +159,16 @@ def test_the_gain_of_a_token_is_the_best_of_those_tried() -> None:
     for step in GAINS_TRIED:
         at = (z.square().mean(-1, keepdim=True).sqrt().log2() * GAIN_STEPS).round() + step
         gain = 2.0 ** (at / GAIN_STEPS)
-        nearest, read = torch.zeros_like(z), torch.zeros_like(z)
+        nearest = torch.zeros_like(z)
         for place, size in bits.items():
             if size:
                 shape = layer["shape"][place]
                 levels = torch.tensor(prepared_code["levels"][shape][size])
                 chosen = levels[(z[..., place, None] / gain - levels).abs().argmin(-1)]
                 nearest[..., place] = chosen * gain[..., 0]
-                read[..., place] = nearest[..., place] * stretch(prepared_code["distortion"][shape][size], 1.7)
         held = torch.tensor([bool(bits[place]) for place in range(WIDTH)])
         errors.append(((nearest - z).square() * weight)[..., held].sum(-1))
-        decoded.append(read * deviation + mean)
+        decoded.append(nearest * deviation + mean)
     chosen = torch.stack(errors).argmin(0)
     assert chosen[0, 1] > 0 and chosen[1, 3] > 0 and (chosen == 0).any(), chosen
     wanted = torch.stack(decoded).gather(0, chosen[None, ..., None].expand(1, 2, 6, WIDTH))[0]
@@ -195,25 +192,10 @@ def test_many_tokens_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(parts) == set(code.stored) and all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("coherence", [1.5, 3.0])
-@pytest.mark.parametrize("distortion", [0.002, 0.1, 0.4, 1.0])
-def test_levels_are_stretched_to_where_they_cost_least(distortion: float, coherence: float) -> None:
-    def cost(factor: float) -> float:
-        missing, noise = 1 - factor * (1 - distortion), factor**2 * distortion * (1 - distortion)
-        return coherence * missing**2 + noise
-
-    least = min(cost(factor / 1000) for factor in range(1000, 2001))
-    assert coherent_cost(distortion, coherence) == pytest.approx(least, abs=1e-6)
-    assert cost(stretch(distortion, coherence)) == pytest.approx(least, abs=1e-6)
-    assert stretch(distortion, coherence) > stretch(distortion, 1.0) == 1
-
-
 def test_what_an_earlier_version_prepared() -> None:
     new = prepared()
     old = new | {"levels": new["levels"][0], "distortion": new["distortion"][0]}
     old["layers"] = [{name: layer[name] for name in ("mean", "deviation", "importance")} for layer in new["layers"]]
-    del old["coherence"]
-    new["coherence"] = 1.0
     for layer in new["layers"]:
         layer["shape"] = [0] * WIDTH
     x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(5))
@@ -350,7 +332,7 @@ def test_many_queries_see_small_blocks(model: Any, monkeypatch: pytest.MonkeyPat
 
 def test_a_layer_that_no_bit_was_dealt_to(model: Any) -> None:
     layer = {"mean": [1.0] * 4, "deviation": [2.0] * 4, "importance": [1.0] * 4, "shape": [0] * 4}
-    code = TransformCode(layer, [0] * 4, [[[0.0]]], [[1.0]])
+    code = TransformCode(layer, [0] * 4, [[[0.0]]])
     packed = code.encode(torch.randn(2, 5, 4))
     assert packed["codes"].shape == (2, 5, 0) and code.bytes_per_token == 1
     assert torch.equal(code.decode(packed, torch.float32), torch.ones(2, 5, 4))

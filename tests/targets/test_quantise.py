@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import transmla
 from tests.targets.test_fold import relative
 from transmla.cli import main
 from transmla.errors import TransmlaError, UnsupportedError
-from transmla.model.coherence import CHOSEN_WITH, COHERENCES, chosen_coherence
 
 IDS = torch.arange(3, 131)[None] * 7 % 500
 
@@ -68,51 +66,6 @@ def test_dealt_bits_lose_less_than_equal_ones(converted: Path, prepared: Path) -
     coded2, coded4, int2, exact = divergences
     assert exact < 1e-4 < coded4 < 0.5 * coded2
     assert coded4 < 0.5 * int2 and sizes[1] < sizes[2], (divergences, sizes)
-
-
-def through(model: Any, cache: Any) -> torch.Tensor:
-    """Logits of tokens that go through a cache, 64 at a time."""
-    ids = torch.arange(3, 323)[None] * 7 % 500
-    with torch.no_grad():
-        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(64, dim=1)], dim=1)
-
-
-def test_levels_are_chosen_with_the_caches_of_the_folder(
-    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are tried on the model as it was, whose latents are not mapped yet."""
-    tried = []
-
-    def chosen(model: Any, ids_NT: torch.Tensor, cache: Any, progress: Any) -> float:
-        found = chosen_coherence(model, ids_NT, cache, progress)
-        assert found in COHERENCES
-        tried.extend(through(model, cache(coherence)) for coherence in (1.0, 3.0))
-        return 3.0
-
-    monkeypatch.setattr("transmla.targets.quantise.chosen_coherence", chosen)
-    monkeypatch.setattr("transmla.targets.quantise.narrow_dtype", lambda device: None)
-    report = transmla.quantise(converted, tmp_path / "coded", text="stories", tokens=2048)
-    model = transmla.load(report.path, dtype=torch.float32)
-    assert model.config.latent_code["coherence"] == 3.0
-    found = through(model, model.latent_cache(f"coded{CHOSEN_WITH:g}"))
-    assert relative(found, tried[1]) < 1e-3 < 0.1 * relative(tried[0], tried[1])
-
-
-@pytest.mark.parametrize("best", COHERENCES)
-def test_the_coherence_that_diverges_least_is_chosen(best: float) -> None:
-    used, ids_NT = [], torch.arange(9 * 130).view(9, 130) % 50
-
-    class Cached(SimpleNamespace):
-        device = torch.device("cpu")
-
-        def __call__(self, ids: torch.Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
-            logits = torch.nn.functional.one_hot(ids, 50).float()
-            used.append((ids.shape[1], past_key_values))
-            return SimpleNamespace(logits=logits * (1 if past_key_values is None else 1 + abs(past_key_values - best)))
-
-    cache: Any = float
-    assert chosen_coherence(Cached(), ids_NT, cache) == best
-    assert used[:4] == [(130, None), (64, 1.0), (64, 1.0), (2, 1.0)] and len(used) == 3 * (1 + 3 * len(COHERENCES))
 
 
 def test_own_form_with_norms(lively: Any, text_file: Path, tmp_path: Path) -> None:

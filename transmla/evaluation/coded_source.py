@@ -24,7 +24,6 @@ from transmla.families import family_of, rotary_dim
 from transmla.geometry import gqa_geometry
 from transmla.maths.attention import rotate
 from transmla.maths.coding import Seen, code_bases, code_levels, prepared_code
-from transmla.model.coherence import CHOSEN_WITH, chosen_coherence
 from transmla.model.layer import half_split_order
 from transmla.model.modeling_transmla import TransformCode, transform_codes
 from transmla.model.skeleton import complete_config, source_config, source_frequencies
@@ -82,17 +81,6 @@ class CodedSource:
         maps, codes, _ = code_bases(seen, len(seen[0].sum_k), "coded", seed)
         self._prepared = prepared_code(*code_levels(seen, maps, codes))
         self._maps = [(there.float().to(model.device), back.float().to(model.device)) for there, back in maps]
-
-        def cache(coherence: float) -> Cache:
-            self._prepared["coherence"] = coherence
-            return self.cache(CHOSEN_WITH)
-
-        self._prepared["coherence"] = chosen_coherence(model, ids_NT, cache, progress)
-
-    @property
-    def coherence(self) -> float:
-        """See `chosen_coherence`."""
-        return float(self._prepared["coherence"])
 
     def cache(self, bits: float, recent: int = RECENT) -> Cache:
         """An empty cache of so many bits per value, all that is stored of a token counted.

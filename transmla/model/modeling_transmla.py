@@ -217,8 +217,6 @@ class TransformCode:
     layer:      mean, deviation (which may be negative), importance and shape of each coordinate [k]
     bits:       of each coordinate, of which some may be 0
     levels:     by shape and bits, ascending, of a coordinate of deviation 1 (Lloyd-Max)
-    distortion: by shape and bits, share of the variance that is left
-    coherence:  see `stretch`
     """
 
     stored = ("codes", "gains")
@@ -228,8 +226,6 @@ class TransformCode:
         layer: dict[str, list[Any]],
         bits: list[int],
         levels: list[list[list[float]]],
-        distortion: list[list[float]],
-        coherence: float = 1.0,
     ) -> None:
         shapes = layer["shape"]
         order = sorted(range(len(bits)), key=lambda place: (-bits[place], shapes[place]))
@@ -247,15 +243,10 @@ class TransformCode:
             self._nearest[size, shape] = nearest
             self._bounds[size, shape] = (nearest[1:] + nearest[:-1]) / 2
         # what is read: all shapes one behind the other, and where that of a coordinate begins
-        self._levels = {}
-        for size, _ in self.runs:
-            stretched = [
-                stretch(left[size], coherence) * torch.tensor(one[size])
-                for one, left in zip(levels, distortion, strict=True)
-            ]
-            self._levels[size] = torch.cat(stretched)
+        self._levels = {size: torch.tensor([value for one in levels for value in one[size]]) for size, _ in self.runs}
         self._begin = torch.tensor([shapes[place] << bits[place] for place in order], dtype=torch.int32)
         self._gains = torch.exp2((torch.arange(2**GAIN_BITS, dtype=torch.float64) - GAIN_ZERO) / GAIN_STEPS)
+        self._tried = torch.tensor([GAIN_ZERO + step for step in GAINS_TRIED], dtype=torch.int32)
         self._tables: dict[torch.dtype, Any] = {}
 
     @property
@@ -291,8 +282,7 @@ class TransformCode:
         """Some tokens, with G gains tried."""
         z_BNk = (x_BNk.float() - self._mean) / self._deviation
         size_BN1 = z_BNk.square().mean(-1, keepdim=True).sqrt().clamp(1e-5, 6e4)
-        tried_G = torch.tensor(GAINS_TRIED, device=z_BNk.device) + GAIN_ZERO
-        tried_BNG = (size_BN1.log2() * GAIN_STEPS).round().int().add(tried_G).clamp(0, 2**GAIN_BITS - 1)
+        tried_BNG = (size_BN1.log2() * GAIN_STEPS).round().int().add(self._tried).clamp(0, 2**GAIN_BITS - 1)
         gains_BNG = self._gains.float()[tried_BNG]
         z_BNGk = z_BNk[..., self.order].unsqueeze(-2) / gains_BNG.unsqueeze(-1)
         found, start = [], 0
@@ -302,7 +292,7 @@ class TransformCode:
             if bits:
                 places = torch.bucketize(part, self._bounds[bits, shape], out_int32=True)
                 missing = self._nearest[bits, shape][places] - part
-                error_BNG += missing.square() @ self._weight[start : start + count]
+                error_BNG += (missing.square() * self._weight[start : start + count]).sum(-1)
                 found.append(places.to(torch.uint8))
             start += count
         best_BN1 = (error_BNG * gains_BNG.square()).argmin(-1, keepdim=True)
@@ -351,21 +341,6 @@ class TransformCode:
         return whole.to(dtype)
 
 
-def stretch(distortion: float, coherence: float) -> float:
-    """Factor of Lloyd-Max levels that leave `distortion` of the variance.
-
-    Such levels y of z have E[(z - y) z] = d: the part d of z is missing from y, in all tokens and layers alike, beside
-    a noise of d (1 - d), which averages out. What is missing costs `coherence` times what noise costs. Stretched by s,
-    (1 - s (1 - d))^2 is missing, beside a noise of s^2 d (1 - d): this is the s with the least cost.
-    """
-    return coherence / (distortion + coherence * (1 - distortion))
-
-
-def coherent_cost(distortion: float, coherence: float) -> float:
-    """What stretched levels cost, over the variance."""
-    return distortion * stretch(distortion, coherence)
-
-
 def dealt_bits(importance: list[list[float]], left: list[list[list[float]]], average: float) -> list[list[int]]:
     """Bits of every coordinate of every layer, so that a token has `average` bits per value with all that is stored.
 
@@ -402,19 +377,16 @@ def dealt_bits(importance: list[list[float]], left: list[list[list[float]]], ave
 def transform_codes(prepared: dict[str, Any], average: float) -> list[TransformCode]:
     """A code for each layer with so many bits per value, all that is stored counted.
 
-    prepared: `latent_code` of a config: "layers", "levels", "distortion" and "coherence" of `TransformCode`
+    prepared: `latent_code` of a config: "layers" and "levels" of `TransformCode`, and "distortion", the share of the
+              variance that is left, by shape and bits
     """
     layers, levels, distortion = prepared["layers"], prepared["levels"], prepared["distortion"]
     if "shape" not in layers[0]:  # prepared by an earlier version: all coordinates have one shape
         layers = [layer | {"shape": [0] * len(layer["mean"])} for layer in layers]
         levels, distortion = [levels], [distortion]
-    coherence = prepared.get("coherence", 1.0)
-    costs = [[coherent_cost(share, coherence) for share in shares] for shares in distortion]
-    left = [[costs[shape] for shape in layer["shape"]] for layer in layers]
+    left = [[distortion[shape] for shape in layer["shape"]] for layer in layers]
     dealt = dealt_bits([layer["importance"] for layer in layers], left, average)
-    return [
-        TransformCode(layer, bits, levels, distortion, coherence) for layer, bits in zip(layers, dealt, strict=True)
-    ]
+    return [TransformCode(layer, bits, levels) for layer, bits in zip(layers, dealt, strict=True)]
 
 
 class LatentLayer(CacheLayerMixin):

@@ -27,9 +27,8 @@ from transmla.errors import UnsupportedError
 from transmla.maths import EPS
 from transmla.maths.coding import Seen, code_bases, code_levels, mean_distortion, prepared_code
 from transmla.maths.fold import largest_mean_square, latent_scale
-from transmla.model.coherence import CHOSEN_WITH, STEP, chosen_coherence
 from transmla.model.loading import load
-from transmla.model.modeling_transmla import LatentCache, TransformCode, UnfoldedConfig, transform_codes
+from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits, load_stock
@@ -111,14 +110,12 @@ def quantise(
         witness_1T = ids_NT[-1:, :WITNESS_TOKENS].to(device)
         with torch.no_grad():
             wanted_TV = loaded(witness_1T, use_cache=False).logits[0].double().cpu()
-        loaded = loaded.to(narrow_dtype(loaded.device) or torch.float32)
-        seen = _observe(loaded, ids_NT, seed, tell)
+        seen = _observe(loaded.to(narrow_dtype(loaded.device) or torch.float32), ids_NT, seed, tell)
         attention = _attention_prefix(config)
+        del loaded, sampler
         maps, codes, spread = code_bases(seen, int(config["kv_lora_rank"]), basis, seed)
         codes, levels, distortion = code_levels(seen, maps, codes)
         code = {"basis": basis, **prepared_code(codes, levels, distortion)}
-        code["coherence"] = chosen_coherence(loaded, ids_NT, partial(_cache, loaded, code, maps), tell)
-        del loaded, sampler
         _write(source, writer, attention, maps)
         writer.write_json("config.json", config | {"latent_code": code})
         writer.write_text(MODELING_FILE, modeling_source())
@@ -171,41 +168,9 @@ def _observe(model: Any, ids_NT: Tensor, seed: int, progress: Progress) -> list[
             assert gradient is not None
             layer.add(keys[index].detach()[0, 0], gradient[0, 0])
         progress("measure latents", number + 1, len(ids_NT), "")
-    for attention in attentions:
-        del attention.project
     for layer in seen:
         layer.finish()
     return seen
-
-
-class _MappedCode:
-    """A code of mapped latents for a model whose latents are not mapped yet."""
-
-    order: Tensor | None = None
-
-    def __init__(self, code: TransformCode, map_rr: Tensor, inverse_rr: Tensor) -> None:
-        self._code, self._maps, self.stored = code, (map_rr.float(), inverse_rr.float()), code.stored
-
-    def encode(self, x_BNk: Tensor) -> dict[str, Tensor]:
-        return self._code.encode(self._mapped(x_BNk.float(), 0))
-
-    def decode(self, packed: dict[str, Tensor], dtype: torch.dtype, ordered: bool = False, room: int = 0) -> Tensor:
-        return self._mapped(self._code.decode(packed, torch.float32, room=room), 1).to(dtype)
-
-    def _mapped(self, x_BNk: Tensor, which: int) -> Tensor:
-        map_rr = self._maps[which].to(x_BNk.device)
-        latent_BNr, key_BNe = x_BNk.split([len(map_rr), x_BNk.shape[-1] - len(map_rr)], dim=-1)
-        return torch.cat([latent_BNr @ map_rr.T, key_BNe], dim=-1)
-
-
-def _cache(model: Any, code: dict[str, Any], maps: list[tuple[Tensor, Tensor]], coherence: float) -> LatentCache:
-    """An empty cache of the model before its latents are mapped."""
-    cache = LatentCache(model.config, recent=STEP)
-    layers: list[Any] = cache.layers
-    codes = transform_codes(code | {"coherence": coherence}, CHOSEN_WITH)
-    for layer, of_layer, pair in zip(layers, codes, maps, strict=True):
-        layer.code = _MappedCode(of_layer, *pair)
-    return cache
 
 
 def _attention_prefix(config: dict[str, Any]) -> str:
