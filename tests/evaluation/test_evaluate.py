@@ -221,7 +221,7 @@ def test_command_line(converted: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(command_line, [*words, "--json", str(out), "--gate", "perplexity=0.99"])
     assert done.exit_code == 5 and "gates missed" in done.stderr
     for shown in (
-        "KIVI 4 bits cache",
+        "KIVI 4 bits",
         "int4 cache",
         "wikitext-valid",
         "perplexity by position",

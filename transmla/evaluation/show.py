@@ -88,7 +88,10 @@ def _perplexities(report: EvaluationReport) -> Table:
         is_source = one is source
         add(called, perplexity_of(one, report.text), one["cache_bytes_per_token"], is_source)
         for row in filter(None, one.get("quantised", [])):
-            add(f"  {row.get('cache') or row['bits']} cache", Perplexity(tuple(row["nats"]), 0), row["bytes_per_token"])
+            kind = str(row.get("cache") or row["bits"])
+            # a longer name would be broken into two lines
+            shown = kind if kind.endswith("bits") else f"{kind} cache"
+            add(f"  {shown}", Perplexity(tuple(row["nats"]), 0), row["bytes_per_token"])
     if source and not source.get("quantised"):
         for name, size in quantised_sizes(source, report.made["dtype"]).items():
             add(f"source, {name} cache (size only)", None, size)
