@@ -106,6 +106,11 @@ def test_paths_become_names(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
 
 
+def test_what_a_model_wrote_is_no_path() -> None:
+    values = {"generation": {"texts": ["/usr and more", "1 +/ 2"]}, "model": "/data/m"}
+    assert portable(values, keep=("generation",)) == values | {"model": "m"}
+
+
 def test_a_message_may_name_a_folder(tmp_path: Path) -> None:
     """It is read by the one whose folder it is."""
     with pytest.raises(DestinationError) as caught:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -133,6 +134,17 @@ def test_the_source_is_taken_from_an_earlier_result(
     )  # fmt: skip
     again = transmla.evaluate(converted, "stories260k", suite=suite, reuse=earlier, **settings)
     assert again.plain() == first.plain() and set(measured) == {"DeepseekV3ForCausalLM"}
+    # of a task that has no error, JSON has null
+    row = {"task": "wikitext", "metric": "word_perplexity", "value": 20.0, "standard_error": None, "values": []}
+    row["higher_is_better"] = False
+    content = first.plain()
+    content["source"]["tasks"] = [row]
+    earlier.write_text(json.dumps(content))
+    again = transmla.evaluate(converted, "stories260k", suite=suite, reuse=earlier, **settings)
+    assert again.source is not None and math.isnan(again.source["tasks"][0]["standard_error"])
+    assert again.plain()["source"]["tasks"] == [row] and "word_perplexity" not in str(again)
+    again.model["tasks"] = again.source["tasks"]
+    assert "20.0000 ± ?" in str(again), str(again)
     with pytest.raises(RecipeError, match="another way"):
         transmla.evaluate(converted, "stories260k", suite=suite, reuse=earlier, **settings | {"windows": 2})
     with pytest.raises(DataError, match="not a result file"):

@@ -313,3 +313,6 @@ def test_command_line(converted: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, [*words, "--context", "8,0"]).exit_code == 2
     with pytest.raises(GeometryError, match="no context fits"):
         transmla.bench(converted, contexts=(4096,))
+    for many in (512, 600):
+        with pytest.raises(GeometryError, match="steps do not fit"):
+            transmla.bench(converted, contexts=(64,), steps=many)

@@ -23,7 +23,7 @@ from transmla.checkpoint.destination import journal_of
 from transmla.cli import main
 from transmla.errors import DestinationError, GateError, RecipeError, SourceError, UnsupportedError
 from transmla.healing.choice import check, settings_for
-from transmla.healing.flow import _require_gain
+from transmla.healing.flow import _healed, _require_gain
 from transmla.healing.prepare import Preparation
 from transmla.healing.schedule import schedule
 from transmla.healing.train import Trained
@@ -256,7 +256,8 @@ def outcome(losses: tuple[float, float], nats: tuple[float, float], raised: list
     """losses: before and at the best step;  nats: likewise, of the held-out text;  raised: texts at the best step"""
     log = [{"step": step, "eval_loss": loss, "eval_score": loss} for step, loss in zip((0, 10), losses, strict=True)]
     before, after = ({"text": {"nats": one, "recovery": 0.9, "recovery_error": 0.009}} for one in nats)
-    return Trained({}, log, 10, 1, 1e-3, schedule(Healing(), 1), before, after, {0: [], 10: raised or []})
+    best = 10 if losses[1] < losses[0] else 0  # as the Trainer says it
+    return Trained({}, log, best, 1, 1e-3, schedule(Healing(), 1), before, after, {0: [], 10: raised or []})
 
 
 def test_a_state_that_loses_a_text_is_not_the_best_one(tmp_path: Path) -> None:
@@ -267,6 +268,13 @@ def test_a_state_that_loses_a_text_is_not_the_best_one(tmp_path: Path) -> None:
     assert "in 1 of 1 states the divergence on text had risen" in caught.value.why
 
 
+def test_where_a_healed_folder_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mla" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mla" / "inside")
+    assert _healed(Path("..")) == tmp_path / "mla-healed" and _healed(Path("a/b")) == Path("a/b-healed")
+    assert _healed(Path(".")) == tmp_path / "mla" / "inside-healed"
+
+
 @pytest.mark.parametrize(
     ("losses", "nats", "why"),
     [
@@ -274,7 +282,7 @@ def test_a_state_that_loses_a_text_is_not_the_best_one(tmp_path: Path) -> None:
         ((1.0, 0.5), (2.0, 2.005), None),  # within its error
         ((1.0, 0.5), (2.0, 2.1), "perplexity rose from 7.389 to 8.166"),
         ((1.0, 1.0), (2.0, 1.9), "1.0000 before and 1.0000 at best"),
-        ((1.0, float("inf")), (2.0, 1.9), "1.0000 at best"),
+        ((1.0, float("inf")), (2.0, 1.9), "1.0000 before"),
         ((1.0, float("nan")), (2.0, 1.9), "1.0000"),
         ((1.0, 0.5), (2.0, float("nan")), "perplexity rose"),
     ],

@@ -54,6 +54,14 @@ def test_adapters_may_start_at_nothing(tmp_path: Path) -> None:
     assert [(len(group["params"]), group["least"]) for group in groups] == [(1, LEAST), (1, LEAST_OF_ADAPTERS)]
 
 
+@pytest.mark.parametrize(("tokens", "steps", "warmup"), [(1000, 1, 0), (20_000, 2, 1), (1_000_000, 63, 4)])
+def test_a_single_step_has_a_rate(tmp_path: Path, tokens: int, steps: int, warmup: int) -> None:
+    settings = Healing(tokens=tokens, window=1024, batch=16)
+    plan = schedule(settings, 1)
+    given = arguments(settings, plan, 0.01, tmp_path, "cpu")
+    assert (plan.steps, given.warmup_steps) == (steps, warmup)
+
+
 def test_steps_are_shares_of_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(3, 64, generator=generator, dtype=torch.float64) * torch.tensor([[10.0], [0.1], [0.0]])

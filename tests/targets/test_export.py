@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from transformers import AutoModelForCausalLM
 import transmla
 from tests.families import MakeSource
 from transmla.checkpoint.provenance import read_provenance
+from transmla.checkpoint.read import open_source
 from transmla.errors import GeometryError, SourceError, UnsupportedError
 from transmla.maths.pad import Widths
 from transmla.targets.engines import LLAMA_CPP, MLX, OWN, REFUSES, RUNS, SGLANG, STOCK, VLLM_CPU, VLLM_GPU
-from transmla.targets.padding import padded_widths
+from transmla.targets.padding import padded_widths, widths_of
 
 IDS = torch.arange(3, 67)[None]
 
@@ -53,6 +55,28 @@ def test_padded_folder_is_the_same_model(converted: Path, tmp_path: Path, size: 
     outcome = {verdict.engine: verdict.outcome for verdict in transmla.doctor(out).engines}
     assert outcome[VLLM_GPU] == outcome[SGLANG] == RUNS
     assert outcome[VLLM_CPU] == (RUNS if size else REFUSES)
+
+
+def test_a_padded_folder_padded_again(converted: Path, tmp_path: Path) -> None:
+    """As the doctor advises owners of 256 + 64 for vLLM on CPUs."""
+    transmla.export(converted, tmp_path / "once", to="vllm")
+    transmla.export(tmp_path / "once", tmp_path / "twice", to="vllm", size="512+64")
+    assert read_provenance(tmp_path / "twice")["padded"] == {
+        "from": asdict(widths_of(open_source(tmp_path / "once").config)),
+        "to": asdict(widths_of(open_source(tmp_path / "twice").config)),
+    }
+    wanted, found = (
+        transmla.load(folder, dtype=torch.float64)(IDS).logits for folder in (converted, tmp_path / "twice")
+    )
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_what_was_measured_of_other_values_is_not_kept(converted: Path, text_file: Path, tmp_path: Path) -> None:
+    transmla.quantise(converted, tmp_path / "coded", text=str(text_file), tokens=1024)
+    padded = transmla.export(tmp_path / "coded", tmp_path / "padded", to="vllm")
+    config = json.loads((tmp_path / "padded" / "config.json").read_text("utf-8"))
+    assert "latent_code" not in config and "quantised_for" not in read_provenance(padded.path)
+    assert "latent_code" in json.loads((tmp_path / "coded" / "config.json").read_text("utf-8"))
 
 
 def test_geometries_without_a_kernel() -> None:

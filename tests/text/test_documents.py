@@ -14,9 +14,11 @@ from transformers import AutoTokenizer
 from transmla.checkpoint.resolve import resolve
 from transmla.errors import DataError
 from transmla.healing.windows import Windows, write_windows
+from transmla.text.chats import rendered
 from transmla.text.documents import Text, mixed, open_text
 from transmla.text.mixes import Part, parse_mix
 from transmla.text.packing import IGNORED, Answered, pack
+from transmla.text.sources import read_text
 
 END = 2
 
@@ -97,9 +99,12 @@ def test_blocks_of_a_long_text_join_without_a_seam(tmp_path: Path, monkeypatch: 
 
 
 def test_rows_of_a_table_are_documents(tmp_path: Path) -> None:
-    rows = [{"text": "hello"}, {"text": ""}, {"text": "you"}]
+    rows = [{"text": "hello"}, {"text": ""}, {"id": 3}, {"text": None}, {"text": "you"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert documents(str(tmp_path / "a.jsonl")) == [[1, *map(ord, "hello"), END], [1, END], [1, *map(ord, "you"), END]]
+    assert documents(str(tmp_path / "a.jsonl")) == [[1, *map(ord, "hello"), END], [1, *map(ord, "you"), END]]
+    assert read_text(str(tmp_path / "a.jsonl"), 100) == "hello\n\n\n\nyou"
+    (tmp_path / "a.csv").write_text('text\nNone\n""\nNA\n', encoding="utf-8")
+    assert documents(str(tmp_path / "a.csv")) == [[1, *map(ord, "None"), END], [1, *map(ord, "NA"), END]]
 
 
 def test_chats_go_through_the_template_once(tmp_path: Path) -> None:
@@ -112,6 +117,24 @@ def test_chats_go_through_the_template_once(tmp_path: Path) -> None:
     (found,) = documents(str(tmp_path / "a.jsonl"), tokenizer)
     # a template brings its own special tokens: none is added in front
     assert found == [*map(ord, "<user>hi<assistant>ho"), END]
+
+
+def test_a_turn_that_the_template_refuses_to_end_with_is_not_an_answer(tmp_path: Path) -> None:
+    class Strict(Letters):
+        chat_template = "something"
+
+        def apply_chat_template(self, messages: list[dict[str, str]], *args: Any, **kwargs: Any) -> str:
+            if all(one["role"] != "user" for one in messages):
+                raise ValueError("No user query found in messages.")
+            return super().apply_chat_template(messages, *args, **kwargs)
+
+    turns = [("system", "s"), ("assistant", "hello"), ("user", "hi"), ("assistant", "ho")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    found = rendered({"messages": messages}, Strict(), "chats")
+    assert found.text == "<system>s<assistant>hello<user>hi<assistant>ho"
+    assert found.answers == ((len(found.text) - 2, len(found.text)),)
+    with pytest.raises(DataError, match="template of the tokenizer fails"):
+        rendered({"messages": messages[:2]}, Strict(), "chats")
 
 
 def test_rows_without_text_are_refused(tmp_path: Path) -> None:
@@ -218,6 +241,20 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     assert chat == "Once upon a time\n The end.\n" and completion == "very happy." and "dog ran" in plain
     whole = learned(False)
     assert "Hello there" in whole[0] and "Lily was very happy." in whole[1] and whole[2] == plain
+
+
+@pytest.mark.parametrize("answers", [0, 3, 10])
+def test_rows_that_teach_nothing_are_not_left_to_train_on(answers: int) -> None:
+    """They would be read for ever, and no window come of them."""
+    rows = [Answered([3] * 8, [False] * 6 + [number < answers] * 2) for number in range(10)]
+    text = Text(Part("chats"), lambda: iter(rows))
+    if answers == 10:
+        text.hold_out(2, 8)
+        assert len(text.heldout) == 2
+        return
+    with pytest.raises(DataError, match="too short") as caught:
+        text.hold_out(3, 8)
+    assert "rows without an answer do not count" in caught.value.why
 
 
 def test_windows_without_an_answer_are_left_out() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.text.letters import Letters
 from transmla.errors import DataError
-from transmla.text.mixes import parse_mix
+from transmla.text.mixes import names_of, parse_mix
 from transmla.text.windows import calibration_tokens
 
 
@@ -28,4 +28,5 @@ def test_a_file_with_a_plus_in_its_path(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_text("a" * 1000, encoding="utf-8")
     assert calibration_tokens(str(path), Letters(), 200, 10).name == str(path)
+    assert names_of(str(path)) == [str(path)] and names_of("a+b") == ["a", "b"] and names_of("") == []
     assert len(parse_mix("+".join(["wikitext"] * 100), "here")) == 100, "too long for the name of a file"

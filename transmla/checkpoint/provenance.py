@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Container
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,15 +33,16 @@ def computing_versions() -> dict[str, str]:
     return {name: version for name, version in versions().items() if name in ("transmla", "torch", "transformers")}
 
 
-def portable(value: Any) -> Any:
+def portable(value: Any, keep: Container[str] = ()) -> Any:
     """Plain values without absolute paths, in keys too: what is written says nothing of the machine or its user.
 
     A path in the home folder becomes ~/..., any other its last part; a mix of texts is one of paths.
+    keep: keys under which there are no paths, but texts
     """
     if isinstance(value, dict):
-        return {portable(key): portable(inner) for key, inner in value.items()}
+        return {portable(key): inner if key in keep else portable(inner, keep) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [portable(inner) for inner in value]
+        return [portable(inner, keep) for inner in value]
     return portable_name(value) if isinstance(value, str) else value
 
 

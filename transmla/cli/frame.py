@@ -253,9 +253,9 @@ def emit(content: Callable[[], Any], json_file: str | None, tables: Callable[[],
     if json_file == "-":
         click.echo(_json(content()))
         return
-    tables()
     if json_file is not None:
         write_file(json_file, _json(content()) + "\n")
+    tables()
 
 
 def _json(content: Any) -> str:

@@ -18,7 +18,17 @@ from transmla.errors import RecipeError
 from transmla.evaluation.agreement import Predictions, agreement, predictions
 from transmla.evaluation.compare import Gate, comparison, judged
 from transmla.evaluation.generation import WAYS, Prompt, acceptance, predictions_for
-from transmla.evaluation.measure import Kept, Skipped, Subject, begin_of, identity, measure, window_length, windows_of
+from transmla.evaluation.measure import (
+    GENERATED,
+    Kept,
+    Skipped,
+    Subject,
+    begin_of,
+    identity,
+    measure,
+    window_length,
+    windows_of,
+)
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
@@ -75,7 +85,7 @@ class EvaluationReport(Shown):
             "gates": gates,
             "skipped": [asdict(one) for one in self.skipped],
         }
-        found: dict[str, Any] = portable(_without_nan(content))
+        found: dict[str, Any] = portable(_without_nan(content), keep=GENERATED)
         return found
 
     def show(self, console: Console) -> None:
@@ -246,6 +256,9 @@ def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str) -> d
             why="; ".join(differing),
             remedy="use the same source, suite, options, dtype and device, or leave --reuse out",
         )
+    for row in found.get("tasks") or []:
+        if row["standard_error"] is None:  # a task that has none
+            row["standard_error"] = math.nan
     return found
 
 

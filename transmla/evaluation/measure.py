@@ -48,6 +48,10 @@ class Skipped:
     why: str
 
 
+# parts that hold texts which a model has written, and no names
+GENERATED = ("generation", "smoke")
+
+
 class Kept:
     """Finished parts of an evaluation in a file, written anew after each one."""
 
@@ -69,8 +73,9 @@ class Kept:
         if key not in self._parts:
             self._parts[key] = make()
             if self._path is not None:
-                content = {"settings": self._settings, "parts": self._parts}
-                write_whole(self._path, json.dumps(portable(content)))
+                written = {key: found for key, found in self._parts.items() if key.endswith(GENERATED)}
+                content = {"settings": self._settings, "parts": portable(self._parts, keep=written)}
+                write_whole(self._path, json.dumps(content))
         return self._parts[key]
 
     def has(self, model: str, part: str) -> bool:

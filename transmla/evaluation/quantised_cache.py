@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from transmla.maths.coding import SINK, lloyd_max, spread_basis
-from transmla.model.modeling_transmla import GroupCode, pack, unpack
+from transmla.model.modeling_transmla import GAIN_BITS, GroupCode, pack, unpack
 
 # newest tokens of a text that stay exact, as the first ones (`SINK`) do, in every cache that is measured
 RECENT = 64
@@ -152,7 +152,8 @@ def packed_caches(model: Any, bits: float, recent: int = RECENT) -> dict[str, Ca
     whole = int(bits) if bits == int(bits) else None
     if hasattr(model, "latent_cache"):
         kinds = [f"int{whole}"] if whole in GRID_BITS else []
-        if getattr(config, "latent_code", None) is not None:
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        if getattr(config, "latent_code", None) is not None and bits * width > GAIN_BITS:
             kinds.append(f"coded{bits:g}")
         return {kind: lambda kind=kind: model.latent_cache(kind, sink=SINK, recent=recent) for kind in kinds}  # type: ignore[misc]
     if whole not in GRID_BITS:

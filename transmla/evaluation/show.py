@@ -137,12 +137,16 @@ def _tasks(report: EvaluationReport) -> Table | None:
     table = columns("task", "metric", "source", "model", "difference", "recovery")
     for row in report.model["tasks"]:
         key = (row["task"], row["metric"])
-        cells = [f"{one['value']:.4f} ± {one['standard_error']:.4f}" if one else "" for one in (base.get(key), row)]
+        cells = [f"{one['value']:.4f} ± {_error(one)}" if one else "" for one in (base.get(key), row)]
         if key in compared:
             found = compared[key]
-            cells += [f"{found['difference']:+.4f} ± {found['standard_error']:.4f}", f"{found['recovery']:.1%}"]
+            cells += [f"{found['difference']:+.4f} ± {_error(found)}", f"{found['recovery']:.1%}"]
         table.add_row(*key, *cells)
     return table
+
+
+def _error(row: dict[str, Any]) -> str:
+    return "?" if math.isnan(row["standard_error"]) else f"{row['standard_error']:.4f}"
 
 
 def _needles(model: dict[str, Any], source: dict[str, Any] | None) -> Table | None:

@@ -128,6 +128,13 @@ def bench(
             why=f"it ends at {longest:,} positions",
             remedy=f"use contexts up to {longest - steps:,}",
         )
+    if steps >= longest:
+        raise GeometryError(
+            "the steps do not fit the model",
+            where="--steps",
+            why=f"it ends at {longest:,} positions, and {steps:,} tokens are decoded behind the context",
+            remedy=f"use fewer than {longest:,}",
+        )
     notes = [f"context {size:,} left out: the models end at {longest:,}" for size in contexts if size > longest]
     sizes = [min(size, longest - steps) for size in contexts if size <= longest]
     rates = machine_rates(where, number_format)

@@ -49,7 +49,7 @@ from transmla.processes import Processes
 from transmla.progress import silent
 from transmla.recipe import Healing
 from transmla.tables import Shown
-from transmla.text.mixes import parse_mix
+from transmla.text.mixes import names_of, parse_mix
 from transmla.train.losses import Objective
 
 
@@ -144,7 +144,7 @@ def heal(
     context = context_of(converted.config)
     options = options.with_overrides(window=min(options.window, context), long_window=min(options.long_window, context))
     check(options, device)
-    target = Path(destination) if destination is not None else parent.with_name(f"{parent.name}-healed")
+    target = Path(destination) if destination is not None else _healed(parent)
     source_checkpoint = open_model(source_name)
     larger = None if options.teacher is None else open_model(options.teacher)
     if larger is not None:
@@ -240,6 +240,12 @@ def _train(
     return trained, {name: one["passes"] for name, one in packed_texts(work).items()}, of_floor
 
 
+def _healed(parent: Path) -> Path:
+    """The default destination, beside the folder."""
+    named = parent if parent.name not in ("", "..") else parent.resolve()
+    return named.with_name(f"{named.name}-healed")
+
+
 def _require_gain(trained: Trained, target: Path, processes: Processes) -> None:
     """`GateError` unless the best state is nearer to the source and no worse on the text. All processes have the same
     numbers; what is of no use is not kept to resume from."""
@@ -248,11 +254,10 @@ def _require_gain(trained: Trained, target: Path, processes: Processes) -> None:
     before, after = trained.before[text], trained.after[text]
     best, error = losses[trained.best_step], after["recovery_error"] / after["recovery"]
     risen = _raised(trained)
-    if math.isinf(best) and risen and len(losses) > 1:
+    later = [score for step, score in losses.items() if step]
+    if risen and later and all(map(math.isinf, later)):  # then no state was better than the start, and that is the best
         worst = max(risen, key=lambda name: risen[name])
-        why = (
-            f"in {risen[worst]} of {len(losses) - 1} states the divergence on {worst} had risen by more than its error"
-        )
+        why = f"in {risen[worst]} of {len(later)} states the divergence on {worst} had risen by more than its error"
     elif not best < losses[0]:
         why = f"their score was {losses[0]:.4f} before and {min(losses.values()):.4f} at best"
     elif not after["nats"] <= before["nats"] + error:
@@ -285,7 +290,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """Everything that an unfinished run depends on; if any of it differs, the run cannot be resumed."""
     texts = [Path(part.name).expanduser() for part in parse_mix(settings.data or "", "--data")]
-    texts += [Path(name).expanduser() for name in (settings.watch or "").split("+") if name]
+    texts += [Path(name).expanduser() for name in names_of(settings.watch or "")]
     others = {
         "kind": "heal",
         "parent": parent.path.name,

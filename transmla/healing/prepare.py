@@ -31,7 +31,7 @@ from transmla.processes import Processes
 from transmla.progress import Progress
 from transmla.recipe import Healing
 from transmla.text.documents import Text, mixed, open_text
-from transmla.text.mixes import SELF, Part, parse_mix
+from transmla.text.mixes import SELF, Part, names_of, parse_mix
 from transmla.text.packing import pack
 from transmla.text.sampling import TEXT_LENGTH, sample_texts
 
@@ -78,8 +78,7 @@ class Preparation:
     @property
     def texts(self) -> list[Part]:
         """The texts that are measured on: the training mix as one, then each watched text."""
-        watched = self.settings.watch.split("+") if self.settings.watch else []
-        return [Part(name) for name in (self.settings.mix, *watched)]
+        return [Part(name) for name in (self.settings.mix, *names_of(self.settings.watch or ""))]
 
     def windows(self, work: Path) -> tuple[Windows, list[Windows], Windows | None]:
         """The windows to train on, the held-out windows of each of `texts`, and the long windows to train on at last.

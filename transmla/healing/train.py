@@ -66,7 +66,7 @@ def arguments(settings: Healing, plan: Schedule, rate: float, folder: Path, devi
         gradient_accumulation_steps=plan.accumulated,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(settings.warmup * plan.steps),
+        warmup_steps=min(math.ceil(settings.warmup * plan.steps), plan.steps - 1),  # whose first step has no rate
         max_grad_norm=0.0,  # no clipping: the size of RelativeAdam's steps does not depend on that of the gradients
         bf16=settings.precision == "bfloat16",
         use_cpu=device == "cpu",

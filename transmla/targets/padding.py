@@ -73,6 +73,8 @@ def write_padded(source: Source, out: Path, size: str | None, progress: Progress
         "qk_head_dim": new.nope + new.rope,
         "v_head_dim": new.value,
     }
+    if (new.rank, new.rope) != (old.rank, old.rope):  # it is of the values that were cached
+        padded.pop("latent_code", None)
     check_destination(out, sum(info.num_bytes for info in source.tensors.values()))
     with torch.no_grad(), CheckpointWriter(out) as writer:
         _write_tensors(source, old, new, writer, progress)
@@ -84,7 +86,9 @@ def write_padded(source: Source, out: Path, size: str | None, progress: Progress
         if (source.path / FILE_NAME).is_file():
             parent = read_provenance(source.path)
             parent.pop("format")
-            write_provenance(writer, **parent, padded={"from": asdict(old), "to": asdict(new)})
+            if "latent_code" not in padded:
+                parent.pop("quantised_for", None)
+            write_provenance(writer, **parent | {"padded": {"from": asdict(old), "to": asdict(new)}})
         open_source(writer.partial).require(expected_tensors(padded))
         writer.commit()
     return old, new

@@ -42,6 +42,8 @@ def rendered(row: dict[str, Any], tokenizer: Any, name: str) -> Rendered:
         return Rendered(prompt + completion, answers=((len(prompt), len(prompt) + len(completion)),))
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat([*prompt, *completion], tokenizer, name)
+    if any(column in row and row[column] is None for column in (TEXT_COLUMN, MESSAGES, PROMPT, COMPLETION)):
+        return Rendered("")  # an empty cell
     raise DataError(
         "a row has no text",
         where=name,
@@ -81,15 +83,17 @@ def templated(tokenizer: Any, messages: list[dict[str, Any]], name: str, *, ask:
 def _answers(messages: list[dict[str, Any]], text: str, tokenizer: Any, name: str) -> tuple[tuple[int, int], ...]:
     """Where the assistant's turns are: behind what the template writes to ask for one, up to what it writes behind it.
 
-    A turn that the template renders differently when others follow (some leave out thoughts) is not taken.
+    A turn that the template renders differently when others follow (some leave out thoughts), or not at all, is not
+    taken.
     """
     spans = []
     for number, message in enumerate(messages):
         if message.get("role") == ASSISTANT:
-            before = ""
-            if number:
-                before = templated(tokenizer, messages[:number], name, ask=True)
-            after = templated(tokenizer, messages[: number + 1], name)
+            try:
+                before = templated(tokenizer, messages[:number], name, ask=True) if number else ""
+                after = templated(tokenizer, messages[: number + 1], name)
+            except DataError:
+                continue
             if text.startswith(before) and text.startswith(after) and len(before) < len(after):
                 spans.append((len(before), len(after)))
     return tuple(spans)

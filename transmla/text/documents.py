@@ -54,12 +54,15 @@ class Text:
                 yield document
 
         self.heldout = list(islice(pack(counted(), length), num_windows))
-        left = next(islice(self.documents(), self.skipped, None), None)
-        if len(self.heldout) < num_windows or left is None:
+        answered = isinstance(next(self.documents(), None), Answered)
+        # what has nothing to learn makes no windows, however often it is read
+        left = any(map(_teaches, islice(self.documents(), self.skipped, None)))
+        if len(self.heldout) < num_windows or not left:
+            needed = f"{num_windows} windows of {length:,} tokens are held out, and something must be left to train on"
             raise DataError(
                 "the text is too short",
                 where=self.part.name,
-                why=f"{num_windows} windows of {length:,} tokens are held out, and something must be left to train on",
+                why=f"{needed}; rows without an answer do not count" if answered else needed,
                 remedy="use a longer text, fewer held-out windows (--heldout) or shorter ones (--window)",
             )
 
@@ -69,6 +72,10 @@ class Text:
             for document in islice(self.documents(), self.skipped, None):
                 self.drawn += len(document)
                 yield document
+
+
+def _teaches(document: list[int]) -> bool:
+    return not isinstance(document, Answered) or any(document.learned[1:])
 
 
 def open_text(
@@ -111,7 +118,8 @@ def open_text(
             yield from _begun(_pieces(_tokens_of(text, tokenizer), length), tokenizer, begin)
         else:
             for row in maths.rows() if is_chat else rows(part.name):
-                yield tokenised(rendered(row, tokenizer, part.name))
+                if (found := rendered(row, tokenizer, part.name)).text:
+                    yield tokenised(found)
 
     return Text(part, lambda: (document for document in documents() if len(document) > 1), is_cut)
 

@@ -19,6 +19,13 @@ class Part:
     weight: float = 1.0
 
 
+def names_of(text: str) -> list[str]:
+    """ "A+B" -> A, B; a file may have a plus in its path."""
+    if not text:
+        return []
+    return [text] if os.path.isfile(os.path.expanduser(text)) else text.split("+")
+
+
 def parse_mix(text: str, where: str) -> tuple[Part, ...]:
     """ "A:3+B" -> parts; a weight is what stands behind the last colon, if that is a number; a dataset whose
     configuration is a number needs one: OWNER/NAME:2023:1.
@@ -26,8 +33,7 @@ def parse_mix(text: str, where: str) -> tuple[Part, ...]:
     where: the option that it was given to, for the `DataError` about what is not a mix
     """
     parts = []
-    # a file may have a plus in its path
-    for word in [text] if os.path.isfile(os.path.expanduser(text)) else text.split("+"):
+    for word in names_of(text) or [text]:
         name, colon, weight = word.rpartition(":")
         parts.append(Part(name, float(weight)) if colon and _is_number(weight) else Part(word))
     if any(not 0 < part.weight < float("inf") or not part.name for part in parts):

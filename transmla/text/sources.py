@@ -83,7 +83,9 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     try:
         if path.is_file():
             kind = TABLES[path.suffix.lower()]
-            found = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+            # pandas takes the texts "NA" and "None" for empty cells
+            plain = {"keep_default_na": False} if kind == "csv" else {}
+            found = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **plain)
         else:
             dataset, _, config = name.partition(":")
             found = datasets.load_dataset(dataset, config or None, split="train", streaming=True)
@@ -101,6 +103,8 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
 def _read_column(name: str, max_characters: int) -> str:
     texts, length = [], 0
     for row in rows(name):
+        if TEXT_COLUMN in row and row[TEXT_COLUMN] is None:  # an empty cell
+            continue
         if not isinstance(row.get(TEXT_COLUMN), str):
             raise DataError(
                 f"cannot read the dataset {name}",
