@@ -102,11 +102,11 @@ def test_the_model_reads_what_is_packed(coded: tuple[Any, CodedSource, torch.Ten
 
 def test_evaluation(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"text": "tinystories-valid", "windows": 2, "dtype": "float32"}
-    report = transmla.evaluate("stories260k", quantised=[3, 1.5], coded_source=True, **settings)
+    report = transmla.evaluate("stories260k", quantised=[3, 0.75], coded_source=True, **settings)
     rows = {row["cache"]: row for row in report.model["quantised"] if row}
-    assert list(rows) == ["KIVI 3 bits", "rotated 3 bits", "KVTC-like 3 bits", "KVTC-like 1.5 bits"]
+    assert list(rows) == ["KIVI 3 bits", "rotated 3 bits", "KVTC-like 3 bits", "KVTC-like 0.75 bits"]
     assert rows["KVTC-like 3 bits"]["bytes_per_token"] == pytest.approx(120, rel=0.1) and not report.skipped
-    assert sum(rows["KVTC-like 3 bits"]["nats"]) < sum(rows["KVTC-like 1.5 bits"]["nats"])
+    assert sum(rows["KVTC-like 3 bits"]["nats"]) < sum(rows["KVTC-like 0.75 bits"]["nats"])
     (left_out,) = transmla.evaluate("stories260k", quantised=[5], **settings).skipped
     assert "--coded-source" in left_out.why
     with pytest.raises(RecipeError, match="--quantised"):

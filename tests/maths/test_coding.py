@@ -3,15 +3,7 @@
 import pytest
 import torch
 
-from transmla.maths.coding import (
-    Seen,
-    code_levels,
-    coding_basis,
-    lloyd_max,
-    mean_distortion,
-    prepared_code,
-    spread_basis,
-)
+from transmla.maths.coding import coding_basis, lloyd_max, spread_basis
 
 # Max, IRE TIT 6/1, table I: error of 2, 4, 8, 16 levels for a normal distribution
 MAX_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
@@ -81,42 +73,3 @@ def test_heavy_tails_and_weights_move_the_levels() -> None:
 def test_few_values_have_no_empty_levels_that_are_lost() -> None:
     levels, error = lloyd_max(torch.tensor([0.0, 1.0, 1.0, 5.0]), torch.ones(4), 8)
     assert len(levels) == 8 and levels.isfinite().all() and error < 1e-12
-
-
-def test_coordinates_with_long_tails_have_levels_of_their_own() -> None:
-    """Four kinds of 16 coordinates; those of the last are small but for a few, which are far below their mean."""
-    generator, count, width = torch.Generator().manual_seed(1), 4096, 64
-    x_Tk = torch.randn(count, width, generator=generator)
-    x_Tk[:, 16:32] = torch.rand(count, 16, generator=generator) * 3.4 - 1.7
-    x_Tk[:, 32:48] = x_Tk[:, 32:48].sign() * x_Tk[:, 32:48].abs().pow(1.5)
-    rare = torch.rand(count, 16, generator=generator) < 0.01
-    x_Tk[:, 48:] = torch.where(rare, -8.0, 0.3 * x_Tk[:, 48:])
-    seen = Seen.of(width, torch.device("cpu"))
-    seen.samples = [x_Tk]
-    eye = torch.eye(width, dtype=torch.float64)
-    code = {
-        "mean": x_Tk.mean(0).double(), "deviation": x_Tk.std(0).double(),
-        "importance": torch.ones(width, dtype=torch.float64),
-    }  # fmt: skip
-    (found,), levels, distortion = code_levels([seen], [(eye, eye)], [code])
-    kinds = [set(found["shape"][start : start + 16].tolist()) for start in range(0, width, 16)]
-    assert kinds == [{1}, {0}, {2}, {3}], "short tails first"
-    assert (found["deviation"][48:] < 0).all() and torch.equal(found["deviation"].abs(), code["deviation"])
-    uniform, tail = levels[0][4], levels[3][4]
-    assert float(uniform.max()) < 2 and float(tail.max()) > 3 and float(tail.min()) > -2
-    one = lloyd_max(((x_Tk.double() - code["mean"]) / found["deviation"]).flatten(), torch.ones(count * width), 16)[1]
-    assert mean_distortion([found], distortion)[4] < 0.9 * one
-    assert [len(of_bits) for of_bits in levels[3]] == [2**bits for bits in range(9)] and distortion[3][0] == 1
-    prepared = prepared_code([found], levels, distortion)
-    assert prepared["layers"][0]["shape"] == found["shape"].tolist() and len(prepared["levels"]) == 4
-
-
-def test_one_shape_where_all_are_alike() -> None:
-    x_Tk = torch.randn(600, 1, generator=torch.Generator().manual_seed(1))
-    seen = Seen.of(1, torch.device("cpu"))
-    seen.samples = [x_Tk]
-    one = torch.ones(1, dtype=torch.float64)
-    (found,), levels, distortion = code_levels(
-        [seen], [(one[:, None], one[:, None])], [{"mean": 0 * one, "deviation": one, "importance": one}]
-    )
-    assert found["shape"].tolist() == [0] and len(levels) == len(distortion) == 1

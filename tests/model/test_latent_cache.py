@@ -17,6 +17,7 @@ from transmla.model.loading import load
 from transmla.model.modeling_transmla import (
     GAIN_BITS,
     GAIN_STEPS,
+    GAIN_ZERO,
     GAINS_TRIED,
     GroupCode,
     LatentCache,
@@ -30,7 +31,12 @@ from transmla.model.modeling_transmla import (
 
 Load = Callable[..., Any]
 WIDTH = RANK + ROPE
-LEVELS = {1: [-0.8, 0.8], 2: [-1.5, -0.45, 0.45, 1.5], 3: [-2.2, -1.3, -0.76, -0.25, 0.25, 0.76, 1.3, 2.2]}
+LEVELS = {
+    1: [-0.8, 0.8],
+    2: [-1.5, -0.45, 0.45, 1.5],
+    3: [-2.2, -1.3, -0.76, -0.25, 0.25, 0.76, 1.3, 2.2],
+    4: torch.linspace(-2.7, 2.7, 16).tolist(),
+}
 
 
 def prepared() -> dict[str, Any]:
@@ -39,15 +45,12 @@ def prepared() -> dict[str, Any]:
     layers = [
         {
             "mean": (0.1 * torch.randn(WIDTH, generator=generator)).tolist(),
-            "deviation": ((-1.0) ** layer * (0.5 + torch.rand(WIDTH, generator=generator))).tolist(),
+            "deviation": (0.5 + torch.rand(WIDTH, generator=generator)).tolist(),
             "importance": torch.rand(WIDTH, generator=generator).pow(3).tolist(),
-            "shape": torch.randint(2, (WIDTH,), generator=generator).tolist(),
         }
-        for layer in range(LAYERS)
+        for _ in range(LAYERS)
     ]
-    levels = [[[0.0], *([size * one for one in values] for values in LEVELS.values())] for size in (1.0, 1.3)]
-    distortion = [[1.0, 0.36, 0.12, 0.035], [1.0, 0.4, 0.15, 0.05]]
-    return {"layers": layers, "levels": levels, "distortion": distortion}
+    return {"layers": layers, "levels": [[0.0], *LEVELS.values()], "distortion": [1.0, 0.36, 0.12, 0.035, 0.01]}
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +129,8 @@ def test_grouped_values_are_the_nearest_of_their_grid(bits: int) -> None:
 def test_bits_go_where_they_help_most() -> None:
     importance = [[8.0] * 8 + [0.1] * 8, [1.0] * 16]
     distortion = [4.0**-bits for bits in range(9)]
-    left = [[distortion] * 16] * 2
-    bits = dealt_bits(importance, left, 2.5)
-    assert sum(map(sum, bits)) + 2 * GAIN_BITS == 2.5 * 32
+    bits = dealt_bits(importance, distortion, 3.0)
+    assert sum(map(sum, bits)) + 2 * GAIN_BITS == 3 * 32
     assert bits[0][0] > bits[1][0] >= bits[0][8] and len(set(bits[0][:8])) == 1
 
     def loss(dealt: list[list[int]]) -> float:
@@ -140,47 +142,41 @@ def test_bits_go_where_they_help_most() -> None:
     assert sum(map(sum, equal)) == sum(map(sum, bits)) and loss(bits) < 0.7 * loss(equal)
 
 
-def test_the_gain_of_a_token_is_the_best_of_those_tried() -> None:
-    prepared_code = prepared()
-    code, layer = transform_codes(prepared_code, 2.5)[1], prepared_code["layers"][1]
-    x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(2))
-    best = int(torch.tensor(layer["importance"]).argmax())
-    x[0, 1, best], x[1, 3, best] = 9.0, -14.0
+def test_many_bits_have_the_best_gain_of_those_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And few bits the root of the mean square."""
+    monkeypatch.setattr(modeling, "WIDE_BITS", 3)
+    generator = torch.Generator().manual_seed(2)
+    layer = prepared()["layers"][1]
+    bits = torch.randint(5, (WIDTH,), generator=generator).tolist()
+    levels = [[0.0], *LEVELS.values()]
+    code = TransformCode(layer, bits, levels)
+    x = torch.randn(2, 6, WIDTH, generator=generator)
+    x[0, 1, bits.index(4)], x[1, 3, bits.index(4)], x[1, 4, bits.index(2)] = 9.0, -14.0, 14.0
     x[1, 5] *= 1e-4
     packed = code.encode(x)
-    assert packed["gains"].dtype == torch.uint8 and packed["gains"].shape == (2, 6, 1)
+    assert packed["gains"].dtype == torch.uint8 and packed["gains"].shape == (2, 6, 2)
     whole = packed["codes"].shape[-1] + packed["gains"].shape[-1]
-    assert whole == code.bytes_per_token == sum(packed_width(count, bits) for bits, count in code.runs) + 1
+    assert whole == code.bytes_per_token == sum(packed_width(count, size) for size, count in code.runs) + 2
 
     mean, deviation, weight = (torch.tensor(layer[name]) for name in ("mean", "deviation", "importance"))
-    z = (x - mean) / deviation
-    bits = {int(place): size for (size, _), places in _runs(code) for place in places}
-    errors, decoded = [], []
+    z, wide = (x - mean) / deviation, torch.tensor(bits) >= 3
+    size = (z.square().mean(-1, keepdim=True).sqrt().log2() * GAIN_STEPS).round()
+    tried = []
     for step in GAINS_TRIED:
-        at = (z.square().mean(-1, keepdim=True).sqrt().log2() * GAIN_STEPS).round() + step
-        gain = 2.0 ** (at / GAIN_STEPS)
+        gain = 2.0 ** ((size + step) / GAIN_STEPS)
         nearest = torch.zeros_like(z)
-        for place, size in bits.items():
-            if size:
-                shape = layer["shape"][place]
-                levels = torch.tensor(prepared_code["levels"][shape][size])
-                chosen = levels[(z[..., place, None] / gain - levels).abs().argmin(-1)]
-                nearest[..., place] = chosen * gain[..., 0]
-        held = torch.tensor([bool(bits[place]) for place in range(WIDTH)])
-        errors.append(((nearest - z).square() * weight)[..., held].sum(-1))
-        decoded.append(nearest * deviation + mean)
-    chosen = torch.stack(errors).argmin(0)
+        for place, count in enumerate(bits):
+            each = torch.tensor(levels[count])
+            nearest[..., place] = each[(z[..., place, None] / gain - each).abs().argmin(-1)] * gain[..., 0]
+        tried.append(nearest)
+    chosen = torch.stack([((one - z).square() * weight)[..., wide].sum(-1) for one in tried]).argmin(0)
     assert chosen[0, 1] > 0 and chosen[1, 3] > 0 and (chosen == 0).any(), chosen
-    wanted = torch.stack(decoded).gather(0, chosen[None, ..., None].expand(1, 2, 6, WIDTH))[0]
+    best = torch.stack(tried).gather(0, chosen[None, ..., None].expand(1, 2, 6, WIDTH))[0]
+    wanted = torch.where(wide, best, tried[0]) * deviation + mean
     assert relative(code.decode(packed, torch.float32), wanted) < 1e-6
     in_parts = [code.encode(part) for part in x.split(1, dim=1)]
     assert torch.equal(torch.cat([part["codes"] for part in in_parts], 1), packed["codes"])
-
-
-def _runs(code: TransformCode) -> list[tuple[tuple[int, int], list[int]]]:
-    """Bits and number of coordinates of each run, and their places."""
-    places = iter(code.order.tolist())
-    return [(run, [next(places) for _ in range(run[1])]) for run in code.runs]
+    assert set(packed["gains"][..., 0].flatten().tolist()) == set((size + GAIN_ZERO).int().flatten().tolist())
 
 
 def test_many_tokens_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,19 +186,6 @@ def test_many_tokens_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(modeling, "ENCODED", 3 * 7 * WIDTH)
     parts = code.encode(x)
     assert set(parts) == set(code.stored) and all(torch.equal(parts[name], whole[name]) for name in whole)
-
-
-def test_what_an_earlier_version_prepared() -> None:
-    new = prepared()
-    old = new | {"levels": new["levels"][0], "distortion": new["distortion"][0]}
-    old["layers"] = [{name: layer[name] for name in ("mean", "deviation", "importance")} for layer in new["layers"]]
-    for layer in new["layers"]:
-        layer["shape"] = [0] * WIDTH
-    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(5))
-    for one, other in zip(transform_codes(old, 2.5), transform_codes(new, 2.5), strict=True):
-        assert one.runs == other.runs
-        decoded = [code.decode(code.encode(x), torch.float64) for code in (one, other)]
-        assert torch.equal(*decoded)
 
 
 @torch.no_grad()
@@ -331,10 +314,10 @@ def test_many_queries_see_small_blocks(model: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_layer_that_no_bit_was_dealt_to(model: Any) -> None:
-    layer = {"mean": [1.0] * 4, "deviation": [2.0] * 4, "importance": [1.0] * 4, "shape": [0] * 4}
-    code = TransformCode(layer, [0] * 4, [[[0.0]]])
+    layer = {"mean": [1.0] * 4, "deviation": [2.0] * 4, "importance": [1.0] * 4}
+    code = TransformCode(layer, [0] * 4, [[0.0]])
     packed = code.encode(torch.randn(2, 5, 4))
-    assert packed["codes"].shape == (2, 5, 0) and code.bytes_per_token == 1
+    assert packed["codes"].shape == (2, 5, 0) and code.bytes_per_token == 2
     assert torch.equal(code.decode(packed, torch.float32), torch.ones(2, 5, 4))
 
 

@@ -2,8 +2,9 @@
 
 Keys of all heads without their rotation, and values of all heads, are one vector per token and layer. Its basis and the
 bits of its coordinates are chosen as `transmla quantise` chooses those of a latent: Fisher metric, principal
-components, bits by importance over all layers, one gain per token, levels fitted to the values. First and newest tokens
-are exact. KVTC itself packs whole prompts for storage, with an entropy coder behind; this is a cache to decode from.
+components, bits by importance over all layers, two gains per token, levels fitted to the values. First and newest
+tokens are exact. KVTC itself packs whole prompts for storage, with an entropy coder behind; this is a cache to decode
+from.
 
 Legend: N windows or tokens that are packed at once, T tokens, G key/value heads, d values per head, P = d / 2,
 k = 2 G d values that are cached of a token and layer.
@@ -23,7 +24,7 @@ from transmla.evaluation.quantised_cache import RECENT, Packed, PackedLayer
 from transmla.families import family_of, rotary_dim
 from transmla.geometry import gqa_geometry
 from transmla.maths.attention import rotate
-from transmla.maths.coding import Seen, code_bases, code_levels, prepared_code
+from transmla.maths.coding import Seen, code_bases, code_levels
 from transmla.model.layer import half_split_order
 from transmla.model.modeling_transmla import TransformCode, transform_codes
 from transmla.model.skeleton import complete_config, source_config, source_frequencies
@@ -79,7 +80,12 @@ class CodedSource:
         self._rotations = rotations(source, model.device)
         seen = _observe(model, self._rotations, ids_NT, seed, progress or silent)
         maps, codes, _ = code_bases(seen, len(seen[0].sum_k), "coded", seed)
-        self._prepared = prepared_code(*code_levels(seen, maps, codes))
+        levels, distortion = code_levels(seen, maps, codes)
+        self._prepared = {
+            "layers": [{name: values.tolist() for name, values in code.items()} for code in codes],
+            "levels": [values.tolist() for values in levels],
+            "distortion": distortion,
+        }
         self._maps = [(there.float().to(model.device), back.float().to(model.device)) for there, back in maps]
 
     def cache(self, bits: float, recent: int = RECENT) -> Cache:

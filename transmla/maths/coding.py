@@ -10,7 +10,6 @@ Shape legend: r values of a latent, k = r + e those cached with its rotary key, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,8 @@ RIDGE = 1e-4
 LLOYD_STEPS = 300
 # first tokens, which stay exact and are unlike all others
 SINK = 4
-# tokens of which levels are fitted, and values of these for each shape
-LEVEL_TOKENS, LEVEL_VALUES = 2048, 400_000
-# kinds of distributions that have levels of their own, from short to long tails
-SHAPES = 4
+# tokens of which levels are fitted, and values of these
+LEVEL_TOKENS, LEVEL_VALUES = 2048, 1_000_000
 MAX_BITS = 8
 
 
@@ -152,75 +149,19 @@ def code_bases(
 
 def code_levels(
     seen: list[Seen], maps: list[tuple[Tensor, Tensor]], codes: list[dict[str, Tensor]]
-) -> tuple[list[dict[str, Tensor]], list[list[Tensor]], list[list[float]]]:
-    """The codes with the shape of each coordinate; by shape, levels for 0 to 8 bits and the distortion each leaves.
-
-    Shapes are ranges of kurtosis with equal shares of the importance. The tail of a lopsided coordinate is made to be
-    above its mean, by the sign of its deviation, so that levels need not be symmetric.
-    """
-    values, gains = [], []
+) -> tuple[list[Tensor], list[float]]:
+    """Levels for 0 to 8 bits, of all coordinates together, and the distortion that each leaves."""
+    values, weights = [], []
     for layer, (map_rr, _), code in zip(seen, maps, codes, strict=True):
         rank = len(map_rr)
         x_Sk = torch.cat([x_Tk[SINK:] for x_Tk in layer.samples])[:LEVEL_TOKENS].double()
         u_Sk = torch.cat([x_Sk[:, :rank] @ map_rr.T, x_Sk[:, rank:]], dim=1)
         z_Sk = (u_Sk - code["mean"]) / code["deviation"]
         gain_S1 = z_Sk.square().mean(1, keepdim=True).sqrt().clamp_min(1e-4)
-        values.append(z_Sk / gain_S1)
-        gains.append(gain_S1.square())
-    skew = [(gain_S1 * z_Sk.pow(3)).sum(0) for z_Sk, gain_S1 in zip(values, gains, strict=True)]
-    signs = [torch.where(skew_k < 0, -1.0, 1.0).double() for skew_k in skew]
-    kurtosis = torch.cat([_kurtosis(z_Sk, gain_S1) for z_Sk, gain_S1 in zip(values, gains, strict=True)])
-    shapes = _shapes(kurtosis, torch.cat([code["importance"] for code in codes]))
-    by_layer = shapes.split([z_Sk.shape[1] for z_Sk in values])
-    levels, distortion = [], []
-    for shape in range(int(shapes.max()) + 1):
-        parts = list(zip(values, gains, signs, by_layer, strict=True))
-        z_S = torch.cat([(z_Sk * sign_k)[:, own == shape].flatten() for z_Sk, _, sign_k, own in parts])
-        weight_S = torch.cat([gain_S1.expand_as(z_Sk)[:, own == shape].flatten() for z_Sk, gain_S1, _, own in parts])
-        step = max(1, len(z_S) // LEVEL_VALUES)
-        found = [lloyd_max(z_S[::step], weight_S[::step], 2**bits) for bits in range(1, MAX_BITS + 1)]
-        levels.append([torch.zeros(1), *(of_bits for of_bits, _ in found)])
-        distortion.append([1.0, *(error for _, error in found)])
-    codes = [
-        code | {"deviation": code["deviation"] * sign_k, "shape": own}
-        for code, sign_k, own in zip(codes, signs, by_layer, strict=True)
-    ]
-    return codes, levels, distortion
-
-
-def _kurtosis(z_Sk: Tensor, weight_S1: Tensor) -> Tensor:
-    """Fourth moment over the square of the second one [k]."""
-    second_k, fourth_k = ((weight_S1 * z_Sk.pow(power)).sum(0) / weight_S1.sum() for power in (2, 4))
-    return fourth_k / second_k.square().clamp_min(1e-30)
-
-
-def _shapes(kurtosis_K: Tensor, importance_K: Tensor) -> Tensor:
-    """Number of the shape of each coordinate of all layers, from 0 on without a gap."""
-    order = kurtosis_K.argsort()
-    share_K = importance_K[order].cumsum(0)
-    edges = torch.arange(1, SHAPES, dtype=torch.float64) / SHAPES * share_K[-1]
-    places = torch.searchsorted(share_K, edges).clamp_max(len(order) - 1)
-    shapes_K = torch.bucketize(kurtosis_K, kurtosis_K[order][places])
-    return torch.unique(shapes_K, return_inverse=True)[1]
-
-
-def prepared_code(
-    codes: list[dict[str, Tensor]], levels: list[list[Tensor]], distortion: list[list[float]]
-) -> dict[str, Any]:
-    """What `code_levels` gives as plain values, of six digits, which is more than they are known to."""
-
-    def short(values: Tensor) -> list[Any]:
-        return [float(f"{value:.6g}") if values.is_floating_point() else value for value in values.tolist()]
-
-    return {
-        "layers": [{name: short(values) for name, values in code.items()} for code in codes],
-        "levels": [[short(values) for values in of_shape] for of_shape in levels],
-        "distortion": [short(torch.tensor(shares, dtype=torch.float64)) for shares in distortion],
-    }
-
-
-def mean_distortion(codes: list[dict[str, Tensor]], distortion: list[list[float]]) -> tuple[float, ...]:
-    """By bits, the mean over all coordinates."""
-    shapes_K = torch.cat([code["shape"] for code in codes])
-    mean = torch.tensor(distortion, dtype=torch.float64)[shapes_K].mean(0)
-    return tuple(mean.tolist())
+        values.append((z_Sk / gain_S1).flatten())
+        weights.append(gain_S1.square().expand_as(z_Sk).flatten())
+    values_S, weights_S = torch.cat(values), torch.cat(weights)
+    step = max(1, len(values_S) // LEVEL_VALUES)
+    found = [lloyd_max(values_S[::step], weights_S[::step], 2**bits) for bits in range(MAX_BITS + 1)]
+    found[0] = torch.zeros(1), 1.0
+    return [levels for levels, _ in found], [error for _, error in found]

@@ -84,10 +84,11 @@ GROUP = 32
 ROTARY_BITS = 8
 # neighbours in importance that get the same number of bits: what they add to a token is whole bytes
 DEALT_TOGETHER = 8
-# bits of what one token has of its own in the coded formats: its gain, a power of 2^(1/8) from 2^-16 on
-GAIN_BITS, GAIN_STEPS, GAIN_ZERO = 8, 8, 128
-# gains that are tried, in steps above the root of the token's mean square: values far out want a wider grid
-GAINS_TRIED = (0, 2, 4, 6, 8, 11, 14)
+# bits of what one token has of its own in the coded formats: two gains, powers of 2^(1/8) from 2^-16 on
+GAIN_BITS, GAIN_STEPS, GAIN_ZERO = 16, 8, 128
+# coordinates with so many bits have a gain of their own, which is some of these steps above that of the others: their
+# levels are fine enough for a wider grid, and what lies beyond the last of them costs most
+WIDE_BITS, GAINS_TRIED = 6, (0, 2, 4, 6, 8, 11, 14)
 # values that are packed at once, each of them with all gains that are tried
 ENCODED = 2**20
 # values that attention unpacks at once, of all texts together: on a CPU they stay in its caches; and least tokens
@@ -211,41 +212,27 @@ class TransformCode:
     """Every coordinate has bits of its own, by its importance, and levels that fit how its values are distributed.
 
     The folder is prepared for it (`transmla quantise`): its latents are in a basis in which they are uncorrelated and
-    errors of the coordinates add up. What is stored of a token beside the integers is a gain, by which all of its
-    values are divided: of a few above the root of their mean square, the one that leaves the least error.
+    errors of the coordinates add up. What is stored of a token beside the integers are two gains, by which its values
+    are divided: the root of their mean square, and for coordinates with many bits, of a few gains from there on, that
+    which leaves the least error.
 
-    layer:      mean, deviation (which may be negative), importance and shape of each coordinate [k]
-    bits:       of each coordinate, of which some may be 0
-    levels:     by shape and bits, ascending, of a coordinate of deviation 1 (Lloyd-Max)
+    layer:  mean, deviation and importance of each coordinate [k];  bits: of each coordinate, of which some may be 0
+    levels: by bits, ascending, of a coordinate of deviation 1
     """
 
     stored = ("codes", "gains")
 
-    def __init__(
-        self,
-        layer: dict[str, list[Any]],
-        bits: list[int],
-        levels: list[list[list[float]]],
-    ) -> None:
-        shapes = layer["shape"]
-        order = sorted(range(len(bits)), key=lambda place: (-bits[place], shapes[place]))
-        # number of coordinates with the same bits; and of the same shape, too
+    def __init__(self, layer: dict[str, list[float]], bits: list[int], levels: list[list[float]]) -> None:
+        order = sorted(range(len(bits)), key=lambda place: -bits[place])
+        # bits and number of coordinates
         self.runs = [(size, len(list(run))) for size, run in itertools.groupby(order, lambda place: bits[place])]
-        pieces = itertools.groupby(order, lambda place: (bits[place], shapes[place]))
-        self._pieces = [(*kind, len(list(run))) for kind, run in pieces]
+        self._num_wide = sum(count for size, count in self.runs if size >= WIDE_BITS)
         self.order = torch.tensor(order)
         self.back = self.order.argsort()
         self._mean, self._deviation = torch.tensor(layer["mean"]), torch.tensor(layer["deviation"])
         self._weight = torch.tensor(layer["importance"])[self.order]
-        self._bounds, self._nearest = {}, {}
-        for size, shape, _ in self._pieces:
-            nearest = torch.tensor(levels[shape][size])
-            self._nearest[size, shape] = nearest
-            self._bounds[size, shape] = (nearest[1:] + nearest[:-1]) / 2
-        # what is read: all shapes one behind the other, and where that of a coordinate begins
-        self._levels = {size: torch.tensor([value for one in levels for value in one[size]]) for size, _ in self.runs}
-        self._begin = torch.tensor([shapes[place] << bits[place] for place in order], dtype=torch.int32)
-        self._gains = torch.exp2((torch.arange(2**GAIN_BITS, dtype=torch.float64) - GAIN_ZERO) / GAIN_STEPS)
+        self._levels = {size: torch.tensor(levels[size]) for size, _ in self.runs}
+        self._gains = torch.exp2((torch.arange(2 ** (GAIN_BITS // 2), dtype=torch.float64) - GAIN_ZERO) / GAIN_STEPS)
         self._tried = torch.tensor([GAIN_ZERO + step for step in GAINS_TRIED], dtype=torch.int32)
         self._tables: dict[torch.dtype, Any] = {}
 
@@ -259,8 +246,7 @@ class TransformCode:
             for name, value in vars(self).items():
                 if isinstance(value, torch.Tensor):
                     setattr(self, name, value.to(device))
-                elif name in ("_bounds", "_nearest", "_levels"):
-                    setattr(self, name, {key: one.to(device) for key, one in value.items()})
+            self._levels = {size: values.to(device) for size, values in self._levels.items()}
             self._tables = {}
 
     def _in(self, dtype: torch.dtype) -> tuple[dict[int, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -272,7 +258,7 @@ class TransformCode:
         return self._tables[dtype]
 
     def encode(self, x_BNk: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Packed integers [B, N, bytes], and gains [B, N, 1]."""
+        """Packed integers [B, N, bytes], and gains [B, N, 2]: of few bits, of many."""
         self._on(x_BNk.device)
         tokens = max(1, ENCODED // max(1, len(x_BNk) * x_BNk.shape[-1]))
         parts = [self._encode(part_BNk) for part_BNk in x_BNk.split(tokens, dim=-2)]
@@ -282,30 +268,36 @@ class TransformCode:
         """Some tokens, with G gains tried."""
         z_BNk = (x_BNk.float() - self._mean) / self._deviation
         size_BN1 = z_BNk.square().mean(-1, keepdim=True).sqrt().clamp(1e-5, 6e4)
-        tried_BNG = (size_BN1.log2() * GAIN_STEPS).round().int().add(self._tried).clamp(0, 2**GAIN_BITS - 1)
+        z_BNk = z_BNk[..., self.order]
+        tried_BNG = (size_BN1.log2() * GAIN_STEPS).round().int().add(self._tried).clamp(0, len(self._gains) - 1)
         gains_BNG = self._gains.float()[tried_BNG]
-        z_BNGk = z_BNk[..., self.order].unsqueeze(-2) / gains_BNG.unsqueeze(-1)
-        found, start = [], 0
-        error_BNG = torch.zeros_like(gains_BNG)
-        for bits, shape, count in self._pieces:
-            part = z_BNGk[..., start : start + count].contiguous()
-            if bits:
-                places = torch.bucketize(part, self._bounds[bits, shape], out_int32=True)
-                missing = self._nearest[bits, shape][places] - part
-                error_BNG += (missing.square() * self._weight[start : start + count]).sum(-1)
-                found.append(places.to(torch.uint8))
+        wide_BNGk, start = z_BNk[..., None, : self._num_wide] / gains_BNG.unsqueeze(-1), 0
+        found, error_BNG = [], torch.zeros_like(gains_BNG)
+        for bits, count in self.runs:
+            if bits < WIDE_BITS:
+                continue
+            levels, part = self._levels[bits], wide_BNGk[..., start : start + count].contiguous()
+            places = torch.bucketize(part, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+            error_BNG += ((levels[places] - part).square() * self._weight[start : start + count]).sum(-1)
+            found.append(places)
             start += count
         best_BN1 = (error_BNG * gains_BNG.square()).argmin(-1, keepdim=True)
-        gains = tried_BNG.gather(-1, best_BN1).to(torch.uint8)
-        if not found:  # all bits went to other layers
-            return {"codes": gains[..., :0], "gains": gains}
-        codes_BNGk = torch.cat(found, dim=-1)
-        at_BN1k = best_BN1.unsqueeze(-1).expand(*best_BN1.shape, codes_BNGk.shape[-1])
-        codes_BNk = codes_BNGk.gather(-2, at_BN1k).squeeze(-2)
-        runs = [(bits, count) for bits, count in self.runs if bits]
-        parts = codes_BNk.split([count for _, count in runs], dim=-1)
-        packed = [pack(part, bits) for part, (bits, _) in zip(parts, runs, strict=True)]
-        return {"codes": torch.cat(packed, dim=-1), "gains": gains}
+        gains = torch.cat((tried_BNG[..., :1], tried_BNG.gather(-1, best_BN1)), dim=-1).to(torch.uint8)
+        near_BNk = z_BNk / self._gains.float()[gains[..., :1].int()]
+        codes, start = [], 0
+        for number, (bits, count) in enumerate(self.runs):
+            levels = self._levels[bits]
+            if bits >= WIDE_BITS:
+                at = best_BN1.unsqueeze(-1).expand(*best_BN1.shape, count)
+                places = found[number].gather(-2, at).squeeze(-2)
+            elif bits:
+                part = near_BNk[..., start : start + count].contiguous()
+                places = torch.bucketize(part, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+            if bits:
+                codes.append(pack(places.to(torch.uint8), bits))
+            start += count
+        # all bits may have gone to other layers
+        return {"codes": torch.cat(codes, dim=-1) if codes else gains[..., :0], "gains": gains}
 
     def decode(
         self, packed: dict[str, torch.Tensor], dtype: torch.dtype, ordered: bool = False, room: int = 0
@@ -322,17 +314,19 @@ class TransformCode:
         whole = mean.new_empty((*codes.shape[:-2], tokens + room, len(mean)))
         found, start, at = whole[..., :tokens, :], 0, 0
         for bits, count in self.runs:
-            part, begin = found[..., start : start + count], self._begin[start : start + count]
+            part = found[..., start : start + count]
             start += count
             if not bits:
                 part.zero_()
                 continue
             width = packed_width(count, bits)
-            places = unpack(codes[..., at : at + width], bits, count).int().add_(begin)
+            places = unpack(codes[..., at : at + width], bits, count)
             # as fast as it gets: a flat index of 32 bits
-            part.copy_(torch.index_select(levels[bits], 0, places.flatten()).view(places.shape))
+            part.copy_(torch.index_select(levels[bits], 0, places.flatten().int()).view(places.shape))
             at += width
-        found.mul_(gains[packed["gains"].int()])
+        gains_BN2 = gains[packed["gains"].int()]
+        found[..., : self._num_wide].mul_(gains_BN2[..., 1:])
+        found[..., self._num_wide :].mul_(gains_BN2[..., :1])
         if not ordered:
             whole = whole[..., self.back]
             whole[..., :tokens, :].mul_(deviation).add_(mean)
@@ -341,52 +335,46 @@ class TransformCode:
         return whole.to(dtype)
 
 
-def dealt_bits(importance: list[list[float]], left: list[list[list[float]]], average: float) -> list[list[int]]:
+def dealt_bits(importance: list[list[float]], distortion: list[float], average: float) -> list[list[int]]:
     """Bits of every coordinate of every layer, so that a token has `average` bits per value with all that is stored.
 
     importance: of each layer and coordinate, what it adds to the loss if nothing is stored of it
-    left:       of each layer and coordinate, share of that which is left with 0, 1, 2 ... bits; falling and convex
+    distortion: share of that which is left with 0, 1, 2 ... bits; falling and convex
     Each bit goes where it helps most; neighbours in importance get the same, so that no byte is filled up.
     """
-    groups: list[tuple[int, list[int], list[float]]] = []
-    for layer, (values, shares) in enumerate(zip(importance, left, strict=True)):
+    groups: list[tuple[int, list[int], float]] = []
+    for layer, values in enumerate(importance):
         order = sorted(range(len(values)), key=lambda place: -values[place])
         for start in range(0, len(order), DEALT_TOGETHER):
             members = order[start : start + DEALT_TOGETHER]
-            of_all = zip(*([values[place] * share for share in shares[place]] for place in members), strict=True)
-            groups.append((layer, members, [sum(costs) for costs in of_all]))
+            groups.append((layer, members, sum(values[place] for place in members)))
     size = sum(len(values) for values in importance)
-    room = int(average * size / 8 + 1e-6) - len(importance) * GAIN_BITS // 8
+    left = int(average * size / 8 + 1e-6) - len(importance) * GAIN_BITS // 8
     dealt = [0] * len(groups)
-    gains = [(costs[1] - costs[0], number) for number, (_, _, costs) in enumerate(groups)]
+    gains = [(-weight * (distortion[0] - distortion[1]), number) for number, (_, _, weight) in enumerate(groups)]
     heapq.heapify(gains)
-    while room > 0 and gains:
+    while left > 0 and gains:
         _, number = heapq.heappop(gains)
         dealt[number] += 1
-        room -= 1
-        costs, bits = groups[number][2], dealt[number]
-        if bits + 1 < len(costs):
-            heapq.heappush(gains, (costs[bits + 1] - costs[bits], number))
-    found = [[0] * len(values) for values in importance]
+        left -= 1
+        if dealt[number] + 1 < len(distortion):
+            gain = groups[number][2] * (distortion[dealt[number]] - distortion[dealt[number] + 1])
+            heapq.heappush(gains, (-gain, number))
+    bits = [[0] * len(values) for values in importance]
     for (layer, members, _), count in zip(groups, dealt, strict=True):
         for place in members:
-            found[layer][place] = count
-    return found
+            bits[layer][place] = count
+    return bits
 
 
 def transform_codes(prepared: dict[str, Any], average: float) -> list[TransformCode]:
     """A code for each layer with so many bits per value, all that is stored counted.
 
-    prepared: `latent_code` of a config: "layers" and "levels" of `TransformCode`, and "distortion", the share of the
-              variance that is left, by shape and bits
+    prepared: `latent_code` of a config: "layers" and "levels" of `TransformCode`, and "distortion" of `dealt_bits`
     """
-    layers, levels, distortion = prepared["layers"], prepared["levels"], prepared["distortion"]
-    if "shape" not in layers[0]:  # prepared by an earlier version: all coordinates have one shape
-        layers = [layer | {"shape": [0] * len(layer["mean"])} for layer in layers]
-        levels, distortion = [levels], [distortion]
-    left = [[distortion[shape] for shape in layer["shape"]] for layer in layers]
-    dealt = dealt_bits([layer["importance"] for layer in layers], left, average)
-    return [TransformCode(layer, bits, levels) for layer, bits in zip(layers, dealt, strict=True)]
+    layers = prepared["layers"]
+    dealt = dealt_bits([layer["importance"] for layer in layers], prepared["distortion"], average)
+    return [TransformCode(layer, bits, prepared["levels"]) for layer, bits in zip(layers, dealt, strict=True)]
 
 
 class LatentLayer(CacheLayerMixin):

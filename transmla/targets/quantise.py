@@ -25,7 +25,7 @@ from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named, narrow_dtype
 from transmla.errors import UnsupportedError
 from transmla.maths import EPS
-from transmla.maths.coding import Seen, code_bases, code_levels, mean_distortion, prepared_code
+from transmla.maths.coding import Seen, code_bases, code_levels
 from transmla.maths.fold import largest_mean_square, latent_scale
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig
@@ -47,7 +47,7 @@ class QuantiseReport(Shown):
 
     spread:     by layer, the arithmetic over the geometric mean of what the coordinates are worth: the factor by which
                 dealt bits lower the error
-    distortion: share of a value's variance that is left with 0 .. 8 bits, mean over all coordinates
+    distortion: share of the variance that is left with 0 .. 8 bits
     relative_error: of the logits of the written folder
     """
 
@@ -114,9 +114,14 @@ def quantise(
         attention = _attention_prefix(config)
         del loaded, sampler
         maps, codes, spread = code_bases(seen, int(config["kv_lora_rank"]), basis, seed)
-        codes, levels, distortion = code_levels(seen, maps, codes)
-        code = {"basis": basis, **prepared_code(codes, levels, distortion)}
+        levels, distortion = code_levels(seen, maps, codes)
         _write(source, writer, attention, maps)
+        code = {
+            "basis": basis,
+            "layers": [{name: _short(values) for name, values in layer.items()} for layer in codes],
+            "levels": [_short(values) for values in levels],
+            "distortion": _short(torch.tensor(distortion)),
+        }
         writer.write_json("config.json", config | {"latent_code": code})
         writer.write_text(MODELING_FILE, modeling_source())
         copy_companions(source, writer.partial)
@@ -128,7 +133,7 @@ def quantise(
         write_provenance(writer, **sections | {"quantised_for": made})
         error = _verify(writer.partial, witness_1T, wanted_TV, device)
         writer.commit()
-    return QuantiseReport(Path(out), ids_NT.numel(), spread, mean_distortion(codes, distortion), error)
+    return QuantiseReport(Path(out), ids_NT.numel(), spread, tuple(distortion), error)
 
 
 def _observe(model: Any, ids_NT: Tensor, seed: int, progress: Progress) -> list[Seen]:
@@ -171,6 +176,11 @@ def _observe(model: Any, ids_NT: Tensor, seed: int, progress: Progress) -> list[
     for layer in seen:
         layer.finish()
     return seen
+
+
+def _short(values: Tensor) -> list[float]:
+    """Six digits, which is more than they are known to."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _attention_prefix(config: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""What each part of transform coding gains: the coded cache of a source, with the parts taken in one after the other.
+"""What the gains of a token gain: the transform coded cache of a source, with gains chosen in several ways.
 
-    python benchmarks/coding_steps.py smollm2 --text wikitext2-valid.raw c4-sample.jsonl --out coding-steps.json
+    python benchmarks/coding_gains.py smollm2 --text wikitext2-valid.raw c4-sample.jsonl --out coding-gains.json
 
 Mean divergence of the source's predictions from its own with an exact cache, in nats per token, 64 tokens at a time
 through the cache; the same calibration for all.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,19 +21,17 @@ from transmla.checkpoint.companions import tokenizer
 from transmla.evaluation import coded_source
 from transmla.evaluation.measure import windows_of
 from transmla.evaluation.quantised_cache import RECENT
-from transmla.maths import coding
 from transmla.model import modeling_transmla as modeling
 from transmla.model.loading import load_any, open_model
 from transmla.targets.quantise import MIX, TOKENS, WINDOW
 from transmla.text.windows import calibration_tokens
 
-# what each step takes in; before the first one, all of it is as in PLAIN
-STEPS: dict[str, list[str]] = {
-    "gain: the root of the mean square": [],
-    "the best of seven gains": ["GAINS_TRIED"],
-    "four shapes of distributions": ["GAINS_TRIED", "SHAPES"],
+# fewest bits of coordinates that have the wider gain, and gains that are tried
+STEPS = {
+    "the root of the mean square": (9, (0,)),
+    "of all coordinates, the best of seven": (1, modeling.GAINS_TRIED),
+    "of those with 6 bits and more, the best of seven": (modeling.WIDE_BITS, modeling.GAINS_TRIED),
 }
-PLAIN = {"GAINS_TRIED": (modeling, (0,)), "SHAPES": (coding, 1)}
 
 
 @torch.no_grad()
@@ -67,14 +64,11 @@ def main() -> None:
     calibration_NT = calibration_tokens(MIX, cutter, TOKENS, WINDOW).ids_NT
     rotations = coded_source.rotations(source, model.device)
     seen = coded_source._observe(model, rotations, calibration_NT, 0, lambda *_: None)
+    with patch.object(coded_source, "_observe", lambda *_: seen):
+        coded = coded_source.CodedSource(model, source, calibration_NT)
     rows = []
-    for name, taken in STEPS.items():
-        with ExitStack() as changed:
-            changed.enter_context(patch.object(coded_source, "_observe", lambda *_: seen))
-            for constant, (place, value) in PLAIN.items():
-                if constant not in taken:
-                    changed.enter_context(patch.object(place, constant, value))
-            coded = coded_source.CodedSource(model, source, calibration_NT)
+    for name, (wide, gains) in STEPS.items():
+        with patch.multiple(modeling, WIDE_BITS=wide, GAINS_TRIED=gains):
             for bits in arguments.bits:
                 losses = [
                     divergence(model, ids_T, exact_TV, coded.cache(bits))
