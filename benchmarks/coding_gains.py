@@ -1,9 +1,10 @@
-"""What the gains of a token gain: the transform coded cache of a source, with gains chosen in several ways.
+"""What the gains of a token gain: transform coded caches with gains chosen in several ways.
 
-    python benchmarks/coding_gains.py smollm2 --text wikitext2-valid.raw c4-sample.jsonl --out coding-gains.json
+    python benchmarks/coding_gains.py smollm2 --text wikitext2-valid.raw c4-sample.jsonl --out smollm2-gains.json
+    python benchmarks/coding_gains.py smollm2-160-32-coded --text wikitext2-valid.raw c4-sample.jsonl --out ...
 
-Mean divergence of the source's predictions from its own with an exact cache, in nats per token, 64 tokens at a time
-through the cache; the same calibration for all.
+Of a source (`eval --coded-source`) or of a folder that `transmla quantise` has prepared: mean divergence of the
+predictions from those with an exact cache, in nats per token, 64 tokens at a time through the cache.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.companions import tokenizer
-from transmla.evaluation import coded_source
+from transmla.evaluation.coded_source import CodedSource
 from transmla.evaluation.measure import windows_of
 from transmla.evaluation.quantised_cache import RECENT
+from transmla.maths.coding import SINK
 from transmla.model import modeling_transmla as modeling
-from transmla.model.loading import load_any, open_model
+from transmla.model.loading import is_converted, load_any, open_model
 from transmla.targets.quantise import MIX, TOKENS, WINDOW
 from transmla.text.windows import calibration_tokens
 
@@ -44,7 +46,7 @@ def divergence(model: Any, ids_T: Tensor, exact_TV: Tensor, cache: Any) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
+    parser.add_argument("model")
     parser.add_argument("--text", nargs="+", default=["wikitext-valid"])
     parser.add_argument("--windows", type=int, default=1, help="of each text")
     parser.add_argument("--length", type=int, default=1024)
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    model, source = load_any(arguments.source, dtype=getattr(torch, arguments.dtype)), open_model(arguments.source)
+    model, source = load_any(arguments.model, dtype=getattr(torch, arguments.dtype)), open_model(arguments.model)
     cutter = tokenizer(source)
     windows = [
         (text, ids_T)
@@ -61,24 +63,24 @@ def main() -> None:
     ]
     with torch.no_grad():
         exact = [model(ids_T[None]).logits[0].float().log_softmax(-1) for _, ids_T in windows]
-    calibration_NT = calibration_tokens(MIX, cutter, TOKENS, WINDOW).ids_NT
-    rotations = coded_source.rotations(source, model.device)
-    seen = coded_source._observe(model, rotations, calibration_NT, 0, lambda *_: None)
-    with patch.object(coded_source, "_observe", lambda *_: seen):
-        coded = coded_source.CodedSource(model, source, calibration_NT)
+    coded = None
+    if not is_converted(Path(arguments.model)):
+        coded = CodedSource(model, source, calibration_tokens(MIX, cutter, TOKENS, WINDOW).ids_NT)
     rows = []
     for name, (wide, gains) in STEPS.items():
         with patch.multiple(modeling, WIDE_BITS=wide, GAINS_TRIED=gains):
             for bits in arguments.bits:
-                losses = [
-                    divergence(model, ids_T, exact_TV, coded.cache(bits))
-                    for (_, ids_T), exact_TV in zip(windows, exact, strict=True)
-                ]
+                losses = []
+                for (_, ids_T), exact_TV in zip(windows, exact, strict=True):
+                    cache = (
+                        coded.cache(bits) if coded else model.latent_cache(f"coded{bits:g}", sink=SINK, recent=RECENT)
+                    )
+                    losses.append(divergence(model, ids_T, exact_TV, cache))
                 row = {"step": name, "bits": bits, "divergence": losses, "mean": sum(losses) / len(losses)}
                 print(name, bits, f"{row['mean']:.5f} nats", flush=True)
                 rows.append(row)
     made = {name: value for name, value in vars(arguments).items() if name != "out"}
-    made |= {"source": Path(arguments.source).name, "windows_of": [text for text, _ in windows]}
+    made |= {"model": Path(arguments.model).name, "windows_of": [text for text, _ in windows]}
     arguments.out.write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
 
 
