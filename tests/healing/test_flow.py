@@ -253,7 +253,7 @@ def test_what_does_not_help_is_not_written(converted: Path, text_file: Path, tmp
 
 
 def outcome(losses: tuple[float, float], nats: tuple[float, float], raised: list[str] | None = None) -> Trained:
-    """losses: before and at the best step;  nats: likewise, of the held-out text;  raised: texts at the best step"""
+    """losses: before and after ten steps;  nats: likewise, of the held-out text;  raised: texts after ten steps"""
     log = [{"step": step, "eval_loss": loss, "eval_score": loss} for step, loss in zip((0, 10), losses, strict=True)]
     before, after = ({"text": {"nats": one, "recovery": 0.9, "recovery_error": 0.009}} for one in nats)
     best = 10 if losses[1] < losses[0] else 0  # as the Trainer says it
@@ -282,7 +282,7 @@ def test_where_a_healed_folder_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ((1.0, 0.5), (2.0, 2.005), None),  # within its error
         ((1.0, 0.5), (2.0, 2.1), "perplexity rose from 7.389 to 8.166"),
         ((1.0, 1.0), (2.0, 1.9), "1.0000 before and 1.0000 at best"),
-        ((1.0, float("inf")), (2.0, 1.9), "1.0000 before"),
+        ((1.0, float("inf")), (2.0, 1.9), "1.0000 before and 1.0000 at best"),
         ((1.0, float("nan")), (2.0, 1.9), "1.0000"),
         ((1.0, 0.5), (2.0, float("nan")), "perplexity rose"),
     ],

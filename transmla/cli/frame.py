@@ -253,9 +253,11 @@ def emit(content: Callable[[], Any], json_file: str | None, tables: Callable[[],
     if json_file == "-":
         click.echo(_json(content()))
         return
-    if json_file is not None:
-        write_file(json_file, _json(content()) + "\n")
-    tables()
+    try:  # whichever of the two fails, the other is there
+        if json_file is not None:
+            write_file(json_file, _json(content()) + "\n")
+    finally:
+        tables()
 
 
 def _json(content: Any) -> str:

@@ -673,7 +673,7 @@ def _codes(config: Any, kind: str) -> list[Any]:
     average, width = float(kind.removeprefix("coded")), rank + rope
     if not GAIN_BITS / width < average <= 8:
         raise ValueError(f"{kind!r}: a coded cache has more than {GAIN_BITS / width:g} and at most 8 bits per value")
-    return list(transform_codes(prepared, average))
+    return transform_codes(prepared, average)
 
 
 class CachedLatent:

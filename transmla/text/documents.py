@@ -54,10 +54,10 @@ class Text:
                 yield document
 
         self.heldout = list(islice(pack(counted(), length), num_windows))
-        answered = isinstance(next(self.documents(), None), Answered)
         # what has nothing to learn makes no windows, however often it is read
         left = any(map(_teaches, islice(self.documents(), self.skipped, None)))
         if len(self.heldout) < num_windows or not left:
+            answered = any(isinstance(document, Answered) for document in self.documents())
             needed = f"{num_windows} windows of {length:,} tokens are held out, and something must be left to train on"
             raise DataError(
                 "the text is too short",
