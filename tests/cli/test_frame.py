@@ -3,6 +3,7 @@
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import click
 import pytest
@@ -10,8 +11,8 @@ import torch
 
 from transmla import devices
 from transmla.cli import main
-from transmla.cli.frame import errors, note_emulation
-from transmla.errors import SourceError
+from transmla.cli.frame import emit, errors, note_emulation
+from transmla.errors import DestinationError, SourceError
 
 BROKEN = SourceError("a tensor cannot be read", where="a file", why="it has no shape", remedy="download it again")
 
@@ -69,3 +70,18 @@ def test_a_dtype_that_the_machine_emulates_is_said(
     monkeypatch.setattr(devices, "narrow_dtype", lambda device: narrow if device.type == "cpu" else None)
     note_emulation(dtype, "cpu")
     assert ("--dtype float32" in capsys.readouterr().err) is said
+
+
+def test_tables_and_the_file_do_not_hang_on_each_other(tmp_path: Path) -> None:
+    """After hours of measuring, one of the two is better than none."""
+
+    def broken() -> None:
+        raise RuntimeError("no table")
+
+    with pytest.raises(RuntimeError, match="no table"):
+        emit(lambda: {"a": 1}, str(tmp_path / "a.json"), broken)
+    assert (tmp_path / "a.json").read_text("utf-8").split() == ["{", '"a":', "1", "}"]
+    shown: list[int] = []
+    with pytest.raises(DestinationError):
+        emit(lambda: {"a": 1}, str(tmp_path / "no" / "a.json"), lambda: shown.append(1))
+    assert shown == [1]

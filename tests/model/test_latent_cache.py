@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from tests.model.folders import LAYERS, RANK, ROPE, VOCAB, write_folder
 from tests.model.test_attention import relative
 from tests.model.test_cache import generate
+from transmla.evaluation.quantised_cache import packed_caches
 from transmla.model import modeling_transmla as modeling
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import (
@@ -311,6 +312,13 @@ def test_many_queries_see_small_blocks(model: Any, monkeypatch: pytest.MonkeyPat
         heads = model.config.num_attention_heads
         assert max(sizes) == 2 * heads * 40 * (360 if most == 2**28 else modeling.LEAST_BLOCK)
     assert relative(*found) < 1e-7
+
+
+def test_fewer_bits_than_the_gains_take_are_no_cache(model: Any) -> None:
+    fewest = GAIN_BITS / WIDTH
+    assert packed_caches(model, fewest) == {} and list(packed_caches(model, fewest + 0.1)) == [f"coded{fewest + 0.1:g}"]
+    with pytest.raises(ValueError, match="more than"):
+        model.latent_cache(f"coded{fewest:g}")
 
 
 def test_a_layer_that_no_bit_was_dealt_to(model: Any) -> None:
