@@ -202,8 +202,14 @@ def test_a_cache_that_was_packed_in_another_way(model: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(12))
-def test_any_shape_mask_and_chunking_is_the_naive_cache(model: Any, seed: int) -> None:
+def test_any_shape_mask_and_chunking_is_the_naive_cache(
+    model: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(seed)
+    if seed % 4 == 1:
+        # in many pieces, the last of which has the exact tokens as well
+        monkeypatch.setattr(modeling, "LEAST_BLOCK", 7)
+        monkeypatch.setattr(modeling, "UNPACKED", {"cpu": 1})
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=generator))
@@ -265,6 +271,22 @@ def test_stored_bytes_are_what_is_said(model: Any, kind: str) -> None:
         assert cache.bytes_per_token == LAYERS * (-(-RANK * 2 // 8) + -(-RANK // 8) + ROPE + 8)
     if kind == "coded2.5":
         assert cache.bytes_per_token <= LAYERS * WIDTH * 2.5 / 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["exact", "int4"])
+def test_a_step_copies_no_whole_cache(model: Any, kind: str) -> None:
+    ids = torch.randint(3, VOCAB, (1, 2048 + 256), generator=torch.Generator().manual_seed(2))
+    cache, moves, held = model.latent_cache(kind), 0, None
+    layer = cache.layers[0]
+    model(ids[:, :2048], past_key_values=cache)
+    for place in range(2048, 2048 + 256):
+        model(ids[:, place : place + 1], past_key_values=cache)
+        buffer = layer.exact if kind == "exact" else layer.packed["codes"]
+        moves += held is not None and held != buffer.data_ptr()
+        held = buffer.data_ptr()
+    assert buffer.shape[1] > 2048
+    assert moves <= 3, f"{moves} of 256 steps copied what is held"
 
 
 @torch.no_grad()

@@ -96,8 +96,8 @@ UNPACKED = {"cpu": 2**20, "other": 2**26}
 LEAST_BLOCK = 128
 # of which scores there are at most so many at once, unless that would be less than a block
 SCORES = 2**28
-# buffers that grow do so by pieces of so many tokens
-PIECE = 2048
+# buffers that grow get room for a sixteenth more, in pieces of so many tokens: copying stays small beside reading
+PIECE = 64
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -192,10 +192,13 @@ class GroupCode:
         whole = torch.empty((*codes.shape[:-2], tokens + room, width), dtype=wide, device=codes.device)
         found = whole[..., :tokens, :]
         at, bytes_at = 0, 0
-        for size, _, bits in self.parts:
-            width = packed_width(size, bits)
-            found[..., at : at + size].copy_(unpack(codes[..., bytes_at : bytes_at + width], bits, size))
-            at, bytes_at = at + size, bytes_at + width
+        if all(bits == 8 for _, _, bits in self.parts):
+            found.copy_(codes)
+        else:
+            for size, _, bits in self.parts:
+                width = packed_width(size, bits)
+                found[..., at : at + size].copy_(unpack(codes[..., bytes_at : bytes_at + width], bits, size))
+                at, bytes_at = at + size, bytes_at + width
         by_part = scales.split([groups for _, groups, _ in self.parts for _ in range(2)], dim=-1)
         # side by side in memory, which is faster to read
         step, low = (torch.cat(by_part[which::2], dim=-1) for which in range(2))
@@ -471,17 +474,23 @@ class LatentLayer(CacheLayerMixin):
         order = self.code.order if ordered and self.code is not None else None
         if size is None:
             size = self._block_size(rows)
-        if self.num_packed <= size:
-            # a compiled step is not compiled anew when something is packed, as long as it fits into one piece
-            if self.num_packed:
-                yield 0, self._unpacked(0, self.num_packed, order)[:, None]
-        else:
-            for start in range(0, self.num_packed, size):
-                yield start, self._unpacked(start, min(start + size, self.num_packed), order)[:, None]
+        behind = None
         if self.num_exact:
             assert self.exact is not None
-            x_BNk = self.exact[:, : self.num_exact]
-            yield self.num_packed, (x_BNk if order is None else x_BNk[..., order])[:, None]
+            behind = self.exact[:, : self.num_exact]
+            behind = behind if order is None else behind[..., order]
+        # a few exact tokens go into the last piece, which is faster than one of their own
+        last = behind if self.num_exact <= 2 * self.step else None
+        if self.num_packed <= size:
+            # a compiled step is not compiled anew when something is packed, as long as it fits into one piece
+            pieces = [(0, self.num_packed)] if self.num_packed else []
+        else:
+            places = range(0, self.num_packed, size)
+            pieces = [(start, min(start + size, self.num_packed)) for start in places]
+        for start, end in pieces:
+            yield start, self._unpacked(start, end, order, last if end == self.num_packed else None)[:, None]
+        if behind is not None and (last is None or not self.num_packed):
+            yield self.num_packed, behind[:, None]
 
     def _block_size(self, rows: int) -> int:
         if self.exact is None:
@@ -490,20 +499,28 @@ class LatentLayer(CacheLayerMixin):
         values = UNPACKED["cpu" if self.exact.device.type == "cpu" else "other"]
         return max(min(values // (texts * width), SCORES // (texts * rows)), LEAST_BLOCK)
 
-    def _unpacked(self, start: int, end: int, order: torch.Tensor | None) -> torch.Tensor:
-        """The packed tokens between these places [B, N, k], with the first ones of each text as they were."""
+    def _unpacked(
+        self, start: int, end: int, order: torch.Tensor | None, behind_BMk: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The packed tokens between these places [B, N + M, k], with the first ones of each text as they were, and M more."""
         part, size = {name: buffer[:, start:end] for name, buffer in self.packed.items()}, end - start
-        if self.sinks is None:
-            return self.code.decode(part, self.dtype, order is not None)
-        assert self.first is not None
-        at_BK = self.first[:, None] + torch.arange(self.sink, device=self.first.device) - start
-        inside_BK = (at_BK >= 0) & (at_BK < size)
-        if start > 0 and not bool(inside_BK.any()):
-            return self.code.decode(part, self.dtype, order is not None)
-        # what is elsewhere goes into a token behind the block
-        x_BNk = self.code.decode(part, self.dtype, order is not None, 1)
-        places = torch.where(inside_BK, at_BK, size)[..., None].expand(-1, -1, x_BNk.shape[-1])
-        return x_BNk.scatter_(1, places, self.sinks if order is None else self.sinks[..., order])[:, :size]
+        more = 0 if behind_BMk is None else behind_BMk.shape[1]
+        places_BK = None
+        if self.sinks is not None:
+            assert self.first is not None
+            at_BK = self.first[:, None] + torch.arange(self.sink, device=self.first.device) - start
+            inside_BK = (at_BK >= 0) & (at_BK < size)
+            if start == 0 or bool(inside_BK.any()):
+                # what is elsewhere goes into a token behind the block
+                places_BK = torch.where(inside_BK, at_BK, size)
+        x_BNk = self.code.decode(part, self.dtype, order is not None, more if places_BK is None else max(1, more))
+        if places_BK is not None:
+            rows_B1 = torch.arange(len(places_BK), device=places_BK.device)[:, None]
+            # on CPUs scatter_ would copy all of the block first
+            x_BNk.index_put_((rows_B1, places_BK), self.sinks if order is None else self.sinks[..., order])
+        if behind_BMk is not None:
+            x_BNk[:, size : size + more] = behind_BMk
+        return x_BNk[:, : size + more]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -599,10 +616,10 @@ class LatentLayer(CacheLayerMixin):
 
 
 def _grown(buffer: torch.Tensor, used: int, wanted: int, capacity: int | None) -> torch.Tensor:
-    """[B, tokens, ...] with room for `wanted` tokens: the same, or a copy of the used part with a quarter more room."""
+    """[B, tokens, ...] with room for `wanted` tokens: the same, or a copy of the used part with more room than that."""
     if buffer.shape[1] >= wanted:
         return buffer
-    room = max(wanted, capacity or wanted + wanted // 4 // PIECE * PIECE)
+    room = max(wanted, capacity or wanted + wanted // 16 // PIECE * PIECE)
     larger = buffer.new_empty((buffer.shape[0], room, *buffer.shape[2:]))
     larger[:, :used] = buffer[:, :used]
     return larger
