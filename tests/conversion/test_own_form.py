@@ -21,7 +21,7 @@ from transformers import (
 import transmla
 from tests.conversion.made import IDS, PLAIN, QUICK, Convert
 from tests.conversion.pieces import random_streams
-from tests.families import MakeSource, lively_config, lively_model
+from tests.families import THETA, YARN, MakeSource, lively_config, lively_model
 from tests.maths.weights import fit_layer, relative
 from tests.maths.weights import lively as lively_values
 from transmla.conversion.moments import observe
@@ -33,12 +33,19 @@ from transmla.maths.reference import mla_naive
 from transmla.model.layer import build_layer
 from transmla.model.loading import load, load_any, load_tokenizer
 from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
-from transmla.model.skeleton import attention_facts, layer_tensors, skeleton, source_frequencies
+from transmla.model.skeleton import attention_facts, layer_tensors, skeleton
 from transmla.targets.own import own_attention, own_config
 
 # one key/value head of 8: 16 values hold all of it, however little of it turns
 SIZES: dict[str, Any] = {"kv_heads": 1, "head_dim": 8, "layers": 4}
 SIZES_OF = {"gpt_neox": {"kv_heads": 1, "heads": 1, "hidden": 16, "head_dim": 16, "layers": 4}}
+
+
+PARTIAL = YARN | {"partial_rotary_factor": 0.5}
+YARN_OF: dict[str, dict[str, Any]] = {
+    "qwen3": YARN, "cohere2": YARN, "glm4": PARTIAL, "phi": PARTIAL, "stablelm": PARTIAL, "minimax_m2": PARTIAL,
+    "olmo3": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": THETA}},
+}  # fmt: skip
 
 
 def sizes_of(model_type: str) -> dict[str, Any]:
@@ -54,11 +61,11 @@ def in_float64(model: Any, latent: int | None = None) -> tuple[Any, list[Any]]:
     """The own form of a float64 model and the weights of its layers, by the converter's functions, nothing rounded."""
     config, family = model.config.to_dict(), FAMILIES[model.config.model_type]
     gqa, bare = gqa_geometry(config, "config.json"), skeleton(model.config)
-    facts, (_, factor) = attention_facts(family, bare, gqa), source_frequencies(model.config, gqa, family, 0)
+    facts = attention_facts(family, bare, gqa)
     most, rope = full_size(config, gqa)
     sizes = mla_geometry(gqa, latent or most, rope)
     settings = own_config(
-        config, family, gqa, sizes, [], "float32", softmax_scale=facts.scaling * factor**2, softcap=facts.softcap,
+        config, family, gqa, sizes, [], "float32", softmax_scale=facts.scaling, softcap=facts.softcap,
         biased=facts.biased, encoded=facts.encoded,
         output_bias=facts.output_bias or (facts.biased and not facts.encoded),
     )  # fmt: skip
@@ -79,7 +86,8 @@ def in_float64(model: Any, latent: int | None = None) -> tuple[Any, list[Any]]:
         mla = layer.complete(fit_layer(layer.gqa, moments, sizes.kv_lora_rank, rope, None, PLAIN).mla)
         rotary.inv_freq.append(mla.inv_freq_M.tolist())
         prefix = f"{family.layers}.{index}.{family.attention}."
-        tensors |= {prefix + name: value for name, value in own_attention(mla, layer.order_d).items()}
+        attention = own_attention(mla, layer.order_d, layer.rotary_dim, layer.rotary_factor)
+        tensors |= {prefix + name: value for name, value in attention.items()}
         layers.append((layer, mla))
     assert set(tensors) == set(found)
     own.load_state_dict(tensors)
@@ -101,6 +109,17 @@ def test_nothing_dropped_is_the_same_model(model_type: str, request: pytest.Fixt
         with torch.no_grad():
             own.get_parameter(name)[-1] *= -1
         assert relative(own(IDS).logits, wanted) > 1e-4
+
+
+@pytest.mark.parametrize("model_type", YARN_OF)
+def test_factors_that_come_with_turning(model_type: str, request: pytest.FixtureRequest) -> None:
+    """YaRN's, of the values that turn and in the layers that do, behind norms as well."""
+    model: Any = lively_model(lively_config(**sizes_of(model_type), rope=YARN_OF[model_type])).double()
+    own, _ = in_float64(model)
+    request.getfixturevalue("nothing_rounds")
+    with torch.no_grad():
+        # frequencies of YaRN are float32 in transformers
+        assert relative(own(IDS).logits, model(IDS).logits) < 1e-7
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text", "glm4", "cohere2"])

@@ -106,6 +106,8 @@ def test_notes(lively: MakeSource) -> None:
     assert "not smaller" in notes(latent=40) and "not smaller" not in notes()
     assert "at 4 ranks 36 values per token and layer become 24" in notes(kv_heads=6)
     assert "tensor parallel" in notes() and "tensor parallel" not in notes(kv_heads=1)
+    assert "6 turn, so 2 of the rotary key stay empty: --latent 18 --rope 6" in notes(model_type="glm4")
+    assert "stay empty" not in notes()
     assert "llama3 rope scaling" in notes(rope=LLAMA3) and "rope scaling" not in notes()
     assert "max_position_embeddings becomes 32" in notes(model_type="mistral", sliding_window=32)
     assert "becomes" not in notes(model_type="mistral", sliding_window=4096)

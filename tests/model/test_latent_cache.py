@@ -202,9 +202,7 @@ def test_a_cache_that_was_packed_in_another_way(model: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(12))
-def test_any_shape_mask_and_chunking_is_the_naive_cache(
-    model: Any, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_shape_mask_and_chunking_is_the_naive_cache(model: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(seed)
     if seed % 4 == 1:
         # in many pieces, the last of which has the exact tokens as well
@@ -385,6 +383,23 @@ def test_generate_reads_the_packed_cache(model: Any) -> None:
     assert torch.equal(greedy(model, ids, cache_implementation="static", disable_compile=True), exact)
     coarse = greedy(model, ids, past_key_values=model.latent_cache("int2", sink=0, recent=0))
     assert not torch.equal(coarse, exact), "rounding changes nothing, the test sees nothing"
+
+
+@torch.no_grad()
+def test_one_mask_of_all_texts(model: Any) -> None:
+    """Additive and infinite where nothing is seen, a whole piece of the cache for one query."""
+    ids = torch.randint(3, VOCAB, (2, 60), generator=torch.Generator().manual_seed(2))
+    before = torch.zeros(50, 50, dtype=torch.float64).masked_fill(torch.ones(50, 50).triu(1).bool(), float("-inf"))
+    behind = torch.zeros(10, 60, dtype=torch.float64).masked_fill(torch.ones(10, 60).triu(51).bool(), float("-inf"))
+    behind[3, :50] = float("-inf")
+    found = []
+    for rows in ([0, 1], [0], [1]):
+        cache = model.latent_cache("int4", recent=0)
+        model(ids[rows, :50], past_key_values=cache, attention_mask=before[None, None])
+        assert cache.layers[0].num_packed == 50
+        found.append(model(ids[rows, 50:], past_key_values=cache, attention_mask=behind[None, None]).logits)
+    assert bool(found[0].isfinite().all())
+    assert relative(found[0], torch.cat(found[1:])) < 1e-9
 
 
 def test_padding_changes_nothing(model: Any) -> None:

@@ -79,6 +79,16 @@ def test_every_family_has_the_layer_of_transformers(model_type: str, index: int)
     assert relative(torch.einsum(read, q if layer.gqa.encoded else inputs_TF, layer.gqa.q_HdD), q) < 1e-6
 
 
+@pytest.mark.parametrize("model_type", ["glm4", "phi", "gpt_neox", "stablelm", "minimax_m2"])
+def test_a_factor_of_values_that_turn_leaves_the_others(model_type: str) -> None:
+    heads = {"kv_heads": 6} if model_type == "gpt_neox" else {}
+    rope = YARN | {"partial_rotary_factor": 0.5}
+    model, layer = model_and_layer(1, model_type=model_type, head_dim=8, rope=rope, **heads)
+    x_TD = 0.5 * torch.randn(40, 48, generator=torch.Generator().manual_seed(3))
+    assert layer.rotary_factor > 1.1 and layer.rotary_dim == 4
+    assert relative(run(layer, x_TD), stock(model, x_TD)) < 1e-5
+
+
 def without(layer: SourceLayer, oddity: str) -> SourceLayer:
     gqa = layer.gqa
     changed: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from transmla.conversion.levels import LEAST_PER_FEATURE
+from transmla.families import rotary_dim
 from transmla.geometry import GqaGeometry, MlaGeometry
 from transmla.text.mixes import needs_source
 
@@ -36,6 +37,13 @@ def remarks(planned: Plan, candidates: tuple[int, ...], num_divisions: int) -> l
         said.append(f"written as {planned.family.model_type} with latent attention: deepseek_v3 has no {missing}")
     if mla.query_bias:
         said.append(_query_bias(mla))
+    turning = rotary_dim(planned.outline.config, gqa.head_dim)
+    if mla.qk_rope_head_dim > turning:
+        room = min(mla.cache_values() - turning, gqa.cache_values(), gqa.hidden_size)
+        said.append(
+            f"of {gqa.head_dim} values of a head {turning} turn, so {mla.qk_rope_head_dim - turning} of the rotary key "
+            f"stay empty: --latent {room} --rope {turning} has use for them"
+        )
     if settings.begin != "half":
         which = "every" if settings.begin == "all" else "no"
         said.append(f"{which} calibration window starts with the begin token, where the tokenizer puts one first")

@@ -27,15 +27,13 @@ def target_config(
         assert theta is not None
         source = filled(planned.source.config, planned.outline.config)
         return deepseek_v3_config(source, planned.mla, theta, planned.max_position_embeddings, planned.dtype)
-    from transmla.model.skeleton import source_config, source_frequencies
     from transmla.targets.own import own_config
 
     config = dict(planned.config) if tied is None else dict(planned.config) | {"tie_word_embeddings": tied}
     facts = planned.attention
-    _, factor = source_frequencies(source_config(planned.source.config), planned.gqa, planned.family, 0)
     return own_config(
         config, planned.family, planned.gqa, planned.mla, inv_freq_LM, planned.dtype,
-        softmax_scale=facts.scaling * factor**2, softcap=facts.softcap, biased=facts.biased, encoded=facts.encoded,
+        softmax_scale=facts.scaling, softcap=facts.softcap, biased=facts.biased, encoded=facts.encoded,
         output_bias=facts.output_bias or (facts.biased and not facts.encoded),
     )  # fmt: skip
 

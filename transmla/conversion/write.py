@@ -46,7 +46,7 @@ def write_weights(run: Run, witness: Witness, writer: CheckpointWriter) -> tuple
             tensors, scale = _folded(layer, mla, residual)
             scales.append(scale)
         else:
-            attention = own_attention(mla, layer.order_d)
+            attention = own_attention(mla, layer.order_d, layer.rotary_dim, layer.rotary_factor)
             tensors = {f"{layer.family.attention}.{name}": value for name, value in attention.items()}
             tensors |= layer.other_tensors
         for name, tensor in tensors.items():

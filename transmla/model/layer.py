@@ -72,6 +72,7 @@ class SourceLayer:
     encoder:  that attention, as `modeling_transmla.encode` wants it
     o_proj:   its output projection
     rotary_dim: values of a head that turn, the first ones
+    rotary_factor: that those of queries and keys are multiplied with (YaRN)
     order_d:  places of the values of a head, so that the halves of rotary pairs are d / 2 apart
     residual_multiplier: of what the attention adds to the stream
     """
@@ -84,6 +85,7 @@ class SourceLayer:
     encoder: Any
     o_proj: nn.Linear
     rotary_dim: int
+    rotary_factor: float
     order_d: Tensor
     residual_multiplier: float
 
@@ -111,14 +113,13 @@ class SourceLayer:
     def heads(self, x_BTD: Tensor, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Unrotated queries [..., H, T, d], keys [..., G, T, d] and values [..., G, T, v] of the attention's input.
 
+        Queries and keys with the factor that a rotation would have given their turning values.
+
         weights: of projections and norms by name, instead of the source's own
         """
         one_BTD = x_BTD if x_BTD.dim() == 3 else x_BTD[None]
-        if weights is None:
-            encoded_BTk = encode(self.encoder, one_BTD, self.rotary_dim)
-        else:
-            encoded_BTk = encode(_Called(self.encoder, weights), one_BTD, self.rotary_dim)
-        encoded_BTk = encoded_BTk.view(*x_BTD.shape[:-1], -1)
+        encoder = self.encoder if weights is None else _Called(self.encoder, weights)
+        encoded_BTk = encode(encoder, one_BTD, self.rotary_dim, self.rotary_factor).view(*x_BTD.shape[:-1], -1)
         sizes = self.geometry
         heads, groups, head_dim = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
         parts = encoded_BTk.split([heads * head_dim, groups * head_dim, groups * head_dim], dim=-1)
@@ -249,7 +250,7 @@ def build_layer(
             v_GdD=torch.empty(0),
             o_DHd=o_proj.weight,
             inv_freq_P=inv_freq_P.to(device),
-            scaling=facts.scaling * factor**2,
+            scaling=facts.scaling,
             o_bias_D=o_proj.bias,
             window=facts.window,
             softcap=facts.softcap,
@@ -262,6 +263,7 @@ def build_layer(
         encoder,
         o_proj,
         turning,
+        factor,
         order_d,
         float(getattr(model.config, "residual_multiplier", None) or 1.0),
     )

@@ -416,11 +416,12 @@ class LatentLayer(CacheLayerMixin):
             self.first = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.is_initialized = True
 
-    def begin(self, mask: torch.Tensor | None) -> None:
-        """Learn from the first mask [B, ., T, S] where each text begins, behind the padding on its left."""
+    def begin(self, mask: torch.Tensor | None, batch: int) -> None:
+        """Learn from the first mask [B or 1, ., T, S] where each text begins, behind the padding on its left."""
         if self.get_seq_length() == 0 and mask is not None and mask.dim() == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            self.first = seen.flatten(1, 2).any(1).int().argmax(-1)
+            # one mask may be that of all texts
+            self.first = seen.flatten(1, 2).any(1).int().argmax(-1).expand(batch).clone()
 
     def append(self, key_B1Tk: torch.Tensor) -> None:
         """Add tokens, exact for now."""
@@ -734,7 +735,7 @@ class CachedLatent:
         past_key_values = kwargs.pop("layer_past", past_key_values)
         layer = self.latent_layer(past_key_values)
         if layer is not None:
-            layer.begin(attention_mask)
+            layer.begin(attention_mask, len(hidden_states))
             if self.config._attn_implementation == "sdpa" and layer.get_seq_length() and not self.training:
                 layer.append(key_B1Tk)
                 if layer.num_packed:
@@ -796,7 +797,8 @@ class CachedLatent:
             bias = None if mask is None else _additive(mask[..., start : start + key.shape[2]], wide)
             if bias is not None:
                 scores = scores + bias
-            peak = scores.amax(-1, keepdim=True)
+            # a mask may be infinite, and leave a query nothing in a piece
+            peak = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
             new_top = peak if top is None else torch.maximum(top, peak)
             weights = (scores - new_top).exp_()
             part, part_total = (weights.to(value.dtype) @ value).to(wide), weights.sum(-1, keepdim=True)
@@ -1147,14 +1149,15 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def encode(encoder: Any, hidden_BTD: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+def encode(encoder: Any, hidden_BTD: torch.Tensor, rotary_dim: int, factor: float = 1.0) -> torch.Tensor:
     """Unrotated queries, keys and values of a module's own projections and norms, [B, T, H d + G d + G v].
 
     encoder:    from `as_encoder`; it runs as it is, but for a rotation by nothing and `TAP` in place of attention
     rotary_dim: values of a head that it wants to rotate
+    factor:     that cosine and sine are multiplied with, so these values of queries and keys as well
     """
-    ones = hidden_BTD.new_ones(1, 1, rotary_dim)
-    angles = (ones, torch.zeros_like(ones))
+    cosine = hidden_BTD.new_full((1, 1, rotary_dim), factor)
+    angles = (cosine, torch.zeros_like(cosine))
     encoded: torch.Tensor = encoder(hidden_states=hidden_BTD, attention_mask=None, position_embeddings=angles)[0]
     return encoded
 
@@ -1237,8 +1240,9 @@ class LatentRotary(nn.Module):
             self._on_device[x.device] = torch.tensor(self.inv_freq, dtype=torch.float32, device=x.device)
         inv_freq_LM = self._on_device[x.device]
         angles_LBTM = position_ids[..., None].float() * inv_freq_LM[:, None, None]
-        angles_LBTe = torch.cat((angles_LBTM, angles_LBTM), dim=-1)
-        return angles_LBTe.cos().to(x.dtype), angles_LBTe.sin().to(x.dtype)
+        # narrow before they are doubled: of all layers and a long text they are large
+        cos_LBTM, sin_LBTM = angles_LBTM.cos().to(x.dtype), angles_LBTM.sin().to(x.dtype)
+        return torch.cat((cos_LBTM, cos_LBTM), dim=-1), torch.cat((sin_LBTM, sin_LBTM), dim=-1)
 
 
 class ConvertedAttention(CachedLatent, nn.Module):

@@ -108,10 +108,11 @@ _NOT_OF_THE_MODEL = frozenset(
 )
 
 
-def own_attention(mla: MlaWeights, order_d: Tensor) -> dict[str, Tensor]:
+def own_attention(mla: MlaWeights, order_d: Tensor, turning: int = 0, factor: float = 1.0) -> dict[str, Tensor]:
     """Tensors of one attention block by their names in it, in the dtype of `mla`.
 
-    order_d: places of the values of a head in the source's own layout, see `SourceLayer`
+    order_d: places of the values of a head in the source's own layout
+    turning: number of values of a head that turn, and `factor` that comes with turning: see `SourceLayer`
     """
     tensors = {
         "kv_b_proj.weight": torch.cat([mla.k_up_Hnr, mla.v_up_Hvr], dim=1).flatten(0, 1),
@@ -127,15 +128,19 @@ def own_attention(mla: MlaWeights, order_d: Tensor) -> dict[str, Tensor]:
             none_r = mla.k_rope_bias_e.new_zeros(len(mla.kv_down_rD))
             tensors["kv_a_proj_with_mqa.bias"] = torch.cat([none_r, mla.k_rope_bias_e])
         return tensors
-    # the encoder gives heads in the source's layout, the weights were made for another one
+    # the encoder gives heads in the source's layout and without the factor, the weights were made for others
     back_d = order_d.argsort()
+    factor_d = torch.ones(len(order_d)).to(mla.k_up_Hnr)
+    factor_d[:turning] = factor
     head_dim, value_dim = len(order_d), mla.v_up_Hvr.shape[1]
     down_kF = tensors["kv_a_proj_with_mqa.weight"]
     groups = down_kF.shape[1] // (head_dim + value_dim)
-    keys_kGd = down_kF[:, : groups * head_dim].unflatten(1, (groups, head_dim))[..., back_d]
+    keys_kGd = down_kF[:, : groups * head_dim].unflatten(1, (groups, head_dim))[..., back_d] * factor_d
     tensors["kv_a_proj_with_mqa.weight"] = torch.cat([keys_kGd.flatten(1), down_kF[:, groups * head_dim :]], dim=1)
-    tensors["kv_b_proj.weight"] = torch.cat([mla.k_up_Hnr[:, back_d], mla.v_up_Hvr], dim=1).flatten(0, 1)
-    tensors["q_rope_proj"] = mla.q_rope_HeD[..., back_d]
+    tensors["kv_b_proj.weight"] = torch.cat([mla.k_up_Hnr[:, back_d] * factor_d[:, None], mla.v_up_Hvr], dim=1).flatten(
+        0, 1
+    )
+    tensors["q_rope_proj"] = mla.q_rope_HeD[..., back_d] * factor_d
     return tensors | {f"encoder.{name}": value for name, value in mla.encoder.items()}
 
 
