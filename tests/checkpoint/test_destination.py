@@ -21,8 +21,8 @@ from transmla.errors import DestinationError
 CHECKOUT = Path(__file__).parents[2]
 
 
-def write(destination: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with CheckpointWriter(destination) as writer:
+def write(destination: Path, tensors: dict[str, torch.Tensor], *, resumes: bool = False) -> None:
+    with CheckpointWriter(destination, resumes=resumes) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         writer.close_shards()
@@ -74,10 +74,23 @@ def test_a_journal_outlives_a_destination_that_appears_meanwhile(tmp_path):
         writer.commit()
     assert "step" in Journal(tmp_path / "out", {})
     (tmp_path / "out" / "precious").unlink()
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with CheckpointWriter(tmp_path / "out", resumes=True) as writer:
         writer.close_shards()
         writer.commit()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "model.safetensors"]
+
+
+def test_a_journal_of_another_command_is_left_alone(tmp_path, tensors):
+    lock_partial(tmp_path / "out").close()
+    Journal(tmp_path / "out", {}).save("step", {"a": torch.ones(1)})
+    for refused in (check_destination, lock_partial, lambda path: write(path, tensors)):
+        with pytest.raises(DestinationError, match="an unfinished conversion or healing is in the way"):
+            refused(tmp_path / "out")
+    with pytest.raises(DestinationError, match="is in the way"), exclusive(tmp_path / "out"):
+        raise AssertionError("not reached")
+    assert "step" in Journal(tmp_path / "out", {})
+    write(tmp_path / "out", tensors, resumes=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
 
 def test_parents(tmp_path, monkeypatch):
@@ -223,7 +236,7 @@ def test_a_kill_around_the_final_name(tmp_path, tensors, left):
     (out / COMPLETE).touch()
     if left == "complete, not named":
         out.rename(partial)
-        write(out, tensors)  # its own marker is taken up again
+        write(out, tensors, resumes=True)  # its own marker is taken up again
     else:
         with pytest.raises(DestinationError, match="exists already"):
             check_destination(out)

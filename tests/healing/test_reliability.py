@@ -152,7 +152,7 @@ def test_restart_does_not_touch_a_heal_that_is_running(inputs: Path, tmp_path: P
     interrupted(inputs, tmp_path / "out")
     kept = tmp_path / "out.partial" / JOURNAL / "unfolded" / "model.safetensors"
     assert kept.is_file()
-    lock = lock_partial(tmp_path / "out")  # as the other process holds it
+    lock = lock_partial(tmp_path / "out", resumes=True)  # as the other process holds it
     with pytest.raises(DestinationError, match="in use"):
         heal(inputs, tmp_path / "out", restart=True)
     assert kept.is_file()

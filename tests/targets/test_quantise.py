@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import transmla
 from tests.targets.test_fold import relative
+from transmla.checkpoint.destination import lock_partial
+from transmla.checkpoint.journal import Journal
 from transmla.cli import main
-from transmla.errors import TransmlaError, UnsupportedError
+from transmla.errors import DestinationError, TransmlaError, UnsupportedError
 
 IDS = torch.arange(3, 131)[None] * 7 % 500
 
@@ -92,6 +94,22 @@ def test_what_cannot_be_prepared(converted: Path, prepared: Path, tmp_path: Path
     with pytest.raises(TransmlaError):
         transmla.quantise("stories260k", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_convert_or_heal_left_is_not_overwritten(converted: Path, tmp_path: Path) -> None:
+    train, out = transmla.unfold(converted, tmp_path / "train"), tmp_path / "out"
+    lock_partial(out).close()
+    Journal(out, {}).save("step", {"a": torch.ones(1)})
+    for refused in (
+        lambda: transmla.unfold(converted, out),
+        lambda: transmla.fold(train, out),
+        lambda: transmla.quantise(converted, out),
+        lambda: transmla.export(converted, out),
+        lambda: transmla.export(converted, out, to="vllm"),
+    ):
+        with pytest.raises(DestinationError, match="an unfinished conversion or healing is in the way"):
+            refused()
+    assert "step" in Journal(out, {})
 
 
 def test_command_line(converted: Path, prepared: Path, tmp_path: Path) -> None:

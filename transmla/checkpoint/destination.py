@@ -45,8 +45,11 @@ def journal_of(destination: Path) -> Path:
     return partial_of(destination) / JOURNAL
 
 
-def check_destination(path: Path, needed_bytes: int = 0) -> None:
-    """Raise `DestinationError` unless a folder of that size can be made at `path`, empty or new."""
+def check_destination(path: Path, needed_bytes: int = 0, *, resumes: bool = False) -> None:
+    """Raise `DestinationError` unless a folder of that size can be made at `path`, empty or new.
+
+    resumes: it may have a journal, because the caller goes on with it; any other would delete it
+    """
     with disk_errors(path):
         clear_finished(path)
         if path.is_file():
@@ -56,6 +59,8 @@ def check_destination(path: Path, needed_bytes: int = 0) -> None:
             raise _refused(path, "the destination exists already", "nothing is ever overwritten", _OTHER)
         partial = partial_of(path)
         _check_parent(path)
+        if not resumes:
+            _refuse_journal(path)
         free_bytes = shutil.disk_usage(partial.parent).free
         if (partial / MARKER).is_file():  # an abandoned run's files will be replaced
             free_bytes += _bytes_in(partial)
@@ -64,6 +69,14 @@ def check_destination(path: Path, needed_bytes: int = 0) -> None:
             raise _refused(
                 path, "the disk is too small", why, "free some space, or choose another disk or a smaller dtype"
             )
+
+
+def _refuse_journal(destination: Path) -> None:
+    """`DestinationError` if finished steps of another command are kept there."""
+    if journal_of(destination).is_dir():
+        what, why = "an unfinished conversion or healing is in the way", "its finished steps would be lost"
+        remedy = "finish it with the command that began it, choose another destination, or remove"
+        raise _refused(journal_of(destination), what, why, f"{remedy} {partial_of(destination)}")
 
 
 def _check_parent(path: Path) -> None:
@@ -87,16 +100,19 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def lock_partial(destination: Path) -> IO[str]:
+def lock_partial(destination: Path, *, resumes: bool = False) -> IO[str]:
     """Make DST.partial, empty but for a journal, and hold its marker file locked; closing the file unlocks it.
 
     The lock belongs to the open file, so it vanishes with a killed process and leaves nothing to guess at.
+    resumes: see `check_destination`, after which another command may have left a journal
     """
     partial = partial_of(destination)
     with disk_errors(partial):
         lock = _open_marker(partial)
         try:
             _lock(lock, partial)
+            if not resumes:
+                _refuse_journal(destination)
             if (partial / COMPLETE).is_file():  # killed before it got its name
                 os.rename(partial / COMPLETE, partial / MARKER)
             clear_partial(destination)

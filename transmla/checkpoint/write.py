@@ -37,11 +37,11 @@ __all__ = ["SHARD_BYTES", "CheckpointWriter", "check_destination"]
 class CheckpointWriter:
     """Context manager. Without `commit()` nothing is left at the end, whatever happened inside, but a journal."""
 
-    def __init__(self, destination: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        """shard_bytes: a weight file is ended before it would grow beyond this"""
+    def __init__(self, destination: Path, *, shard_bytes: int = SHARD_BYTES, resumes: bool = False) -> None:
+        """shard_bytes: a weight file is ended before it would grow beyond this;  resumes: see `check_destination`"""
         self.destination = destination
         self.partial = partial_of(destination)
-        self._shard_bytes = shard_bytes
+        self._shard_bytes, self._resumes = shard_bytes, resumes
         self._pending: dict[str, torch.Tensor] = {}  # tensors of the shard that are not in its file yet
         self._shard_names: list[str] = []  # all tensors of the shard
         self._num_shard_bytes = 0
@@ -55,8 +55,8 @@ class CheckpointWriter:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        check_destination(self.destination)
-        self._lock = lock_partial(self.destination)
+        check_destination(self.destination, resumes=self._resumes)
+        self._lock = lock_partial(self.destination, resumes=self._resumes)
         return self
 
     def __exit__(

@@ -283,7 +283,7 @@ def _writer(processes: Processes, target: Path, shard_bytes: int) -> Iterator[Ch
         processes.wait()
         yield None
         return
-    with CheckpointWriter(target, shard_bytes=shard_bytes) as writer:
+    with CheckpointWriter(target, shard_bytes=shard_bytes, resumes=True) as writer:
         processes.wait()
         yield writer
 

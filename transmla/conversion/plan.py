@@ -228,7 +228,7 @@ def plan(
     weights = weight_bytes(opened, family, gqa, mla, dtype)
     disk = weights + COMPANION_BYTES + journal_bytes(mla, settings)
     if destination is not None:
-        check_destination(Path(destination), disk)
+        check_destination(Path(destination), disk, resumes=True)
     planned = Plan(
         resolved=resolved,
         source=opened,

@@ -149,7 +149,7 @@ def heal(
     larger = None if options.teacher is None else open_model(options.teacher)
     if larger is not None:
         check_teacher(larger, source_checkpoint)
-    check_destination(target, disk_bytes(converted, options, is_sharded()))
+    check_destination(target, disk_bytes(converted, options, is_sharded()), resumes=True)
     processes = Processes.current(device)
     if options.on_policy and is_sharded():
         raise UnsupportedError(
@@ -169,7 +169,7 @@ def heal(
         converted, source_checkpoint, options, plan.num_windows, processes, own_device, tell, plan.long_windows, larger
     )
     if processes.first:
-        with CheckpointWriter(target) as writer:
+        with CheckpointWriter(target, resumes=True) as writer:
             # behind the lock: the journal may be that of a run at work
             fingerprint = _fingerprint(converted, source_checkpoint, larger, source_name, options, processes)
             work = Journal(target, fingerprint, restart=restart).begin()
