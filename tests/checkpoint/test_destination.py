@@ -50,6 +50,21 @@ def test_an_empty_folder_is_filled(tmp_path, tensors):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_a_folder_that_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+        with pytest.raises(DestinationError, match=r"cannot be replaced[^$]*inside it: .*disk/model"):
+            check_destination(tmp_path / "disk")
+        check_destination(tmp_path / "disk" / "model")
+    check_destination(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path / "disk")
+    for same in (Path("."), tmp_path / "disk"):
+        with pytest.raises(DestinationError, match="cannot be replaced"):
+            check_destination(same)
+    check_destination(Path("model"))
+
+
 def test_destination_that_appears_meanwhile(tmp_path):
     with (
         pytest.raises(DestinationError, match="cannot be written"),

@@ -57,6 +57,11 @@ def check_destination(path: Path, needed_bytes: int = 0, *, resumes: bool = Fals
         is_empty_folder = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
         if (path.is_symlink() or path.exists()) and not is_empty_folder:
             raise _refused(path, "the destination exists already", "nothing is ever overwritten", _OTHER)
+        if is_empty_folder and (os.path.ismount(path) or os.path.samefile(path, os.curdir)):
+            why = "a finished folder is moved there, and this is a mount point or the working directory"
+            raise _refused(
+                path, "the destination cannot be replaced", why, f"name a folder inside it: {path / 'model'}"
+            )
         partial = partial_of(path)
         _check_parent(path)
         if not resumes:
