@@ -1,6 +1,7 @@
 """Another basis of the latent: the same function in every class, and caches that lose less."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import transmla
 from tests.targets.test_fold import relative
 from transmla.checkpoint.destination import lock_partial
 from transmla.checkpoint.journal import Journal
+from transmla.checkpoint.provenance import read_provenance
+from transmla.checkpoint.read import open_source
 from transmla.cli import main
 from transmla.errors import DestinationError, TransmlaError, UnsupportedError
 
@@ -94,6 +97,35 @@ def test_what_cannot_be_prepared(converted: Path, prepared: Path, tmp_path: Path
     with pytest.raises(TransmlaError):
         transmla.quantise("stories260k", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def changed(folder: Path, out: Path, **values: Any) -> Path:
+    """A copy with other values in config.json; ...: without that key."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text("utf-8")) | values
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (out / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return out
+
+
+def test_the_dtype_may_have_its_older_name(converted: Path, tmp_path: Path) -> None:
+    older = changed(converted, tmp_path / "older", dtype=...)
+    report = transmla.quantise(older, tmp_path / "coded", text="stories", tokens=1024)
+    assert report.relative_error < 1e-3
+    assert open_source(changed(converted, tmp_path / "none", dtype=..., torch_dtype=...)).dtype == "float32"
+
+
+def test_what_is_missing_is_said_before_the_model_is_loaded(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transmla.targets.quantise.load", lambda *_, **__: pytest.fail("it was loaded"))
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(DestinationError, match="exists already"):
+        transmla.quantise(converted, tmp_path / "taken")
+    shutil.copytree(converted, tmp_path / "bare")
+    (tmp_path / "bare" / "transmla.json").unlink()
+    with pytest.raises(SourceError, match="provenance file cannot be read"):
+        transmla.quantise(tmp_path / "bare", tmp_path / "out")
 
 
 def test_what_convert_or_heal_left_is_not_overwritten(converted: Path, tmp_path: Path) -> None:

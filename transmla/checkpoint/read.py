@@ -118,6 +118,13 @@ class Source:
         for name in expected:
             self._check_readable(name)
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights: as the config says, or the first of them where it does not."""
+        named = [self.config.get(key) for key in ("dtype", "torch_dtype")]
+        stored = [info.dtype for info in self.tensors.values()]
+        return next(name for name in (*named, *stored, "float32") if name in FLOAT_DTYPES)
+
     def files(self) -> list[Path]:
         """The weight files, for hashing."""
         return self._store.files()

@@ -36,8 +36,7 @@ def disk_bytes(converted: Source, settings: Healing, sharded: bool = False) -> i
         shapes = [converted.tensors[name].shape for name in chosen]
         adapters = sum(settings.lora * sum(shape) for shape in shapes if len(shape) == 2)
         checkpoint = (4 + _OPTIMIZER_BYTES) * adapters
-    stored = str(converted.config.get("dtype") or converted.config.get("torch_dtype") or "float32")
-    result = sum(values.values()) * DTYPE_BYTES.get(stored, 4)
+    result = sum(values.values()) * DTYPE_BYTES.get(converted.dtype, 4)
     copies = 0 if is_own(converted) else 2 * whole  # unfolded, before and after training
     distinct = min(settings.distinct or settings.tokens, settings.tokens)
     windows = _TOKEN_BYTES * distinct

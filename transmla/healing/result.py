@@ -83,8 +83,7 @@ def write_healed(
         folder = _write_trained(work, trained, settings, sections)
         # the model has gone before another one is loaded to be compared with
         release(device)
-        dtype = str(parent.config.get("dtype") or parent.config.get("torch_dtype") or "float32")
-        fold_into(writer, open_unfolded(folder), text="wikitext", dtype=dtype, device=device, progress=progress)
+        fold_into(writer, open_unfolded(folder), text="wikitext", dtype=parent.dtype, device=device, progress=progress)
     card = (parent.path / "README.md").read_text("utf-8") if (parent.path / "README.md").is_file() else ""
     writer.write_text("README.md", card.rstrip() + "\n\n" + _card(entry))
     curve = portable(healing_curve(trained.log, trained.plan.tokens, list(trained.after)))

@@ -193,7 +193,7 @@ def write_own(
     """
     model = make()
     state, names = model.state_dict(), own_tensors(parent.config)
-    stored = str(parent.config["dtype"])
+    stored = parent.dtype
     for number, name in enumerate(names):
         writer.add_as(name, state[name], getattr(torch, stored))
         progress("write", number + 1, len(names), "")

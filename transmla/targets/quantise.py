@@ -227,5 +227,4 @@ def _verify(folder: Path, witness_1T: Tensor, wanted_TV: Tensor, device: str) ->
     is_stock = source.config.get("model_type") == "deepseek_v3"
     loaded = load_stock(folder, device) if is_stock else load(folder, dtype=torch.float32, device=device)
     found_TV = loaded(witness_1T, use_cache=False).logits[0].double().cpu()
-    stored = str(source.config["dtype"])
-    return compare_logits(folder, found_TV, wanted_TV, stored)
+    return compare_logits(folder, found_TV, wanted_TV, source.dtype)
