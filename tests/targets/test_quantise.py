@@ -17,7 +17,7 @@ from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import read_provenance
 from transmla.checkpoint.read import open_source
 from transmla.cli import main
-from transmla.errors import DestinationError, TransmlaError, UnsupportedError
+from transmla.errors import DestinationError, SourceError, TransmlaError, UnsupportedError
 
 IDS = torch.arange(3, 131)[None] * 7 % 500
 

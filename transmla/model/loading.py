@@ -75,7 +75,7 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
     folder = Path(model)
     if "device_map" not in kwargs:
         device = usable(device)
-    model_class = CONVERTED[_checked_type(folder)]
+    model_class = CONVERTED[converted_type(folder)]
     kwargs.setdefault("attn_implementation", "sdpa")
     with source_errors(folder):
         loaded = model_class.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **kwargs)
@@ -160,7 +160,7 @@ def is_converted(folder: Path) -> bool:
         return False
 
 
-def _checked_type(folder: Path) -> str:
+def converted_type(folder: Path) -> str:
     """The model_type of a converted folder; raises `SourceError` or `UnsupportedError` if it is not one."""
     path = folder / "config.json"
     try:

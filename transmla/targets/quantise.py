@@ -27,7 +27,7 @@ from transmla.errors import UnsupportedError
 from transmla.maths import EPS
 from transmla.maths.coding import Seen, code_bases, code_levels
 from transmla.maths.fold import largest_mean_square, latent_scale
-from transmla.model.loading import load
+from transmla.model.loading import converted_type, load
 from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
@@ -98,14 +98,17 @@ def quantise(
             remedy="fold it first: transmla fold TRAINED OUT",
         )
     device = named(device)
-    loaded = load(model, dtype=torch.float32, device=device)
+    converted_type(source.path)
+    sections = read_provenance(source.path)
+    sections.pop("format")
+    check_destination(Path(out), sum(info.num_bytes for info in source.tensors.values()))
+    loaded = load(source.path, dtype=torch.float32, device=device)
     cutter = tokenizer(source)
     window = min(WINDOW, int(loaded.config.max_position_embeddings))
     sampler = partial(
         sample_from, loaded, seed=seed, progress=lambda done, total: tell("sample", done, total, "tokens")
     )
     ids_NT = calibration_tokens(text, cutter, tokens, window, sampler=sampler).ids_NT
-    check_destination(Path(out), sum(info.num_bytes for info in source.tensors.values()))
     with CheckpointWriter(Path(out)) as writer:
         witness_1T = ids_NT[-1:, :WITNESS_TOKENS].to(device)
         with torch.no_grad():
@@ -127,8 +130,6 @@ def quantise(
         copy_companions(source, writer.partial)
         if (source.path / "README.md").is_file():
             writer.copy_file(source.path / "README.md")
-        sections = read_provenance(source.path)
-        sections.pop("format")
         made = {"text": text, "tokens": ids_NT.numel(), "window": window, "basis": basis, "seed": seed}
         write_provenance(writer, **sections | {"quantised_for": made})
         error = _verify(writer.partial, witness_1T, wanted_TV, device)
