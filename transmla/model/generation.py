@@ -13,6 +13,7 @@ import torch
 from transmla.devices import named
 from transmla.errors import TransmlaError, UnsupportedError
 from transmla.model.loading import load_any, load_tokenizer
+from transmla.text.chats import templated
 
 
 def generate(
@@ -41,9 +42,9 @@ def generate(
     dtype:          a torch dtype or its name; "auto" keeps the dtype of the weights
     device:         where the model is run
 
-    Raises `SourceError` if the model is not found, `UnsupportedError` if it cannot be loaded or has no such cache, and
-    `TransmlaError` if the device is not available, generation fails, or `chat` is set and the model has no chat
-    template.
+    Raises `SourceError` if the model is not found, `UnsupportedError` if it cannot be loaded or has no such cache,
+    `DataError` if its chat template fails, and `TransmlaError` if the device is not available, generation fails, or
+    `chat` is set and the model has no chat template.
     """
     tokenizer = load_tokenizer(model)
     device = named(device)
@@ -151,13 +152,14 @@ def own_cache(loaded: Any, kind: str, model: str, **settings: Any) -> Any:
 def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not chat:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    remedy = "leave out --chat and write the prompt as plain text"
     if not tokenizer.chat_template:
         raise TransmlaError(
             "the model has no chat template",
             where="--chat",
             why="its tokenizer does not define how a message is formatted",
-            remedy="leave out --chat and write the prompt as plain text",
+            remedy=remedy,
         )
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    text = templated(tokenizer, [{"role": "user", "content": prompt}], "--chat", ask=True, remedy=remedy)
+    # the template writes special tokens itself
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)

@@ -64,7 +64,12 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any, name: str) -> Rendered
     return Rendered(text, True, _answers(messages, text, tokenizer, name))
 
 
-def templated(tokenizer: Any, messages: list[dict[str, Any]], name: str, *, ask: bool = False) -> str:
+_REMEDY = f"check the {MESSAGES} of the data, or use data with a `{TEXT_COLUMN}` column"
+
+
+def templated(
+    tokenizer: Any, messages: list[dict[str, Any]], name: str, *, ask: bool = False, remedy: str = _REMEDY
+) -> str:
     """Messages through the tokenizer's template, with `ask` up to where the answer begins; `DataError` if that fails.
 
     It runs in the sandbox of transformers, where a template cannot reach anything but the messages.
@@ -76,7 +81,7 @@ def templated(tokenizer: Any, messages: list[dict[str, Any]], name: str, *, ask:
             "the chat template of the tokenizer fails",
             where=name,
             why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            remedy=f"check the {MESSAGES} of the data, or use data with a `{TEXT_COLUMN}` column",
+            remedy=remedy,
         ) from error
 
 
