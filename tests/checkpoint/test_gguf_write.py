@@ -4,6 +4,7 @@ class computes from the folder, and a naive tokenizer cuts text as the folder's 
 import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,14 @@ def test_the_quantiser_program_is_used(converted: Path, tmp_path: Path, monkeypa
     with pytest.raises(DestinationError, match="broken"):
         transmla.export(converted, tmp_path / "other.gguf", type="q4_k_m")
     assert not (tmp_path / "other.gguf").exists()
+
+
+def test_ids_of_no_token_are_left_out(converted: Path, tmp_path: Path) -> None:
+    """As -1, by which the first LLaMA models mean that there is no padding."""
+    shutil.copytree(converted, tmp_path / "mla")
+    path = tmp_path / "mla" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": -1, "eos_token_id": 10**6}))
+    transmla.export(tmp_path / "mla", tmp_path / "model.gguf")
+    reader = GGUFReader(tmp_path / "model.gguf")
+    ids = {key: value(reader, key) for key in reader.fields if key.endswith("_token_id")}
+    assert ids["tokenizer.ggml.bos_token_id"] == 1 and all(0 <= place < 512 for place in ids.values())

@@ -124,3 +124,10 @@ def test_tensors_are_those_of_the_stock_class(q_rank: int | None, biases: tuple[
     if q_rank is None:
         assert target.stock_attention_weights - target.attention_weights == constant * 49 * 49
     assert all(type(layer.mlp) is DeepseekV3MLP for layer in model.model.layers)
+
+
+def test_ids_of_no_token_are_left_out() -> None:
+    """The first LLaMA models have a padding of -1; llama.cpp's own tools refuse it."""
+    source = SOURCE | {"pad_token_id": -1, "bos_token_id": SOURCE["vocab_size"]}
+    written = deepseek_v3_config(source, TARGET, 5000.0, 256, "bfloat16")
+    assert written["eos_token_id"] == [2, 3] and not written.keys() & {"pad_token_id", "bos_token_id"}

@@ -20,8 +20,9 @@ MODELING_FILE = "modeling_transmla.py"
 # copied unchanged from the source's config
 _KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-    "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+    "initializer_range", "attention_dropout",
 )  # fmt: skip
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def obstacles(config: Mapping[str, Any], family: Family, *, encoded: bool) -> tuple[str, ...]:
@@ -68,6 +69,9 @@ def deepseek_v3_config(
         "auto_map": {"AutoModelForCausalLM": f"modeling_transmla.{ARCHITECTURE}"},
     }
     config |= {key: source[key] for key in _KEPT if source.get(key) is not None}
+    # the first LLaMA models have -1 for none
+    rows = range(source["vocab_size"])
+    config |= {key: ids for key in _TOKENS if isinstance(ids := source.get(key), list) or ids in rows}
     config |= {
         # vLLM and SGLang expect one key/value head per query head here, although only one latent is cached
         "num_key_value_heads": target.num_attention_heads,

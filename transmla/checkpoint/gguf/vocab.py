@@ -68,6 +68,14 @@ def read_vocab(folder: Path, vocab_size: int, tokenizer: Any) -> GgufVocab:
     return GgufVocab("llama", "default", tokens, types, _scores(model, tokens), _adds_space(content), add_begin)
 
 
+class _SpecialVocab(gguf.SpecialVocab):
+    """Without ids below zero, by which the first LLaMA models mean that there is no such token."""
+
+    def _set_special_token(self, typ: str, tid: Any) -> None:
+        if not isinstance(tid, int) or tid >= 0:
+            super()._set_special_token(typ, tid)
+
+
 def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab: GgufVocab) -> None:
     """Write it, with special tokens and chat template."""
     writer.add_tokenizer_model(vocab.kind)
@@ -78,7 +86,7 @@ def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab: GgufVocab) -> None:
         writer.add_token_scores(vocab.scores)
     if vocab.add_space_prefix is not None:
         writer.add_add_space_prefix(vocab.add_space_prefix)
-    special = gguf.SpecialVocab(folder, load_merges=vocab.kind == "gpt2", n_vocab=len(vocab.tokens))
+    special = _SpecialVocab(folder, load_merges=vocab.kind == "gpt2", n_vocab=len(vocab.tokens))
     special.add_special_token["bos"] = vocab.add_begin
     template = folder / "chat_template.jinja"
     if special.chat_template is None and template.is_file():
