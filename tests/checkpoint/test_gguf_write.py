@@ -184,6 +184,7 @@ def byte_level(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+NO_CUT = BYTES | {"use_regex": False}
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 LLAMA_3 += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -197,9 +198,14 @@ class NoBegin:
     [
         ([BYTES], "gpt-2"),
         ([{"type": "Digits", "individual_digits": True}, BYTES], "smollm"),
-        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated"}, BYTES], "llama-bpe"),
-        ([{"type": "Split", "pattern": {"Regex": LLAMA_3.replace("{1,3}", "")}}, BYTES], "qwen2"),
-        ([{"type": "Split", "pattern": {"Regex": "[a-z]"}}, BYTES], None),
+        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated"}, NO_CUT], "llama-bpe"),
+        ([{"type": "Split", "pattern": {"Regex": LLAMA_3.replace("{1,3}", "")}}, NO_CUT], "qwen2"),
+        ([{"type": "Split", "pattern": {"Regex": "[a-z]"}}, NO_CUT], None),
+        # llama.cpp would cut once more or once less
+        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}}, BYTES], None),
+        ([{"type": "Split", "pattern": {"Regex": LLAMA_3}}, {"type": "Digits", "individual_digits": True}], None),
+        ([NO_CUT], None),
+        ([{"type": "Digits", "individual_digits": True}, NO_CUT], None),
         ([{"type": "ByteLevel", "add_prefix_space": True}], None),
         ([{"type": "Whitespace"}], None),
         ([], None),

@@ -142,23 +142,25 @@ def _adds_space(content: Mapping[str, Any]) -> bool:
 
 def _pre_tokenizer(content: Mapping[str, Any], path: Path) -> str:
     """llama.cpp's name of what cuts the text before bytes are merged."""
-    found = None
+    cuts = []
     for step in _steps(content.get("pre_tokenizer"), "pretokenizers"):
         kind = step.get("type")
         if kind == "Split":
             pattern = step["pattern"].get("Regex", "")
             if pattern not in _SPLITS:
                 raise _unknown(path, f"llama.cpp has no pre-tokenizer {pattern!r}", "")
-            found = _SPLITS[pattern]
+            cuts.append(_SPLITS[pattern])
         elif kind == "Digits" and step.get("individual_digits"):
-            found = "smollm"
+            cuts.append(kind)
         elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-            found = found or _GPT2
+            cuts += [_GPT2] if step.get("use_regex", True) else []
         else:
             raise _unknown(path, f"llama.cpp has no pre-tokenizer like its {kind}", "")
-    if found is None:
-        raise _unknown(path, "it has no byte-level pre-tokenizer", "")
-    return found
+    if cuts == ["Digits", _GPT2]:
+        return "smollm"
+    if len(cuts) != 1 or cuts == ["Digits"]:
+        raise _unknown(path, f"llama.cpp has none that cuts by {' and then '.join(cuts) or 'nothing'}", "")
+    return cuts[0]
 
 
 def _steps(entry: Mapping[str, Any] | None, inside: str) -> list[Mapping[str, Any]]:
