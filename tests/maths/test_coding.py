@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transmla.maths.coding import coding_basis, lloyd_max, spread_basis
+from transmla.maths.coding import Seen, code_bases, coding_basis, lloyd_max, spread_basis
 
 # Max, IRE TIT 6/1, table I: error of 2, 4, 8, 16 levels for a normal distribution
 MAX_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
@@ -73,3 +73,14 @@ def test_heavy_tails_and_weights_move_the_levels() -> None:
 def test_few_values_have_no_empty_levels_that_are_lost() -> None:
     levels, error = lloyd_max(torch.tensor([0.0, 1.0, 1.0, 5.0]), torch.ones(4), 8)
     assert len(levels) == 8 and levels.isfinite().all() and error < 1e-12
+
+
+def test_padding_does_not_widen_the_spread() -> None:
+    """Coordinates that are always zero are not worth any bits."""
+
+    def spread(padding: int) -> float:
+        metric, covariance = (torch.block_diag(uneven(8, seed), torch.zeros(padding, padding)) for seed in (3, 4))
+        seen = Seen(covariance, metric, torch.zeros(8 + padding, dtype=torch.float64), 1)
+        return code_bases([seen], 8 + padding, "coded", 0)[2][0]
+
+    assert 2 < spread(0) == pytest.approx(spread(24), rel=1e-2)

@@ -129,7 +129,10 @@ def code_bases(
         mean_k = layer.sum_k
         covariance_kk = layer.square_kk - torch.outer(mean_k, mean_k)
         map_rr, inverse_rr, variances_r = coding_basis(layer.gradient_kk[:rank, :rank], covariance_kk[:rank, :rank])
-        spread.append(float(variances_r.mean() / variances_r.clamp_min(1e-30).log().mean().exp()))
+        # padded coordinates and the like, which have no variance, take no bits
+        own_r = torch.linalg.eigvalsh(covariance_kk[:rank, :rank])
+        worth = variances_r[: int((own_r > 1e-12 * own_r.max()).sum()) or None].clamp_min(1e-30)
+        spread.append(float(worth.mean() / worth.log().mean().exp()))
         if basis == "spread":
             rotation_rr = spread_basis(rank, seed)
             map_rr, inverse_rr = rotation_rr @ map_rr, inverse_rr @ rotation_rr.T

@@ -45,8 +45,8 @@ TOKENS, WINDOW = 16384, 512
 class QuantiseReport(Shown):
     """What `quantise` has written.
 
-    spread:     by layer, the arithmetic over the geometric mean of what the coordinates are worth: the factor by which
-                dealt bits lower the error
+    spread:     by layer, the arithmetic over the geometric mean of what the coordinates are worth, without those that
+                are constant: the factor by which dealt bits lower the error
     distortion: share of the variance that is left with 0 .. 8 bits
     relative_error: of the logits of the written folder
     """
