@@ -13,7 +13,7 @@ import pytest
 
 import transmla
 from transmla.errors import DestinationError, SourceError, UnsupportedError
-from transmla.targets.push import without_paths
+from transmla.targets.push import files_of, without_paths
 
 # the client library's own, of how it uploads
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
@@ -172,3 +172,11 @@ def test_nobody_is_there(folder: Path, hub: Hub, free_port: int) -> None:
 )
 def test_paths_become_names(text: str, cleaned: str) -> None:
     assert without_paths(text) == cleaned
+
+
+def test_a_licence_in_another_encoding(folder: Path) -> None:
+    (folder / "LICENSE").write_bytes("Copyright Jos\xe9".encode("latin-1"))
+    assert folder / "LICENSE" in files_of(folder)
+    (folder / "LICENSE").write_bytes("Jos\xe9 ".encode("latin-1") + b"hf_" + b"x" * 30)
+    with pytest.raises(UnsupportedError, match="token"):
+        files_of(folder)

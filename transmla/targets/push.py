@@ -84,7 +84,9 @@ def files_of(folder: Path) -> list[Path]:
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _FILES)
     ]
     for file in found:
-        if file.suffix in (".json", ".md", ".py", ".jinja", ".txt", "") and _TOKEN.search(_text(file)):
+        if file.suffix in (".json", ".md", ".py", ".jinja", ".txt", "") and _TOKEN.search(
+            _text(file, errors="replace")
+        ):
             raise UnsupportedError(
                 "this file holds what looks like an access token",
                 where=str(file),
@@ -99,9 +101,9 @@ def without_paths(text: str) -> str:
     return _ABSOLUTE.sub("", text)
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, errors: str = "strict") -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors=errors)
     except (OSError, ValueError) as error:
         raise SourceError(
             "a file of the model cannot be read",
