@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transmla.checkpoint.resolve import local
 from transmla.checkpoint.store import parsed_json
 from transmla.errors import SourceError
 
@@ -96,7 +97,7 @@ def write_provenance(writer: "CheckpointWriter", **sections: Any) -> None:
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """The content of transmla.json; `SourceError` if the folder was not made by this program."""
-    path = folder / FILE_NAME
+    path = (local(str(folder)) or folder) / FILE_NAME
     try:
         content = parsed_json(path.read_bytes(), MOST_BYTES)
     except OSError as error:

@@ -159,10 +159,12 @@ def open_source(path: Path, *, sizes_only: bool = False) -> Source:
 
     sizes_only: the config of a .gguf file may be less than transformers would make of it; see `GgufStore`
     """
-    if local(str(path)) is None:
+    found = local(str(path))
+    if found is None:
         raise _not_a_model(
             path, "no such file" if path.suffix.lower() == ".gguf" else "no such folder", "check the path"
         )
+    path = found
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise _not_a_model(path, "it is a file, but not a .gguf file", "pass a model folder or a .gguf file")

@@ -33,8 +33,10 @@ def doctor(model: str | Path) -> Diagnosis:
 
 def _is_source(path: Path) -> bool:
     """Whether it names something that `convert` takes: a family of the table, or what is not a path at all."""
-    if local(str(path)) is None:
+    found = local(str(path))
+    if found is None:
         return True
+    path = found
     if path.suffix.lower() == ".gguf" and path.is_file():
         known = {family.gguf_architecture for family in FAMILIES.values()}
         return describe_gguf(path).architecture in known

@@ -72,7 +72,7 @@ def load(model: str | Path, *, dtype: Any = "auto", device: Any = "cpu", **kwarg
     Raises `SourceError` if the folder does not exist or a file of it cannot be read, `UnsupportedError` if it is not a
     converted model, and `TransmlaError` if the device is not available.
     """
-    folder = Path(model)
+    folder = local(str(model)) or Path(model)
     if "device_map" not in kwargs:
         device = usable(device)
     model_class = CONVERTED[converted_type(folder)]
@@ -154,9 +154,10 @@ def open_model(name: str) -> Source:
 
 def is_converted(folder: Path) -> bool:
     """Whether `transmla convert` has written this folder, judged by its provenance file."""
+    found = local(str(folder))
     try:
-        return (folder / FILE_NAME).is_file()
-    except OSError:  # of a name that is too long for one
+        return found is not None and (found / FILE_NAME).is_file()
+    except OSError:  # in a folder that may not be read
         return False
 
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.gguf.describe import describe_gguf
 from transmla.checkpoint.read import Source, open_source
+from transmla.checkpoint.resolve import local
+from transmla.checkpoint.store import understood
 from transmla.errors import TransmlaError, UnsupportedError
 from transmla.tables import Shown
 from transmla.targets.engines import (
@@ -70,9 +72,10 @@ def doctor(model: str | Path) -> Diagnosis:
     Raises `SourceError` for folders that cannot be read or lack tensors, and `UnsupportedError` for other models;
     `transmla.plan` says what these could be converted to.
     """
-    if Path(model).suffix.lower() == ".gguf":
-        return _of_gguf(Path(model))
-    source = open_source(Path(model))
+    path = local(str(model)) or Path(model)
+    if path.suffix.lower() == ".gguf":
+        return _of_gguf(path)
+    source = open_source(path)
     config = source.config
     if config.get("model_type") not in ("deepseek_v3", OWN_MODEL_TYPE) or not config.get("kv_lora_rank"):
         raise UnsupportedError(
