@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transmla.checkpoint.provenance import read_provenance
 from transmla.checkpoint.read import open_source
 from transmla.errors import GeometryError, SourceError, UnsupportedError
 from transmla.maths.pad import Widths
+from transmla.model.loading import is_converted
 from transmla.targets.engines import LLAMA_CPP, MLX, OWN, REFUSES, RUNS, SGLANG, STOCK, VLLM_CPU, VLLM_GPU
 from transmla.targets.padding import padded_widths, widths_of
 
@@ -132,3 +134,60 @@ def test_what_is_no_converted_folder(converted: Path, lively: MakeSource, tmp_pa
     for call in (transmla.doctor, lambda folder: transmla.export(folder, tmp_path / "model.gguf")):
         with pytest.raises(SourceError, match="other shapes"):
             call(damaged)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusing"),
+    [
+        ({"rope_parameters": None}, ""),
+        ({"kv_lora_rank": "20"}, "doctor gguf unfold"),
+        ({"intermediate_size": ...}, "doctor gguf unfold"),
+        ({"max_position_embeddings": ...}, "gguf"),
+        ({"rope_theta": ...}, "gguf"),
+        ({"unfolded_rms_norm_eps": "small"}, "unfold"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_damaged_config_is_a_clear_error(
+    converted: Path, tmp_path: Path, changes: dict[str, Any], refusing: str
+) -> None:
+    """...: without that key."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(converted, damaged)
+    config = json.loads((damaged / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (damaged / "config.json").write_text(json.dumps(kept))
+    calls = {
+        "doctor": lambda: transmla.doctor(damaged),
+        "gguf": lambda: transmla.export(damaged, tmp_path / "model.gguf"),
+        "unfold": lambda: transmla.unfold(damaged, tmp_path / "train"),
+    }
+    for name, call in calls.items():
+        if name in refusing:
+            with pytest.raises(SourceError, match="description cannot be used"):
+                call()
+        else:
+            call()
+
+
+def test_a_damaged_config_of_the_form_for_training(converted: Path, text_file: Path, tmp_path: Path) -> None:
+    path = transmla.unfold(converted, tmp_path / "train") / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("intermediate_size", "max_position_embeddings", "rms_norm_eps"):
+        path.write_text(json.dumps({name: value for name, value in config.items() if name != key}))
+        with pytest.raises(SourceError, match=f"description cannot be used[^$]*{key}"):
+            transmla.fold(tmp_path / "train", tmp_path / "out", text=str(text_file))
+
+
+def test_a_path_in_the_home_folder(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(converted.parent))
+    assert transmla.doctor("~/mla").geometry == "20+8"
+    assert is_converted(Path("~/mla")) and "recipe" in read_provenance(Path("~/mla"))
+    assert transmla.load("~/mla").config.kv_lora_rank == 20
+
+
+def test_the_room_that_padding_takes(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = []
+    monkeypatch.setattr("transmla.targets.padding.check_destination", lambda path, size: needed.append(size))
+    transmla.export(converted, tmp_path / "padded", to="vllm")
+    assert needed == [sum(info.num_bytes for info in open_source(tmp_path / "padded").tensors.values())]

@@ -84,15 +84,16 @@ def doctor(model: str | Path) -> Diagnosis:
             why=f"model_type is {config.get('model_type')!r}",
             remedy="use `transmla plan` for a source that is not converted yet, or fold an unfolded model first",
         )
-    if config["model_type"] == OWN_MODEL_TYPE:
-        from transmla.targets.own import own_tensors
+    with understood(source.config_where):
+        if config["model_type"] == OWN_MODEL_TYPE:
+            from transmla.targets.own import own_tensors
 
-        source.require(own_tensors(config))
-    elif config.get("latent_norm_folded"):
-        source.require(expected_tensors(config))
-    verdicts = tuple(_with_folder(verdict, source) for verdict in engine_verdicts(config))
-    geometry = f"{config['kv_lora_rank']}+{config['qk_rope_head_dim']}"
-    values = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+            source.require(own_tensors(config))
+        elif config.get("latent_norm_folded"):
+            source.require(expected_tensors(config))
+        verdicts = tuple(_with_folder(verdict, source) for verdict in engine_verdicts(config))
+        geometry = f"{config['kv_lora_rank']}+{config['qk_rope_head_dim']}"
+        values = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     stored = next(iter(source.tensors.values())).dtype
     return Diagnosis(source.path, geometry, values, stored, verdicts)
 

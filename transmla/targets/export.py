@@ -12,6 +12,7 @@ from transmla.checkpoint.gguf.types import GGUF_TYPES
 from transmla.checkpoint.gguf.vocab import read_vocab
 from transmla.checkpoint.gguf.write import check_gguf_destination, find_quantiser, write_gguf
 from transmla.checkpoint.read import Source, open_source
+from transmla.checkpoint.store import understood
 from transmla.errors import UnsupportedError
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
@@ -124,15 +125,18 @@ def open_converted(folder: Path) -> Source:
             f"{source.config.get('latent_norm_folded', False)!r}; a converted folder has 'deepseek_v3' and True",
             remedy="pass a folder that `transmla convert` has written",
         )
-    source.config = flat_rotary(source.config)
-    source.require(expected_tensors(source.config))
+    with understood(source.config_where):
+        source.config = flat_rotary(source.config)
+        source.require(expected_tensors(source.config))
     return source
 
 
 def _to_gguf(source: Source, out: Path, gguf_type: str, progress: Progress) -> ExportReport:
     check_gguf_destination(out)
     config = source.config
-    verdict = next(verdict for verdict in engine_verdicts(config) if verdict.engine == LLAMA_CPP)
+    with understood(source.config_where):
+        verdict = next(verdict for verdict in engine_verdicts(config) if verdict.engine == LLAMA_CPP)
+        settings, tensors = gguf_settings(config, source.path.resolve().name), list(gguf_tensors(config))
     for finding in verdict.findings:
         raise UnsupportedError(
             "llama.cpp would not run this model",
@@ -142,8 +146,6 @@ def _to_gguf(source: Source, out: Path, gguf_type: str, progress: Progress) -> E
         )
     quantiser = find_quantiser(gguf_type)
     vocab = read_vocab(source.path, config["vocab_size"], tokenizer(source))
-    tensors = list(gguf_tensors(config))
-    settings = gguf_settings(config, source.path.resolve().name)
     kept = write_gguf(
         source, out, ARCHITECTURE, settings, vocab, tensors, gguf_type, quantiser,
         lambda done, total, remark: progress("write", done, total, remark),

@@ -8,6 +8,7 @@ and a model_type of its own, so that stock classes refuse it instead of computin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from transmla.checkpoint.companions import copy_companions, tokenizer
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance, write_provenance
 from transmla.checkpoint.read import Source, open_source
+from transmla.checkpoint.store import understood
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.devices import named, release
 from transmla.errors import UnsupportedError
@@ -71,7 +73,8 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
         )
     source = open_converted(Path(model))
     config = source.config
-    residual = residual_scale(float(config.get("unfolded_rms_norm_eps", EPS)))
+    with understood(source.config_where):
+        residual = residual_scale(float(config.get("unfolded_rms_norm_eps", EPS)))
     unfolded_config = dict(config) | {
         "model_type": UnfoldedConfig.model_type,
         "architectures": [UnfoldedForCausalLM.__name__],
@@ -89,7 +92,7 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
         unfolded = unfold_layer(tensors, config["kv_lora_rank"], residual)
         return unfolded if query_rank is None else biased_query(unfolded, latent=query_rank > 0)
 
-    with _writer(source, Path(out)) as writer:
+    with _writer(source, Path(out), unfolded_config, dtype) as writer:
         _write(source, writer, unfolded_config, dtype, layer, 1 / residual, progress or silent)
         writer.commit()
     return Path(out)
@@ -116,7 +119,7 @@ def fold(
     if the folded model, run through the stock class, does not compute what `model` computes; then nothing is written.
     """
     source = open_unfolded(Path(model))
-    with _writer(source, Path(out)) as writer:
+    with _writer(source, Path(out), _folded(source), dtype) as writer:
         fold_into(writer, source, text=text, dtype=dtype, device=named(device), progress=progress or silent)
         writer.commit()
     return Path(out)
@@ -129,13 +132,14 @@ def fold_into(
 
     The other parameters and the errors are those of `fold`.
     """
+    folded_config = _folded(source)
     model_tokenizer = tokenizer(source)
     ids = model_tokenizer(
         read_text(text, 2 * WITNESS_TOKENS * CHARACTERS_PER_TOKEN, evaluation=True),
         add_special_tokens=False,
         verbose=False,
     ).input_ids
-    window = max(1, min(WITNESS_TOKENS, source.config["max_position_embeddings"], len(ids) // 2))
+    window = max(1, min(WITNESS_TOKENS, folded_config["max_position_embeddings"], len(ids) // 2))
     witness_ids = windows(ids, 2 * window, window, name=text).ids_NT[-1:]
     expected_TV = _logits(source.path, witness_ids, device)
     release(device)
@@ -146,13 +150,20 @@ def fold_into(
         tensors, rank = constant_query(tensors) if config.get("query_bias") else tensors, config["kv_lora_rank"]
         return fold_layer(tensors, rank, residual, *latent_scales(tensors, rank))
 
-    folded_config = flat_rotary(config) | _FOLDED
-    folded_config |= {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
-    if folded_config.pop("query_bias", False):
-        rank = config.get("q_lora_rank")
-        folded_config |= {"q_lora_rank": (rank or config["hidden_size"]) + 1, "unfolded_q_lora_rank": rank or 0}
     _write(source, writer, folded_config, dtype, layer, residual, progress)
     _verify(writer.partial, witness_ids, expected_TV, device)
+
+
+def _folded(source: Source) -> dict[str, Any]:
+    """config.json of the folded form of an unfolded folder, without its dtype."""
+    with understood(source.config_where):
+        config = flat_rotary(source.config)
+        folded = config | _FOLDED | {"auto_map": _AUTO_MAP, "unfolded_rms_norm_eps": float(config["rms_norm_eps"])}
+        folded["max_position_embeddings"] = int(config["max_position_embeddings"])
+        if folded.pop("query_bias", False):
+            rank = config.get("q_lora_rank")
+            folded |= {"q_lora_rank": (rank or config["hidden_size"]) + 1, "unfolded_q_lora_rank": rank or 0}
+    return folded
 
 
 def open_unfolded(folder: Path) -> Source:
@@ -162,20 +173,28 @@ def open_unfolded(folder: Path) -> Source:
     tensors.
     """
     source = open_source(folder)
-    if source.config.get("model_type") != UnfoldedConfig.model_type:
+    if (kind := source.config.get("model_type")) != UnfoldedConfig.model_type:
         raise UnsupportedError(
             "this is not an unfolded model",
             where=source.config_where,
             why=f"model_type is {source.config.get('model_type')!r}",
             remedy="unfold a converted folder first: transmla unfold OUT TRAIN",
         )
-    source.require(expected_tensors(source.config))
+    with understood(source.config_where):
+        source.require(expected_tensors(source.config))
     return source
 
 
-def _writer(source: Source, out: Path) -> CheckpointWriter:
-    check_destination(out, sum(info.num_bytes for info in source.tensors.values()))
+def _writer(source: Source, out: Path, config: dict[str, Any], dtype: str) -> CheckpointWriter:
+    """Of the other form, with this config.json; `DestinationError` if there is no room for it."""
+    values = sum(map(math.prod, expected_tensors(config).values()))
+    check_destination(out, values * getattr(torch, _stored(source, dtype)).itemsize)
     return CheckpointWriter(out)
+
+
+def _stored(source: Source, dtype: str) -> str:
+    """Name of the dtype that is written."""
+    return source.tensors["model.embed_tokens.weight"].dtype if dtype == "auto" else dtype
 
 
 def _write(
@@ -193,7 +212,7 @@ def _write(
     layer:     maps the index and the float32 tensors of a layer to the tensors to write
     embedding: factor of the embeddings
     """
-    stored = source.tensors["model.embed_tokens.weight"].dtype if dtype == "auto" else dtype
+    stored = _stored(source, dtype)
     number_format = getattr(torch, stored)
     names = expected_tensors(source.config)
     for index in range(config["num_hidden_layers"]):

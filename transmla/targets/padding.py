@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +76,9 @@ def write_padded(source: Source, out: Path, size: str | None, progress: Progress
     }
     if (new.rank, new.rope) != (old.rank, old.rope):  # it is of the values that were cached
         padded.pop("latent_code", None)
-    check_destination(out, sum(info.num_bytes for info in source.tensors.values()))
+    shapes = expected_tensors(padded)
+    stored = {name: getattr(torch, source.tensors[name].dtype).itemsize for name in shapes}
+    check_destination(out, sum(stored[name] * math.prod(shape) for name, shape in shapes.items()))
     with torch.no_grad(), CheckpointWriter(out) as writer:
         _write_tensors(source, old, new, writer, progress)
         writer.write_json("config.json", padded)
@@ -89,7 +92,7 @@ def write_padded(source: Source, out: Path, size: str | None, progress: Progress
             if "latent_code" not in padded:
                 parent.pop("quantised_for", None)
             write_provenance(writer, **parent | {"padded": {"from": asdict(old), "to": asdict(new)}})
-        open_source(writer.partial).require(expected_tensors(padded))
+        open_source(writer.partial).require(shapes)
         writer.commit()
     return old, new
 

@@ -141,8 +141,8 @@ def flat_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
 
     transformers merges both into `rope_parameters` when it saves a model.
     """
-    if "rope_parameters" not in config:
-        return dict(config)
+    if config.get("rope_parameters") is None:
+        return {key: value for key, value in config.items() if key != "rope_parameters"}
     rotary = dict(config["rope_parameters"])
     # save_pretrained also adds head_dim, the rotary size, which an engine could mistake for the width of the heads
     flat = {key: value for key, value in config.items() if key not in ("rope_parameters", "head_dim")}
