@@ -50,3 +50,9 @@ def test_what_cannot_be_read(tmp_path, content, why):
     with pytest.raises(SourceError, match=why) as error:
         provenance.read_provenance(tmp_path)
     assert "transmla.json" in str(error.value)
+
+
+def test_a_folder_that_does_not_say_what_it_was_made_from(tmp_path):
+    (tmp_path / provenance.FILE_NAME).write_text('{"format": 1, "files": {}}')
+    with pytest.raises(SourceError, match=r"was made from[^$]*--source"):
+        provenance.named_source(tmp_path)

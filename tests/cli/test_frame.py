@@ -11,7 +11,7 @@ import torch
 
 from transmla import devices
 from transmla.cli import main
-from transmla.cli.frame import emit, errors, note_emulation
+from transmla.cli.frame import emit, errors, note_emulation, source_of
 from transmla.errors import DestinationError, SourceError
 
 BROKEN = SourceError("a tensor cannot be read", where="a file", why="it has no shape", remedy="download it again")
@@ -85,3 +85,8 @@ def test_tables_and_the_file_do_not_hang_on_each_other(tmp_path: Path) -> None:
     with pytest.raises(DestinationError):
         emit(lambda: {"a": 1}, str(tmp_path / "no" / "a.json"), lambda: shown.append(1))
     assert shown == [1]
+
+
+def test_a_folder_that_does_not_name_its_source_is_compared_with_nothing(tmp_path: Path) -> None:
+    (tmp_path / "transmla.json").write_text('{"format": 1, "files": {}}')
+    assert source_of(str(tmp_path), None) is None

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import transmla
 from tests.families import MakeSource
+from transmla.checkpoint.read import open_source
 from transmla.cli import main
 from transmla.errors import DataError, UnsupportedError, VerificationError
+from transmla.model.loading import is_converted
 from transmla.targets.fold import open_unfolded
 
 IDS = torch.arange(3, 67)[None]
@@ -100,6 +102,8 @@ def test_only_the_unfolded_form_survives_an_optimizer(converted: Path, text_file
         assert gains.std() > 0
     transmla.fold(tmp_path / "trained", tmp_path / "folded", text=str(text_file))
     assert relative(stock(tmp_path / "folded").float(), logits(model)) < 1e-3
+    # the trainer has not kept where it came from
+    assert transmla.verify(tmp_path / "folded").passed and is_converted(tmp_path / "folded")
     configs = [json.loads((folder / "config.json").read_text()) for folder in (converted, tmp_path / "folded")]
     # save_pretrained merges and adds keys, which engines do not read or would misread
     assert configs[1].items() >= configs[0].items() and not configs[1].keys() & {"rope_parameters", "head_dim"}
@@ -142,6 +146,18 @@ def test_weights_that_the_dtype_cannot_hold(converted: Path, tmp_path: Path) -> 
     with pytest.raises(VerificationError, match="does not fit"):
         transmla.unfold(large, tmp_path / "train", dtype="float16")
     assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize("converted", ["plain queries", "biases"], indirect=True)
+def test_the_room_that_the_other_form_takes(
+    converted: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("transmla.targets.fold.check_destination", lambda path, size: needed.append(size))
+    train = transmla.unfold(converted, tmp_path / "train", dtype="bfloat16")
+    folded = transmla.fold(train, tmp_path / "folded", text=str(text_file), dtype="float32")
+    written = [sum(info.num_bytes for info in open_source(one).tensors.values()) for one in (train, folded)]
+    assert needed == written and written[1] >= 2 * written[0]
 
 
 def test_command_line(converted: Path, text_file: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_the_function_stays(converted: Path, prepared: Path, tmp_path: Path) -> 
     # what was measured is of these weights: the form for training does not have it, nor what is folded from it
     train = transmla.unfold(prepared, tmp_path / "train")
     assert "latent_code" not in json.loads((train / "config.json").read_text("utf-8"))
+    assert "quantised_for" in read_provenance(prepared) and "quantised_for" not in read_provenance(train)
     assert relative(logits(transmla.load(train, dtype=torch.float32)), wanted) < 1e-3
     assert transmla.doctor(prepared).engines == transmla.doctor(converted).engines
 
@@ -79,6 +80,8 @@ def test_own_form_with_norms(lively: Any, text_file: Path, tmp_path: Path) -> No
     transmla.convert(
         str(source), folder, latent=16, rope=8, refine="off", calibration=str(text_file), tokens=1024, window=128
     )
+    with pytest.raises(UnsupportedError, match="use it as it is"):
+        transmla.fold(folder, tmp_path / "folded")
     report = transmla.quantise(folder, tmp_path / "coded", text=str(text_file), tokens=1024)
     before, after = (logits(transmla.load(one, dtype=torch.float32)) for one in (folder, report.path))
     assert relative(after, before) < 1e-3

@@ -64,7 +64,11 @@ def _portable(name: str) -> str:
 def named_source(folder: Path) -> str:
     """The source that the provenance file of a converted folder names, as a path if one of that name lies beside the
     folder; errors of `read_provenance`."""
-    name = str(read_provenance(folder)["source"]["name"])
+    try:
+        name = str(read_provenance(folder)["source"]["name"])
+    except (KeyError, TypeError) as error:
+        remedy = "name the source with --source, or copy transmla.json of the folder that it was trained from"
+        raise _unreadable(folder / FILE_NAME, "it does not say what the folder was made from", remedy) from error
     beside = folder.absolute().parent / Path(name).name
     is_path = "/" not in name or name.startswith(("./", "../", "~"))
     if is_path and not Path(name).expanduser().exists() and beside.exists():

@@ -288,6 +288,8 @@ def source_of(model: str, against: str | None) -> str | None:
 
     if local(model) is None or not (Path(model) / FILE_NAME).is_file():
         return None
+    if "source" not in read_provenance(Path(model)):  # folded from what another trainer has saved
+        return None
     name = named_source(Path(model))
     try:
         resolve(name, read_provenance(Path(model))["source"].get("revision"), headers_only=True)

@@ -74,6 +74,7 @@ def write_healed(
     }
     entry = portable(entry)
     provenance = read_provenance(parent.path)
+    provenance.pop("quantised_for", None)  # a code for other weights
     sections = provenance | {"healed": [*provenance.get("healed", []), entry]}
     if is_own(parent):
         sections.pop("format", None)

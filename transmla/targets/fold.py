@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.companions import copy_companions, tokenizer
-from transmla.checkpoint.provenance import FILE_NAME, read_provenance, write_provenance
+from transmla.checkpoint.provenance import FILE_NAME, read_provenance, versions, write_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.store import understood
 from transmla.checkpoint.write import CheckpointWriter, check_destination
@@ -36,6 +36,7 @@ from transmla.model.loading import load
 from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
 from transmla.progress import Progress, silent
 from transmla.targets.comparison import WITNESS_TOKENS, compare_logits, load_stock
+from transmla.targets.engines import OWN_MODEL_TYPE
 from transmla.targets.export import open_converted
 from transmla.targets.stock import ARCHITECTURE, MODELING_FILE, expected_tensors, flat_rotary, modeling_source
 from transmla.text.sources import CHARACTERS_PER_TOKEN, read_text
@@ -64,7 +65,7 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
     Raises `UnsupportedError` if `model` is not a converted folder, `SourceError` if it cannot be read, and
     `DestinationError` if `out` exists or cannot be written.
     """
-    if open_source(Path(model)).config.get("model_type") == "transmla":
+    if open_source(Path(model)).config.get("model_type") == OWN_MODEL_TYPE:
         raise UnsupportedError(
             "this folder needs no unfolding",
             where=str(model),
@@ -177,8 +178,10 @@ def open_unfolded(folder: Path) -> Source:
         raise UnsupportedError(
             "this is not an unfolded model",
             where=source.config_where,
-            why=f"model_type is {source.config.get('model_type')!r}",
-            remedy="unfold a converted folder first: transmla unfold OUT TRAIN",
+            why=f"model_type is {kind!r}" + (", the same for training and inference" if kind == OWN_MODEL_TYPE else ""),
+            remedy="use it as it is, trained or not"
+            if kind == OWN_MODEL_TYPE
+            else "unfold a converted folder first: transmla unfold OUT TRAIN",
         )
     with understood(source.config_where):
         source.require(expected_tensors(source.config))
@@ -234,10 +237,12 @@ def _write(
     if (source.path / "README.md").is_file():
         writer.copy_file(source.path / "README.md")
     copy_companions(source, writer.partial)
-    if (source.path / FILE_NAME).is_file():
-        sections = read_provenance(source.path)
-        sections.pop("format")
-        write_provenance(writer, **sections)
+    # a trainer that has saved the folder may have left out where it came from
+    sections = read_provenance(source.path) if (source.path / FILE_NAME).is_file() else {"versions": versions()}
+    sections.pop("format", None)
+    if "latent_code" not in config:
+        sections.pop("quantised_for", None)
+    write_provenance(writer, **sections)
 
 
 @torch.no_grad()
