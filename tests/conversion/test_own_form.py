@@ -302,6 +302,21 @@ def test_a_window_that_is_none(lively: MakeSource, run: Convert, window: int | N
         assert torch.equal(own(written).logits[:, IDS.shape[1] - 1 : -1].argmax(-1), written[:, IDS.shape[1] :])
 
 
+@pytest.mark.parametrize(
+    ("model_type", "setting"),
+    [("mistral", "sliding_window"), ("gemma2", "final_logit_softcapping"), ("gemma", "pad_token_id")],
+)
+def test_settings_that_are_null_stay_null(
+    lively: MakeSource, run: Convert, tmp_path: Path, model_type: str, setting: str
+) -> None:
+    """The class has another default for each of them; a model that is saved again keeps them as well."""
+    source = lively(model_type=model_type, layers=2, **{setting: None})
+    folder, again = run(source, latent=12, rope=8, format="transmla").destination, tmp_path / "again"
+    load(folder).save_pretrained(again)
+    for config in (load(folder).config, load(again).config):
+        assert getattr(config.text_config, setting) is None and getattr(config, setting) is None
+
+
 def test_the_auto_classes(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
     """What it takes to load the own form by them without code from the folder: one call, which `import` does not make;
     and the tokenizer needs nothing but a no to the question that it would ask."""

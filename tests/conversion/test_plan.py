@@ -223,3 +223,13 @@ def test_what_a_config_leaves_out_is_its_class_s(tmp_path: Path, model_type: str
         written = target_config(found, 10000.0)
         assert written == target_config(whole, 10000.0)
         assert written["unfolded_rms_norm_eps"] == config.rms_norm_eps
+
+
+def test_tokens_that_a_config_leaves_out_are_its_class_s(lively: MakeSource, tmp_path: Path) -> None:
+    """deepseek_v3 has other ones by default."""
+    folder = shutil.copytree(lively(), tmp_path / "source")
+    values = json.loads((folder / "config.json").read_text())
+    short = {key: value for key, value in values.items() if key not in ("bos_token_id", "eos_token_id")}
+    (folder / "config.json").write_text(json.dumps(short))
+    written = target_config(transmla.plan(str(folder), download=True, latent=16, rope=8), 10000.0)
+    assert (written["bos_token_id"], written["eos_token_id"]) == (1, 2)

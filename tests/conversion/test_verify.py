@@ -53,3 +53,19 @@ def test_verification_sees_a_wrong_config(
     monkeypatch.setattr(conversion, "target_config", lambda *args, **kept: make(*args, **kept) | {setting: wrong})
     with pytest.raises(VerificationError):
         run(lively())
+
+
+def test_verification_sees_what_the_class_adds_to_the_config(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source without a cap of its logits, and a config from which that cannot be seen."""
+    make = conversion.target_config
+
+    def silent(*args: Any, **kept: Any) -> dict[str, Any]:
+        config = make(*args, **kept)
+        config["text_config"].pop("final_logit_softcapping", None)
+        return config
+
+    monkeypatch.setattr(conversion, "target_config", silent)
+    with pytest.raises(VerificationError):
+        run(lively(model_type="gemma2", layers=2, final_logit_softcapping=None))

@@ -1,5 +1,6 @@
 """A layer in pieces computes what the Hugging Face layer computes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from tests.conversion.pieces import model_and_layer
 from tests.families import LINEAR, LLAMA3, YARN, lively_config, lively_source
 from tests.maths.weights import relative
-from transmla.checkpoint.read import open_source
+from transmla.checkpoint.read import open_source, read_config
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
 from transmla.model.layer import SourceLayer
+from transmla.model.loading import load_source
 from transmla.model.skeleton import Stored, layer_tensors, skeleton, source_config, source_frequencies
 from transmla.model.source import SourceModel
 
@@ -183,6 +185,22 @@ def test_source_config_ignores_code_of_the_checkpoint() -> None:
     values = lively_config().to_dict() | {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}
     config = source_config(values)
     assert config.model_type == "llama" and not hasattr(config, "auto_map")
+
+
+@pytest.mark.parametrize(("model_type", "setting"), [("gemma2", "final_logit_softcapping"), ("cohere", "logit_scale")])
+def test_a_setting_that_is_left_out_is_the_default_of_the_class(tmp_path: Path, model_type: str, setting: str) -> None:
+    config = lively_config(model_type=model_type)
+    lively_source(tmp_path, model_type=model_type)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value for key, value in read_config(path).items() if key != setting}), "utf-8")
+    source, geometry = open_source(tmp_path), gqa_geometry(config.to_dict(), "config.json")
+    found = SourceModel(source, FAMILIES[model_type], geometry, torch.device("cpu"))
+    ids_1T = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        (stream_TD,) = found.embed(ids_1T)
+        for index in range(geometry.num_hidden_layers):
+            stream_TD = run(found.layer(index), stream_TD)
+        assert relative(found.ends(torch.float32).logits(stream_TD), load_source(source)(ids_1T).logits[0]) < 1e-5
 
 
 def test_the_next_layer_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,13 @@ def test_nothing_of_the_source_s_attention_is_left(config: dict[str, Any]) -> No
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_transmla.DeepseekV3ForCausalLM"}
 
 
+def test_no_tokens_are_those_that_the_class_has_by_default(config: dict[str, Any]) -> None:
+    none = {"bos_token_id": None, "eos_token_id": None}
+    for source in (SOURCE | none, {key: value for key, value in SOURCE.items() if key not in none}):
+        made = DeepseekV3Config.from_dict(deepseek_v3_config(source, TARGET, 5000.0, 256, "bfloat16"))
+        assert (made.bos_token_id, made.eos_token_id, made.pad_token_id) == (None, None, None)
+
+
 def test_identity_yarn_changes_nothing(config: dict[str, Any]) -> None:
     scaling = config["rope_scaling"]
     assert scaling["rope_type"] == scaling["type"] == "yarn" and scaling["factor"] == 1.0

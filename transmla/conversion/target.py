@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transmla.families import rope_parameters
-from transmla.model.outline import filled
 from transmla.targets.engines import OWN_MODEL_TYPE, own_form_sizes
 from transmla.targets.stock import deepseek_v3_config
 
@@ -25,8 +24,9 @@ def target_config(
     """
     if planned.form == "deepseek_v3":
         assert theta is not None
-        source = filled(planned.source.config, planned.outline.config)
-        return deepseek_v3_config(source, planned.mla, theta, planned.max_position_embeddings, planned.dtype)
+        return deepseek_v3_config(
+            planned.outline.config, planned.mla, theta, planned.max_position_embeddings, planned.dtype
+        )
     from transmla.targets.own import own_config
 
     config = dict(planned.config) if tied is None else dict(planned.config) | {"tie_word_embeddings": tied}

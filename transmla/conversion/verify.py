@@ -88,7 +88,8 @@ def verify(folder: Path, family: Family, witness: Witness, device: torch.device,
     config._attn_implementation = "sdpa"
     # a deepseek_v3 folder has the layout of llama, and neither scales nor caps
     family = family if own else FAMILIES["llama"]
-    values: dict[str, Any] = source.config["text_config"] if own else {}
+    # as the class understands config.json, which it fills in where that is silent
+    values: dict[str, Any] = config.text_config.to_dict() if own else {}
     model = skeleton(config)
     base = model.get_submodule(family.layers.rpartition(".")[0])
     embedding = embedding_scale(family, values) if own else 1.0

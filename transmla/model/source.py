@@ -115,8 +115,8 @@ class SourceModel:
         weight_VD, biased = read(self.head_name), bias in self.source.tensors
         if biased:
             weight_VD = torch.cat([weight_VD, read(bias)[:, None]], dim=1)
-        config = self.source.config
-        head = Head(weight_VD, logit_scale(config), config.get("final_logit_softcapping"), biased)
+        values = self.config.to_dict()
+        head = Head(weight_VD, logit_scale(values), values.get("final_logit_softcapping"), biased)
         return Ends(self.final_norm(), head)
 
     def embed(self, ids_NT: Tensor) -> Iterator[Tensor]:
@@ -125,7 +125,7 @@ class SourceModel:
         Only the rows of tokens that occur are read.
         """
         ids, places_NT = ids_NT.unique(return_inverse=True)
-        scale = embedding_scale(self.family, self.source.config)
+        scale = embedding_scale(self.family, self.config.to_dict())
         rows = self.source.rows(f"{self.family.embed_tokens}.weight", ids).float() * scale
         return (rows[places_T] for places_T in places_NT)
 

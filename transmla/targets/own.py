@@ -64,7 +64,8 @@ def own_config(
     dtype:  of the weights: "float32", "bfloat16" or "float16"
     The others: see `TransmlaConfig`, and `GqaWeights` for `biased` and `encoded`.
     """
-    kept = {key: value for key, value in source.items() if key not in _NOT_OF_THE_MODEL and value is not None}
+    # null as well, which the class would take for its default if it were left out
+    kept = {key: value for key, value in source.items() if key not in _NOT_OF_THE_MODEL}
     kept |= {"dtype": dtype, "architectures": source.get("architectures")}
     return {
         "architectures": [ARCHITECTURE],

@@ -56,7 +56,7 @@ def deepseek_v3_config(
 ) -> dict[str, Any]:
     """config.json of the converted folder, as a dict.
 
-    source:                  config.json of the source
+    source:                  complete config of the source, with the defaults of its class
     target:                  geometry of the converted model
     theta:                   rope_theta of the converted model
     max_position_embeddings: longest context, in tokens
@@ -69,9 +69,11 @@ def deepseek_v3_config(
         "auto_map": {"AutoModelForCausalLM": f"modeling_transmla.{ARCHITECTURE}"},
     }
     config |= {key: source[key] for key in _KEPT if source.get(key) is not None}
-    # the first LLaMA models have -1 for none
+    # the first LLaMA models have -1 for none; where there is no begin or end, null says so: left out, they would be the
+    # first two tokens
     rows = range(source["vocab_size"])
-    config |= {key: ids for key in _TOKENS if isinstance(ids := source.get(key), list) or ids in rows}
+    tokens = {key: ids if isinstance(ids := source.get(key), list) or ids in rows else None for key in _TOKENS}
+    config |= {key: ids for key, ids in tokens.items() if ids is not None or key != "pad_token_id"}
     config |= {
         # vLLM and SGLang expect one key/value head per query head here, although only one latent is cached
         "num_key_value_heads": target.num_attention_heads,
