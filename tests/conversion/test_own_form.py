@@ -1,5 +1,6 @@
 """Every family in its own form: the same model where nothing is lost, with and without a cache."""
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -284,6 +285,24 @@ def test_other_heads(lively: MakeSource, run: Convert, model_type: str) -> None:
     assert judge(IDS).logits.shape == (2, 3)
     grads = {name: weight.grad for name, weight in judge.named_parameters() if "kv_a_proj" in name}
     assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_head_that_the_source_s_family_lacks_is_not_promised(model_type: str) -> None:
+    source = lively_config(**sizes_of(model_type))
+    config, family = source.to_dict(), FAMILIES[model_type]
+    gqa = gqa_geometry(config, "config.json")
+    written = own_config(
+        config, family, gqa, mla_geometry(gqa, 8, 4), [], "float32",
+        softmax_scale=1.0, softcap=None, biased=False, encoded=False, output_bias=False,
+    )  # fmt: skip
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= set(written["auto_map"])
+    promised = "AutoModelForSequenceClassification" in written["auto_map"]
+    with (
+        torch.device("meta"),
+        contextlib.nullcontext() if promised else pytest.raises(ValueError, match="Unrecognized"),
+    ):
+        AutoModelForSequenceClassification.from_config(source)
 
 
 @pytest.mark.parametrize("form", ["deepseek_v3", "transmla"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from transmla.checkpoint.companions import copy_companions
 from transmla.checkpoint.destination import disk_errors
@@ -67,18 +68,13 @@ def own_config(
     # null as well, which the class would take for its default if it were left out
     kept = {key: value for key, value in source.items() if key not in _NOT_OF_THE_MODEL}
     kept |= {"dtype": dtype, "architectures": source.get("architectures")}
+    classes = dict(_CLASSES)
+    if CONFIG_MAPPING[family.model_type] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        classes["AutoModelForSequenceClassification"] = TransmlaForSequenceClassification
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        "auto_map": {
-            auto: f"modeling_transmla.{made.__name__}"
-            for auto, made in (
-                ("AutoConfig", TransmlaConfig),
-                ("AutoModel", TransmlaModel),
-                ("AutoModelForCausalLM", TransmlaForCausalLM),
-                ("AutoModelForSequenceClassification", TransmlaForSequenceClassification),
-            )
-        },
+        "auto_map": {auto: f"modeling_transmla.{made.__name__}" for auto, made in classes.items()},
         "text_config": kept,
         "kv_lora_rank": mla.kv_lora_rank,
         "qk_rope_head_dim": mla.qk_rope_head_dim,
@@ -103,6 +99,12 @@ def own_config(
     }
 
 
+# Auto class -> what it loads a folder with; the source's class must have such a head where there is one more
+_CLASSES: dict[str, type] = {
+    "AutoConfig": TransmlaConfig,
+    "AutoModel": TransmlaModel,
+    "AutoModelForCausalLM": TransmlaForCausalLM,
+}
 # names and paths of whoever saved the model, remote code, and what transformers adds to every config
 _NOT_OF_THE_MODEL = frozenset(
     {"_name_or_path", "auto_map", "transformers_version", "torch_dtype", "dtype", "quantization_config"}
