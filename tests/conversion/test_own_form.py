@@ -33,7 +33,7 @@ from transmla.maths.closed_form import ClosedForm
 from transmla.maths.reference import mla_naive
 from transmla.model.layer import build_layer
 from transmla.model.loading import load, load_any, load_tokenizer
-from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM
+from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM, TransmlaForSequenceClassification
 from transmla.model.skeleton import attention_facts, layer_tensors, skeleton
 from transmla.targets.own import own_attention, own_config
 
@@ -303,6 +303,48 @@ def test_a_head_that_the_source_s_family_lacks_is_not_promised(model_type: str) 
         contextlib.nullcontext() if promised else pytest.raises(ValueError, match="Unrecognized"),
     ):
         AutoModelForSequenceClassification.from_config(source)
+
+
+def small_config(**settings: Any) -> TransmlaConfig:
+    """Of a llama in the own form that nobody has converted."""
+    text_config = lively_config(layers=2, dtype=settings.get("dtype")).to_dict()
+    return TransmlaConfig(
+        text_config=text_config, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=12, v_head_dim=12,
+        latent_inv_freq=[[1.0, 0.1]] * 2, **settings,
+    )  # fmt: skip
+
+
+def test_what_is_changed_in_the_config_holds_in_the_source_s_modules() -> None:
+    judge: Any = TransmlaForSequenceClassification(small_config()).eval()
+    with pytest.raises(ValueError, match="padding token"):
+        judge(IDS)
+    judge.config.pad_token_id = 0
+    assert judge(IDS).past_key_values is not None and judge(IDS).hidden_states is None
+    judge.config.use_cache, judge.config.output_hidden_states = False, True
+    assert judge(IDS).past_key_values is None and len(judge(IDS).hidden_states) == 3
+
+
+def test_a_changed_config_is_copied_and_saved(tmp_path: Path) -> None:
+    small_config().save_pretrained(tmp_path)
+    config = TransmlaConfig.from_pretrained(tmp_path)
+    before = config.to_json_string()
+    changed = copy.deepcopy(config)
+    changed.use_cache, changed.eos_token_id, changed.num_labels = False, 5, 3
+    changed.kv_lora_rank, changed.dtype = 9, torch.bfloat16
+    assert config.to_json_string() == before
+    changed.save_pretrained(tmp_path)
+    # what is the source's alone is there once
+    assert "use_cache" not in json.loads((tmp_path / "config.json").read_text("utf-8"))
+    for one in (changed, TransmlaConfig.from_pretrained(tmp_path)):
+        for part in (one, one.text_config):
+            assert (part.use_cache, part.eos_token_id, part.num_labels) == (False, 5, 3)
+        assert one.kv_lora_rank == 9 and not hasattr(one.text_config, "kv_lora_rank")
+        assert (one.dtype, one.text_config.dtype) == (torch.bfloat16, None)
+    config.save_pretrained(tmp_path)
+    assert TransmlaConfig.from_pretrained(tmp_path).to_json_string() == before
+    told = TransmlaConfig.from_pretrained(tmp_path, num_labels=4, pad_token_id=7, use_cache=False)
+    for part in (told, told.text_config):
+        assert (part.num_labels, part.pad_token_id, part.use_cache) == (4, 7, False)
 
 
 @pytest.mark.parametrize("form", ["deepseek_v3", "transmla"])

@@ -16,6 +16,7 @@ e qk_rope_head_dim, k = r + e, n qk_nope_head_dim, v v_head_dim, N tokens that a
 import copy
 import functools
 import heapq
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -1203,7 +1204,11 @@ class TransmlaConfig(PreTrainedConfig):
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+        self.text_config, given = text_config, set(kwargs)
+        if text_config is not None:
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+                kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.qk_nope_head_dim, self.v_head_dim = qk_nope_head_dim, v_head_dim
         self.latent_inv_freq, self.latent_encoder = latent_inv_freq or [], latent_encoder
@@ -1212,16 +1217,35 @@ class TransmlaConfig(PreTrainedConfig):
         self.attention_module, self.output_projection = attention_module, output_projection
         self.source_rotary_dim = source_rotary_dim
         self.query_bias, self.rope_bias, self.output_bias = query_bias, rope_bias, output_bias
-        if text_config is not None:
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-                kwargs.setdefault(name, getattr(text_config, name, None))
-        super().__init__(**kwargs)
+        for name in given:
+            if self._is_shared(name):
+                setattr(self, name, getattr(self, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What is changed here is changed for the source's modules as well, which read `text_config`."""
+        # what the base class sets by default, before there are any sizes, is no change
+        shared = "kv_lora_rank" in self.__dict__ and self._is_shared(name)
+        if not shared or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)  # type: ignore[no-untyped-call]
+        if shared:
+            setattr(self.text_config, name, value)
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether a setting is one of `text_config`, whatever else has it."""
+        return not name.startswith("_") and name not in _OF_ONE_CONFIG and hasattr(self.text_config, name)
 
     def __getattr__(self, name: str) -> Any:
         """What is not set here is that of the source."""
         if name.startswith("__") or "text_config" not in self.__dict__ or self.__dict__["text_config"] is None:
             raise AttributeError(name)
         return getattr(self.__dict__["text_config"], name)
+
+
+# settings of `TransmlaConfig` that are its own, or not the model's
+_OF_ONE_CONFIG = frozenset(inspect.signature(TransmlaConfig.__init__).parameters) | {
+    "architectures", "auto_map", "dtype", "model_type", "name_or_path", "quantization_config", "torch_dtype",
+    "transformers_version",
+}  # fmt: skip
 
 
 class LatentRotary(nn.Module):
