@@ -347,6 +347,13 @@ def test_a_changed_config_is_copied_and_saved(tmp_path: Path) -> None:
         assert (part.num_labels, part.pad_token_id, part.use_cache) == (4, 7, False)
 
 
+def test_all_weights_have_one_dtype() -> None:
+    """That of torch where the class is called as it is, and the config's where transformers builds the model."""
+    for make, wanted in ((TransmlaForCausalLM, torch.float32), (AutoModelForCausalLM.from_config, torch.bfloat16)):
+        model: Any = make(small_config(dtype="bfloat16"))
+        assert {weight.dtype for weight in model.parameters()} == {wanted}
+
+
 @pytest.mark.parametrize("form", ["deepseek_v3", "transmla"])
 @pytest.mark.parametrize("window", [None, -1, 0])
 def test_a_window_that_is_none(lively: MakeSource, run: Convert, window: int | None, form: str) -> None:

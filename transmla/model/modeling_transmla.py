@@ -1344,8 +1344,11 @@ class ExchangedModel(PreTrainedModel):
     def __init__(self, config: TransmlaConfig) -> None:
         super().__init__(config)
         config.text_config.num_labels = config.num_labels
-        # whatever attends in the source's class is about to be exchanged, so it need not support what this one does
-        inner: Any = self.auto.from_config(config.text_config, attn_implementation="eager")
+        # whatever attends in the source's class is about to be exchanged, so it need not support what this one does;
+        # dtype: of the parameters that take its place
+        inner: Any = self.auto.from_config(
+            config.text_config, dtype=torch.get_default_dtype(), attn_implementation="eager"
+        )
         inner.config._attn_implementation = config._attn_implementation
         # around nn.Module, which would register its parameters a second time
         self.__dict__["_inner"] = inner
