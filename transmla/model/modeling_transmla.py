@@ -504,7 +504,7 @@ class LatentLayer(CacheLayerMixin):
     def _unpacked(
         self, start: int, end: int, order: torch.Tensor | None, behind_BMk: torch.Tensor | None
     ) -> torch.Tensor:
-        """The packed tokens between these places [B, N + M, k], with the first ones of each text as they were, and M more."""
+        """The packed tokens between these places and M more, the first ones of each text as they were: [B, N + M, k]"""
         part, size = {name: buffer[:, start:end] for name, buffer in self.packed.items()}, end - start
         more = 0 if behind_BMk is None else behind_BMk.shape[1]
         places_BK = None
@@ -517,6 +517,7 @@ class LatentLayer(CacheLayerMixin):
                 places_BK = torch.where(inside_BK, at_BK, size)
         x_BNk = self.code.decode(part, self.dtype, order is not None, more if places_BK is None else max(1, more))
         if places_BK is not None:
+            assert self.sinks is not None
             rows_B1 = torch.arange(len(places_BK), device=places_BK.device)[:, None]
             # on CPUs scatter_ would copy all of the block first
             x_BNk.index_put_((rows_B1, places_BK), self.sinks if order is None else self.sinks[..., order])
