@@ -18,6 +18,7 @@ from transmla.checkpoint.provenance import read_provenance
 from transmla.checkpoint.read import open_source
 from transmla.cli import main
 from transmla.errors import DestinationError, SourceError, TransmlaError, UnsupportedError
+from transmla.targets.own import open_own
 
 IDS = torch.arange(3, 131)[None] * 7 % 500
 
@@ -82,6 +83,8 @@ def test_own_form_with_norms(lively: Any, text_file: Path, tmp_path: Path) -> No
     )
     with pytest.raises(UnsupportedError, match="use it as it is"):
         transmla.fold(folder, tmp_path / "folded")
+    with pytest.raises(SourceError, match="description cannot be used"):
+        open_own(changed(folder, tmp_path / "damaged", kv_lora_rank="16"))
     report = transmla.quantise(folder, tmp_path / "coded", text=str(text_file), tokens=1024)
     before, after = (logits(transmla.load(one, dtype=torch.float32)) for one in (folder, report.path))
     assert relative(after, before) < 1e-3

@@ -21,6 +21,7 @@ from transmla.checkpoint.companions import copy_companions
 from transmla.checkpoint.destination import disk_errors
 from transmla.checkpoint.provenance import write_provenance
 from transmla.checkpoint.read import Source, open_source
+from transmla.checkpoint.store import understood
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.devices import release
 from transmla.errors import UnsupportedError
@@ -170,7 +171,8 @@ def open_own(folder: Path) -> Source:
             why=f"model_type is {source.config.get('model_type')!r}, not {MODEL_TYPE!r}",
             remedy="pass a folder that `transmla convert` has written in this form",
         )
-    source.require(own_tensors(source.config))
+    with understood(source.config_where):
+        source.require(own_tensors(source.config))
     return source
 
 
