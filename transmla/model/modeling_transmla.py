@@ -127,8 +127,10 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         width = packed_width(count, size)
         part = packed[..., start : start + width]
         if size < 8:
-            places = [(part >> (size * place)) & (2**size - 1) for place in range(8 // size)]
-            part = torch.cat(places, dim=-1)[..., :count]
+            # nothing is shifted in the first of a byte, nor is there anything above the last
+            shifted = [part >> (size * place) if place else part for place in range(8 // size)]
+            places = [place & (2**size - 1) for place in shifted[:-1]]
+            part = torch.cat((*places, shifted[-1]), dim=-1)[..., :count]
         found = part if found is None else found | (part << shift)
         shift, start = shift + size, start + width
     assert found is not None
@@ -407,6 +409,8 @@ class LatentLayer(CacheLayerMixin):
         # exact values [B, sink, k] of the first tokens among the packed ones, and the place of the first of them
         self.sinks: torch.Tensor | None = None
         self.first: torch.Tensor | None = None
+        # whether it is known that no text has padding
+        self.unpadded = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """For tokens like these [B, 1, T, k]."""
@@ -414,7 +418,7 @@ class LatentLayer(CacheLayerMixin):
         batch, _, _, width = key_states.shape
         self.exact = key_states.new_empty(batch, 0, width)
         if self.first is None:
-            self.first = torch.zeros(batch, dtype=torch.long, device=self.device)
+            self.first, self.unpadded = torch.zeros(batch, dtype=torch.long, device=self.device), True
         self.is_initialized = True
 
     def begin(self, mask: torch.Tensor | None, batch: int) -> None:
@@ -507,8 +511,8 @@ class LatentLayer(CacheLayerMixin):
         """The packed tokens between these places and M more, the first ones of each text as they were: [B, N + M, k]"""
         part, size = {name: buffer[:, start:end] for name, buffer in self.packed.items()}, end - start
         more = 0 if behind_BMk is None else behind_BMk.shape[1]
-        places_BK = None
-        if self.sinks is not None:
+        places_BK, sinks_BKk = None, self.sinks if order is None or self.sinks is None else self.sinks[..., order]
+        if sinks_BKk is not None and not self.unpadded:
             assert self.first is not None
             at_BK = self.first[:, None] + torch.arange(self.sink, device=self.first.device) - start
             inside_BK = (at_BK >= 0) & (at_BK < size)
@@ -516,11 +520,12 @@ class LatentLayer(CacheLayerMixin):
                 # what is elsewhere goes into a token behind the block
                 places_BK = torch.where(inside_BK, at_BK, size)
         x_BNk = self.code.decode(part, self.dtype, order is not None, more if places_BK is None else max(1, more))
-        if places_BK is not None:
-            assert self.sinks is not None
+        if sinks_BKk is not None and self.unpadded and start < self.sink:
+            x_BNk[:, : min(size, self.sink - start)] = sinks_BKk[:, start : min(end, self.sink)]
+        elif sinks_BKk is not None and places_BK is not None:
             rows_B1 = torch.arange(len(places_BK), device=places_BK.device)[:, None]
             # on CPUs scatter_ would copy all of the block first
-            x_BNk.index_put_((rows_B1, places_BK), self.sinks if order is None else self.sinks[..., order])
+            x_BNk.index_put_((rows_B1, places_BK), sinks_BKk)
         if behind_BMk is not None:
             x_BNk[:, size : size + more] = behind_BMk
         return x_BNk[:, : size + more]
@@ -552,7 +557,7 @@ class LatentLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.num_packed = self.num_exact = 0
-        self.packed, self.exact, self.sinks, self.first = {}, None, None, None
+        self.packed, self.exact, self.sinks, self.first, self.unpadded = {}, None, None, None, False
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -613,7 +618,7 @@ class LatentLayer(CacheLayerMixin):
         exact = tensors["exact"]
         self.lazy_initialization(exact[:, None], exact[:, None])
         self.exact, self.first, self.sinks = exact.clone(), tensors["first"].clone(), tensors.get("sinks")
-        self.packed = packed
+        self.packed, self.unpadded = packed, not bool(self.first.any())
         self.num_exact = exact.shape[1]
         self.num_packed = next(iter(packed.values())).shape[1] if packed else 0
 
@@ -790,15 +795,19 @@ class CachedLatent:
             query = torch.cat((q_nope_BHTn, q_rot_BHTe), dim=-1)
         wide = torch.promote_types(query.dtype, torch.float32)
         top: Any = None
-        total = attended = top
+        total = attended = heads = top
         for start, key_B1Nk in layer.blocks(ordered=absorbs, rows=q_nope_BHTn.shape[1] * num_queries):
             key, value = (key_B1Nk, key_B1Nk) if absorbs else self.expand(key_B1Nk)
-            scores = _scores(query, key, wide) * self.scaling
+            scores = _scores(query, key, wide).mul_(self.scaling)
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             bias = None if mask is None else _additive(mask[..., start : start + key.shape[2]], wide)
             if bias is not None:
                 scores = scores + bias
+            if start == 0 and key.shape[2] == layer.get_seq_length():
+                # all there is, as in most steps
+                heads = scores.softmax(-1).to(value.dtype) @ value
+                break
             # a mask may be infinite, and leave a query nothing in a piece
             peak = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
             new_top = peak if top is None else torch.maximum(top, peak)
@@ -810,8 +819,7 @@ class CachedLatent:
                 kept = (top - new_top).exp_()
                 attended, total = attended * kept + part, total * kept + part_total
             top = new_top
-        assert attended is not None and total is not None
-        heads = (attended / total).to(query.dtype)
+        heads = (attended / total if heads is None else heads).to(query.dtype)
         if not absorbs:
             return heads.transpose(1, 2)
         latents = heads if order is None else heads[..., layer.code.back]
