@@ -140,7 +140,7 @@ def test_scaled_frequencies_are_those_of_transformers(rope: str) -> None:
     rotary = model.model.rotary_emb
     assert relative(found_P, rotary.inv_freq) < 1e-6
     assert factor == rotary.attention_scaling and (factor != 1.0) == (rope == "yarn")
-    assert layer.gqa.scaling == pytest.approx(12**-0.5 * factor**2)
+    assert layer.gqa.scaling == pytest.approx(12**-0.5) and layer.rotary_factor == factor
     plain_P, _ = source_frequencies(lively_config(), geometry, FAMILIES["llama"], 0)
     assert relative(found_P, plain_P) > 0.01
 

@@ -137,4 +137,4 @@ def test_ids_of_no_token_are_left_out() -> None:
     """The first LLaMA models have a padding of -1; llama.cpp's own tools refuse it."""
     source = SOURCE | {"pad_token_id": -1, "bos_token_id": SOURCE["vocab_size"]}
     written = deepseek_v3_config(source, TARGET, 5000.0, 256, "bfloat16")
-    assert written["eos_token_id"] == [2, 3] and not written.keys() & {"pad_token_id", "bos_token_id"}
+    assert written["eos_token_id"] == [2, 3] and written["bos_token_id"] is None and "pad_token_id" not in written

@@ -250,6 +250,7 @@ def plan(
     if outline.facts is not None:
         with understood(where):  # what the class does not understand is said now, and not when all is done
             target_config(planned, float(rope_parameters(config)["rope_theta"]))
+            _check_frequencies(planned)
     splits = (with_sizes(planned, one) for one in divided)
     return replace(
         planned,
@@ -373,6 +374,15 @@ def _output_dtype(source: Source, family: Family, wanted: str) -> str:
         return wanted
     stored = source.tensors[f"{family.embed_tokens}.weight"].dtype
     return stored if stored in DTYPE_BYTES else "float32"
+
+
+def _check_frequencies(planned: Plan) -> None:
+    """Let the class compute the rotary frequencies of every layer."""
+    from transmla.model.skeleton import source_config, source_frequencies
+
+    config = source_config(planned.source.config)
+    for index in range(planned.gqa.num_hidden_layers):
+        source_frequencies(config, planned.gqa, planned.family, index)
 
 
 def _context(source: Source, config: Mapping[str, Any], form: str) -> tuple[int, list[str]]:
