@@ -68,7 +68,7 @@ def main() -> None:
         coded = CodedSource(model, source, calibration_tokens(MIX, cutter, TOKENS, WINDOW).ids_NT)
     rows = []
     for name, (wide, gains) in STEPS.items():
-        with patch.multiple(modeling, WIDE_BITS=wide, GAINS_TRIED=gains):
+        with patch.multiple(modeling, WIDE_BITS=wide, GAINS_TRIED=gains, FEW_BITS=0):
             for bits in arguments.bits:
                 losses = []
                 for (_, ids_T), exact_TV in zip(windows, exact, strict=True):

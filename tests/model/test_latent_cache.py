@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,23 @@ def test_many_bits_have_the_best_gain_of_those_tried(monkeypatch: pytest.MonkeyP
     in_parts = [code.encode(part) for part in x.split(1, dim=1)]
     assert torch.equal(torch.cat([part["codes"] for part in in_parts], 1), packed["codes"])
     assert set(packed["gains"][..., 0].flatten().tolist()) == set((size + GAIN_ZERO).int().flatten().tolist())
+
+
+def test_latents_of_few_bits_have_one_gain_for_most() -> None:
+    """Where the source's coded cache has one of their own for all with six bits and more."""
+    generator = torch.Generator().manual_seed(2)
+    importance = [4.0**5] * 8 + [4.0**4] * 8 + [1.0] * 112
+    layer = {"mean": [0.0] * 128, "deviation": [1.0] * 128, "importance": importance}
+    levels = [[0.0], *(torch.linspace(-2, 2, 2**bits).tolist() for bits in range(1, 9))]
+    code = {"layers": [layer], "levels": levels, "distortion": [4.0**-bits for bits in range(9)]}
+    config = SimpleNamespace(num_hidden_layers=1, kv_lora_rank=96, qk_rope_head_dim=32, latent_code=code)
+    x = torch.randn(1, 64, 128, generator=generator)
+    x[:, ::2, :4] *= 6
+    for average, same in ((3.0, modeling.WIDE_BITS), (2.0, modeling.WIDE_BITS_OF_FEW)):
+        found = LatentCache(config, f"coded{average:g}").layers[0].code.encode(x)["gains"]
+        wanted = {wide: transform_codes(code, average, wide)[0].encode(x)["gains"] for wide in (6, 8)}
+        assert not torch.equal(wanted[6], wanted[8]), average
+        assert torch.equal(found, wanted[same]), average
 
 
 def test_many_tokens_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,9 @@ GAIN_BITS, GAIN_STEPS, GAIN_ZERO = 16, 8, 128
 # coordinates with so many bits have a gain of their own, which is some of these steps above that of the others: their
 # levels are fine enough for a wider grid, and what lies beyond the last of them costs most
 WIDE_BITS, GAINS_TRIED = 6, (0, 2, 4, 6, 8, 11, 14)
+# latents with fewer bits per value than this have it for those of so many alone: what a wider grid takes from the
+# others costs more there than what it holds (benchmarks/quantised.md, "The gain of a token")
+FEW_BITS, WIDE_BITS_OF_FEW = 3.0, 8
 # values that are packed at once, each of them with all gains that are tried
 ENCODED = 2**20
 # values that attention unpacks at once, of all texts together: on a CPU they stay in its caches; and least tokens
@@ -224,15 +227,19 @@ class TransformCode:
 
     layer:  mean, deviation and importance of each coordinate [k];  bits: of each coordinate, of which some may be 0
     levels: by bits, ascending, of a coordinate of deviation 1
+    wide:   bits from which on a coordinate has the second gain; None: `WIDE_BITS`
     """
 
     stored = ("codes", "gains")
 
-    def __init__(self, layer: dict[str, list[float]], bits: list[int], levels: list[list[float]]) -> None:
+    def __init__(
+        self, layer: dict[str, list[float]], bits: list[int], levels: list[list[float]], wide: int | None = None
+    ) -> None:
+        self._wide = WIDE_BITS if wide is None else wide
         order = sorted(range(len(bits)), key=lambda place: -bits[place])
         # bits and number of coordinates
         self.runs = [(size, len(list(run))) for size, run in itertools.groupby(order, lambda place: bits[place])]
-        self._num_wide = sum(count for size, count in self.runs if size >= WIDE_BITS)
+        self._num_wide = sum(count for size, count in self.runs if size >= self._wide)
         self.order = torch.tensor(order)
         self.back = self.order.argsort()
         self._mean, self._deviation = torch.tensor(layer["mean"]), torch.tensor(layer["deviation"])
@@ -280,7 +287,7 @@ class TransformCode:
         wide_BNGk, start = z_BNk[..., None, : self._num_wide] / gains_BNG.unsqueeze(-1), 0
         found, error_BNG = [], torch.zeros_like(gains_BNG)
         for bits, count in self.runs:
-            if bits < WIDE_BITS:
+            if bits < self._wide:
                 continue
             levels, part = self._levels[bits], wide_BNGk[..., start : start + count].contiguous()
             places = torch.bucketize(part, (levels[1:] + levels[:-1]) / 2, out_int32=True)
@@ -293,7 +300,7 @@ class TransformCode:
         codes, start = [], 0
         for number, (bits, count) in enumerate(self.runs):
             levels = self._levels[bits]
-            if bits >= WIDE_BITS:
+            if bits >= self._wide:
                 at = best_BN1.unsqueeze(-1).expand(*best_BN1.shape, count)
                 places = found[number].gather(-2, at).squeeze(-2)
             elif bits:
@@ -373,14 +380,15 @@ def dealt_bits(importance: list[list[float]], distortion: list[float], average: 
     return bits
 
 
-def transform_codes(prepared: dict[str, Any], average: float) -> list[TransformCode]:
+def transform_codes(prepared: dict[str, Any], average: float, wide: int | None = None) -> list[TransformCode]:
     """A code for each layer with so many bits per value, all that is stored counted.
 
     prepared: `latent_code` of a config: "layers" and "levels" of `TransformCode`, and "distortion" of `dealt_bits`
+    wide:     see `TransformCode`
     """
     layers = prepared["layers"]
     dealt = dealt_bits([layer["importance"] for layer in layers], prepared["distortion"], average)
-    return [TransformCode(layer, bits, prepared["levels"]) for layer, bits in zip(layers, dealt, strict=True)]
+    return [TransformCode(layer, bits, prepared["levels"], wide) for layer, bits in zip(layers, dealt, strict=True)]
 
 
 class LatentLayer(CacheLayerMixin):
@@ -698,7 +706,7 @@ def _codes(config: Any, kind: str) -> list[Any]:
     average, width = float(kind.removeprefix("coded")), rank + rope
     if not GAIN_BITS / width < average <= 8:
         raise ValueError(f"{kind!r}: a coded cache has more than {GAIN_BITS / width:g} and at most 8 bits per value")
-    return transform_codes(prepared, average)
+    return transform_codes(prepared, average, WIDE_BITS_OF_FEW if average < FEW_BITS else None)
 
 
 class CachedLatent:
