@@ -92,6 +92,8 @@ def perplexity(
     nats: list[float] = []
 
     def run(size: int) -> None:
+        if progress is not None:
+            progress(len(nats), len(ids_NT))
         for ids_BT in ids_NT[len(nats) :].split(size):
             ids_BT = ids_BT.to(model.device)
             if cache is None and _has_many_logits(model, ids_BT):
