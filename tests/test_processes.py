@@ -57,17 +57,24 @@ def alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return convert
 
 
-def convert(folder: Path, *arguments: str, port: int) -> list[dict[str, Any]]:
-    """Run PROGRAM in two processes, as launchers start them; what each reports."""
-    started = []
+def started(arguments: list[str], port: int) -> list[str]:
+    """Run Python in two processes, as launchers start them; the last line of each."""
+    running = []
     for rank in range(2):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
-        command = [sys.executable, "-c", PROGRAM, arguments[0], str(folder), *arguments[1:]]
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert all(process.returncode == 0 for process in started)
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+        running.append(
+            subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    assert all(process.returncode == 0 for process in running)
+    return [output.splitlines()[-1] for output in outputs]
+
+
+def convert(folder: Path, *arguments: str, port: int) -> list[dict[str, Any]]:
+    """What PROGRAM reports in each of two processes."""
+    lines = started(["-c", PROGRAM, arguments[0], str(folder), *arguments[1:]], port)
+    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize("block_layers", [3, 2])
@@ -114,6 +121,18 @@ def test_two_processes_start_again(lively: MakeSource, text_file: Path, tmp_path
     arguments = (source, str(text_file), "1", "restart")
     both = convert(tmp_path / "two", *arguments, port=free_port)
     assert both[0] == both[1] and (tmp_path / "two").is_dir()
+
+
+def test_groups_are_left_before_the_interpreter_ends(free_port: int) -> None:
+    """Threads of theirs that still run then abort it now and then."""
+    program = """
+import atexit, torch
+from transmla.processes import Processes
+atexit.register(lambda: print(torch.distributed.is_initialized()))
+Processes.current("cpu").wait()
+assert torch.distributed.is_initialized()
+"""
+    assert started(["-c", program], free_port) == ["False", "False"]
 
 
 def logits(folder: Path) -> torch.Tensor:

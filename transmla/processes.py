@@ -5,6 +5,8 @@ They are started by `accelerate launch -m transmla convert ...` or torchrun. Wit
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,6 +47,7 @@ class Processes:
 
         state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
         objects = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        atexit.register(_leave, objects)
         return cls(state.process_index, state.num_processes, objects)
 
     @property
@@ -101,6 +104,14 @@ class Processes:
         """Wait until all processes have called this."""
         if self.size > 1:
             torch.distributed.barrier()
+
+
+def _leave(group: Any) -> None:
+    """End the threads of gloo's groups before the interpreter does: it would abort now and then, all work done."""
+    with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # gone already, or lost with another process
+        torch.distributed.destroy_process_group(group)
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()
 
 
 # a run without a launcher
