@@ -420,6 +420,25 @@ def test_one_mask_of_all_texts(model: Any) -> None:
     assert relative(found[0], torch.cat(found[1:])) < 1e-9
 
 
+@torch.no_grad()
+def test_an_emptied_cache_learns_where_texts_begin_anew(model: Any) -> None:
+    ids = torch.randint(3, VOCAB, (2, 60), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    used, fresh = (model.latent_cache("int2", recent=60) for _ in range(2))
+    model(ids, past_key_values=used)
+    used.crop(-60)
+    assert used.get_seq_length() == 0
+    found = []
+    for cache in (used, fresh):
+        for layer in cache.layers:
+            layer.recent, layer.step = 0, 1
+        model(ids[:, :50], past_key_values=cache, attention_mask=mask[:, :50])
+        found.append(model(ids[:, 50:], past_key_values=cache, attention_mask=mask).logits)
+    assert used.layers[0].num_packed == 60 and used.layers[0].first.tolist() == [0, 7]
+    assert torch.equal(*found)
+
+
 def test_padding_changes_nothing(model: Any) -> None:
     """With no newest tokens exact, a padded text has the same tokens packed as the text alone."""
     ids = torch.randint(3, VOCAB, (1, 30), generator=torch.Generator().manual_seed(8))

@@ -429,17 +429,18 @@ class LatentLayer(CacheLayerMixin):
             self.first, self.unpadded = torch.zeros(batch, dtype=torch.long, device=self.device), True
         self.is_initialized = True
 
-    def begin(self, mask: torch.Tensor | None, batch: int) -> None:
+    def begin(self, mask: torch.Tensor | None) -> None:
         """Learn from the first mask [B or 1, ., T, S] where each text begins, behind the padding on its left."""
         if self.get_seq_length() == 0 and mask is not None and mask.dim() == 4:
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            # one mask may be that of all texts
-            self.first = seen.flatten(1, 2).any(1).int().argmax(-1).expand(batch).clone()
+            self.first, self.unpadded = seen.flatten(1, 2).any(1).int().argmax(-1), False
 
     def append(self, key_B1Tk: torch.Tensor) -> None:
         """Add tokens, exact for now."""
         if not self.is_initialized:
             self.lazy_initialization(key_B1Tk, key_B1Tk)
+        if self.first is not None and len(self.first) != len(key_B1Tk):  # one mask may be that of all texts
+            self.first = self.first.expand(len(key_B1Tk)).clone()
         if self.capacity is not None and self.get_seq_length() + key_B1Tk.shape[2] > self.capacity:
             raise ValueError(f"this cache was made for {self.capacity} tokens")
         assert self.exact is not None
@@ -750,7 +751,7 @@ class CachedLatent:
         past_key_values = kwargs.pop("layer_past", past_key_values)
         layer = self.latent_layer(past_key_values)
         if layer is not None:
-            layer.begin(attention_mask, len(hidden_states))
+            layer.begin(attention_mask)
             if self.config._attn_implementation == "sdpa" and layer.get_seq_length() and not self.training:
                 layer.append(key_B1Tk)
                 if layer.num_packed:
