@@ -73,7 +73,7 @@ def test_rows_without_a_token_are_not_compared(model: Any) -> None:
 
 def test_positions_average_to_the_perplexity(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transmla.evaluation.positions.EDGES", (0, 16, 32, 64))
-    monkeypatch.setattr("transmla.evaluation.positions.CHUNK", 25)
+    monkeypatch.setattr("transmla.train.losses.ROWS_ON_CPU", 25)
     found = by_position(model, IDS)
     assert found.edges == (0, 16, 32, 64, 90)
     # the last position has no label

@@ -14,6 +14,7 @@ from transmla.train.losses import (
     distillation_loss,
     divergence,
     divergence_top_k,
+    few_rows,
     parts,
     predictions_of,
     stream_error,
@@ -81,6 +82,9 @@ def test_chunks_change_nothing(share: float, kept: int | None, monkeypatch: pyte
     whole = run()
     monkeypatch.setattr(losses, "ROWS_ON_CPU", 4)
     assert [part.stop - part.start for part in parts(N, V, torch.device("cpu"))] == [4, 4, 4, 4, 4, 3]
+    monkeypatch.setattr(losses, "LOGITS_OF_A_CORE", V)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert [few.stop - few.start for few in few_rows(4, V, torch.device("cpu"))] == [3, 1]
     chunked = run()
     assert chunked[0] == pytest.approx(whole[0], rel=1e-5)
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(chunked[1:], whole[1:], strict=True))
@@ -132,6 +136,7 @@ def test_kl_and_its_gradient_are_those_of_the_formula_in_float64(
 ) -> None:
     monkeypatch.setattr(losses, "ROWS_ON_CPU", rows)
     monkeypatch.setattr(losses, "LOGITS_ON_GPU", 30 * rows)
+    monkeypatch.setattr(losses, "LOGITS_OF_A_CORE", 30 * rows // 4)
     found_TD, target_TD, head_VD = wide(11, 6, seed=1).requires_grad_(), wide(11, 6, seed=2), wide(30, 6, seed=3)
     expected = naive_kl(found_TD, target_TD, head_VD)
     (expected_grad,) = torch.autograd.grad(3 * expected, found_TD)

@@ -22,7 +22,7 @@ from transmla.conversion.needs import layer_values, refined_bytes
 from transmla.conversion.run import Run
 from transmla.conversion.streams import Streams, advance_source
 from transmla.devices import free_bytes
-from transmla.train.losses import rows_at_once
+from transmla.train import bytes_of_logits
 
 # points of the curve of training losses that is kept
 MOST_STRETCHES = 32
@@ -190,6 +190,7 @@ def layers_that_fit(run: Run, streams: Streams) -> int:
     window, compute = streams.source_NTD.shape[1], torch.empty((), dtype=run.compute).element_size()
     tokens = descent.tokens_at_once(window, tokens_per_pass(run.device)) if descent else window
     values, rounded = layer_values(run.plan.source, run.plan.family), recipe.latent_bits is not None
-    rows = rows_at_once(run.device, int(run.plan.config["vocab_size"]))
-    layer, head = refined_bytes(run.plan.config, run.plan.mla, values, tokens, window, compute, rounded, rows)
+    vocabulary = int(run.plan.config["vocab_size"])
+    logits = bytes_of_logits(run.device.type, vocabulary, compute, torch.get_num_threads())
+    layer, head = refined_bytes(run.plan.config, run.plan.mla, values, tokens, window, compute, rounded, logits)
     return max(1, int((free_bytes(run.device) / 2 - head) // layer))

@@ -12,7 +12,7 @@ from transmla.conversion.levels import LEVELS, TOKENS_ELSEWHERE, with_batch
 from transmla.families import Family
 from transmla.geometry import GqaGeometry, MlaGeometry
 from transmla.recipe import Recipe
-from transmla.train import ROWS_ON_CPU
+from transmla.train import bytes_of_logits
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and transformers themselves
@@ -21,6 +21,8 @@ _RUNTIME_BYTES = 400 * 2**20
 _KEPT_WINDOWS, _MAPPED_BYTES = 32, 2**25
 # at most, of hidden x hidden in float64: six moments, and what a regression on other tokens needs beside them
 _MOMENTS = 12
+# that compute, where it is not known yet on what
+_CORES = 8
 # tokenizer, configs, provenance and modeling file, generously
 COMPANION_BYTES = 32 * 2**20
 
@@ -69,18 +71,17 @@ def refined_bytes(
     window: int,
     compute: int,
     rounded: bool,
-    rows: int,
+    logits: int,
 ) -> tuple[int, int]:
     """Bytes that the refinement takes for each layer of a block, and those for the head behind the last one.
 
     Per layer: attention weights as they were and as they are, gradients and two moments of Adam in float32, the weights
     that products keep for backward, the MLP in the dtype of the products, and what backward needs of each token: about
     12 hidden sizes, 4 inner sizes, and queries, keys, values twice; with rounded latents there are keys and values of
-    both kinds, and a mask of them. The head: its weights, what goes in, and for the tokens that are compared together
-    logits, their logarithms and probabilities, of the source and the model.
+    both kinds, and a mask of them. The head: its weights, what goes in, and the logits.
 
     layer: values in a layer of the source;  tokens: that go through together;  compute: bytes of a value in products
-    rows:  tokens that are compared together
+    logits: bytes of them, from `bytes_of_logits`
     """
     hidden, inner = mla.hidden_size, int(config["intermediate_size"])
     width = mla.num_attention_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
@@ -89,7 +90,7 @@ def refined_bytes(
     per_token = (12 * hidden + masked) * 4 + (4 * inner + 2 * attended) * compute
     each = (5 * 4 + compute) * mla.attention_weights + layer * compute + tokens * per_token
     vocabulary = int(config["vocab_size"])
-    return each, vocabulary * hidden * compute + 6 * tokens * hidden * 4 + 5 * rows * vocabulary * 4
+    return each, vocabulary * hidden * compute + 6 * tokens * hidden * 4 + logits
 
 
 def memory_bytes(
@@ -126,5 +127,6 @@ def memory_bytes(
     if descent is not None:
         rounded, tokens = recipe.latent_bits is not None, descent.tokens_at_once(window, TOKENS_ELSEWHERE)
         refining = (recipe.num_tokens + recipe.sampled) * 2 * hidden * 4
-        refining += sum(refined_bytes(config, mla, layer, tokens, window, 4, rounded, ROWS_ON_CPU))
+        logits = bytes_of_logits("cpu", int(config["vocab_size"]), 4, _CORES)
+        refining += sum(refined_bytes(config, mla, layer, tokens, window, 4, rounded, logits))
     return _RUNTIME_BYTES + max(fitting, refining, writing)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transmla.evaluation.perplexity import standard_error
 from transmla.model.head import Head, head_of
+from transmla.train.losses import few_rows
 
 # tokens whose logits are in memory at once
 CHUNK = 256
@@ -75,14 +76,16 @@ def agreement(model: Predictions, source: Predictions) -> Agreement:
             divergence, same = 0.0, 0
             for own, wanted in zip(own_TD.split(CHUNK), wanted_TD.split(CHUNK), strict=True):
                 pairs = ((own, model), (wanted, source))
-                own_TV, wanted_TV = (_log_probabilities(*pair, vocabulary) for pair in pairs)
-                divergence += float((wanted_TV.exp() * (wanted_TV - own_TV)).sum())
-                same += int((own_TV.argmax(-1) == wanted_TV.argmax(-1)).sum())
+                read = [_logits(*pair, vocabulary) for pair in pairs]
+                for few in few_rows(len(own), vocabulary, read[0].device):
+                    own_TV, wanted_TV = (logits_TV[few].float().log_softmax(-1) for logits_TV in read)
+                    wanted_TV = wanted_TV.to(own_TV.device)
+                    divergence += float((wanted_TV.exp() * (wanted_TV - own_TV)).sum())
+                    same += int((own_TV.argmax(-1) == wanted_TV.argmax(-1)).sum())
             kl.append(divergence / len(own_TD))
             top1.append(same / len(own_TD))
     return Agreement(Mean(tuple(kl)), Mean(tuple(top1)))
 
 
-def _log_probabilities(hidden_TD: Tensor, made: Predictions, vocabulary: int) -> Tensor:
-    logits_TV = made.head.logits(hidden_TD.to(made.head.weight_VD.device))[:, :vocabulary]
-    return logits_TV.float().log_softmax(-1).cpu()
+def _logits(hidden_TD: Tensor, made: Predictions, vocabulary: int) -> Tensor:
+    return made.head.logits(hidden_TD.to(made.head.weight_VD.device))[:, :vocabulary]

@@ -10,13 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from transmla.evaluation.agreement import predictions
+from transmla.train.losses import text_nats
 
-# tokens whose logits are in memory at once
-CHUNK = 512
 EDGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
@@ -44,11 +42,7 @@ def by_position(model: Any, ids_NT: Tensor) -> ByPosition:
     rows = []
     for ids_T in ids_NT:
         made = predictions(model, ids_T[None])
-        nats = []
-        with torch.no_grad():
-            for hidden_TD, labels_T in zip(made.hidden_NTD[0, :-1].split(CHUNK), ids_T[1:].split(CHUNK), strict=True):
-                logits_TV = made.head.logits(hidden_TD.to(model.device)).float().cpu()
-                nats.append(torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none"))
-        nats_T = torch.cat(nats)
+        read_TD, labels_T = (x_T.to(model.device) for x_T in (made.hidden_NTD[0, :-1], ids_T[1:]))
+        nats_T, _ = text_nats(read_TD, made.head.logits, labels_T, len(made.head.weight_VD))
         rows.append(tuple(float(nats_T[start:end].mean()) for start, end in itertools.pairwise(edges)))
     return ByPosition(edges, tuple(rows))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transmla.text.packing import IGNORED
-from transmla.train import LOGITS_ON_GPU, ROWS_ON_CPU
+from transmla.train import LOGITS_OF_A_CORE, LOGITS_ON_GPU, ROWS_ON_CPU
 
 Head = Callable[[Tensor], Tensor]
 
@@ -79,6 +79,21 @@ def parts(num_tokens: int, vocabulary: int, device: torch.device) -> Iterator[sl
     return (slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows))
 
 
+def few_rows(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows of logits. On a CPU all that is made of so few stays in its caches, and in memory that is used
+    again; on a GPU, these are all rows."""
+    size = rows
+    if device.type == "cpu":
+        size = torch.get_num_threads() * max(1, LOGITS_OF_A_CORE // vocabulary)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _rows(predictions: Tensor | TopK, rows: slice) -> Tensor | TopK:
+    if isinstance(predictions, Tensor):
+        return predictions[rows]
+    return TopK(predictions.probabilities_NK[rows], predictions.ids_NK[rows])
+
+
 def predictions_of(read_ND: Tensor, head_VD: Tensor, softcap: float | None = None) -> Predictions:
     """The logits of a teacher from the inputs of its head, in the dtype of that. softcap: see `distillation_loss`"""
 
@@ -135,17 +150,23 @@ class _Distillation(torch.autograd.Function):
         for part in parts(len(student_ND), len(head_VD), student_ND.device):
             wanted = teacher(part)
             with torch.autocast(kind, enabled=False):
-                logits_nV, slope_nV = _capped(_wide(student_ND[part].to(products) @ head_VD.T), softcap)
-                labels_n = None if labels_N is None else labels_N[part]
-                compute = _compiled() if objective.compiled and isinstance(wanted, Tensor) else _with_gradient
-                loss_n, found_N[part], grad_nV = compute(logits_nV, wanted, labels_n, objective, wants_gradient)
-                weights_n = weights_N[part].to(loss_n.dtype)
-                # a token of weight 0 may have a loss that is not finite
-                loss += torch.where(weights_n != 0, loss_n * weights_n, 0.0).sum()
-                if grad_ND is not None and grad_nV is not None:
-                    grad_nV = grad_nV if slope_nV is None else grad_nV * slope_nV
-                    weighted_nV = torch.where(weights_n[:, None] != 0, grad_nV.mul_(weights_n[:, None]), 0.0)
-                    grad_ND[part] = (weighted_nV.to(products) @ head_VD).to(grad_ND.dtype)
+                read_nV = student_ND[part].to(products) @ head_VD.T
+                for few in few_rows(len(read_nV), len(head_VD), student_ND.device):
+                    here = slice(part.start + few.start, part.start + few.stop)
+                    logits_nV, slope_nV = _capped(_wide(read_nV[few]), softcap)
+                    labels_n = None if labels_N is None else labels_N[here]
+                    target = _rows(wanted, few)
+                    compute = _compiled() if objective.compiled and isinstance(target, Tensor) else _with_gradient
+                    loss_n, found_N[here], grad_nV = compute(logits_nV, target, labels_n, objective, wants_gradient)
+                    weights_n = weights_N[here].to(loss_n.dtype)
+                    # a token of weight 0 may have a loss that is not finite
+                    loss += torch.where(weights_n != 0, loss_n * weights_n, 0.0).sum()
+                    if grad_nV is not None:
+                        grad_nV = grad_nV if slope_nV is None else grad_nV.mul_(slope_nV)
+                        # the gradient takes the place of the logits
+                        read_nV[few] = grad_nV.mul_(weights_n[:, None]).masked_fill_((weights_n == 0)[:, None], 0.0)
+                if grad_ND is not None:
+                    grad_ND[part] = (read_nV @ head_VD).to(grad_ND.dtype)
         ctx.save_for_backward(grad_ND)
         ctx.mark_non_differentiable(found_N)
         return loss, found_N
@@ -207,11 +228,13 @@ def text_nats(normed_ND: Tensor, head: Head, labels_N: Tensor, vocabulary: int) 
     less smallest: 0 for a model that predicts nothing, not finite for one that is broken."""
     nats, spread = [], []
     for part in parts(len(normed_ND), vocabulary, normed_ND.device):
-        logits_nV = head(normed_ND[part]).float()
-        nats.append(
-            torch.nn.functional.cross_entropy(logits_nV, labels_N[part], ignore_index=IGNORED, reduction="none")
-        )
-        spread.append(logits_nV.amax(-1) - logits_nV.amin(-1))
+        read_nV, labels_n = head(normed_ND[part]), labels_N[part]
+        for few in few_rows(len(read_nV), vocabulary, read_nV.device):
+            logits_nV = read_nV[few].float()
+            nats.append(
+                torch.nn.functional.cross_entropy(logits_nV, labels_n[few], ignore_index=IGNORED, reduction="none")
+            )
+            spread.append(logits_nV.amax(-1) - logits_nV.amin(-1))
     return torch.cat(nats), torch.cat(spread)
 
 
