@@ -163,8 +163,12 @@ class _Distillation(torch.autograd.Function):
                     loss += torch.where(weights_n != 0, loss_n * weights_n, 0.0).sum()
                     if grad_nV is not None:
                         grad_nV = grad_nV if slope_nV is None else grad_nV.mul_(slope_nV)
+                        grad_nV.mul_(weights_n[:, None])
+                        # as slow as a softmax, and seldom needed; to ask a GPU would take longer
+                        if kind != "cpu" or not weights_n.all():
+                            grad_nV.masked_fill_((weights_n == 0)[:, None], 0.0)
                         # the gradient takes the place of the logits
-                        read_nV[few] = grad_nV.mul_(weights_n[:, None]).masked_fill_((weights_n == 0)[:, None], 0.0)
+                        read_nV[few] = grad_nV
                 if grad_ND is not None:
                     grad_ND[part] = (read_nV @ head_VD).to(grad_ND.dtype)
         ctx.save_for_backward(grad_ND)
@@ -204,7 +208,8 @@ def _with_gradient(
         likely_NV = wanted_NV.exp()
         diverged_N = (likely_NV * wanted_NV.sub_(own_NV)).sum(-1) * heat**2
         if wants_gradient:
-            gradient = own_NV.exp_().sub_(likely_NV).mul_(heat)
+            gradient = own_NV.exp_().sub_(likely_NV)
+            gradient = gradient if heat == 1 else gradient.mul_(heat)
     if not text:
         return diverged_N, diverged_N, gradient
     assert labels_N is not None
