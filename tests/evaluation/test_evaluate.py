@@ -20,7 +20,9 @@ from transmla.cli import main as command_line
 from transmla.errors import DataError, RecipeError
 from transmla.evaluation import measure as measure_module
 from transmla.evaluation import tasks as tasks_module
+from transmla.evaluation.compare import judged
 from transmla.evaluation.smoke import PROMPTS, smoke
+from transmla.evaluation.suite import Suite
 from transmla.model.loading import load_any, load_tokenizer, open_model
 from transmla.text.sources import read_text
 
@@ -151,6 +153,73 @@ def test_the_source_is_taken_from_an_earlier_result(
         transmla.evaluate(converted, "stories260k", suite=suite, reuse=tmp_path / "none.json", **settings)
 
 
+def test_a_reused_source_was_measured_on_the_same_text(converted: Path, tmp_path: Path) -> None:
+    """Texts of one name in two folders are two, and a file that has changed is another."""
+    content = read_text("tinystories-valid", 9000, evaluation=True)
+    texts = [tmp_path / folder / "valid.txt" for folder in ("a", "b")]
+    for number, path in enumerate(texts):
+        path.parent.mkdir()
+        path.write_text(content[3000 * number :])
+    given: dict[str, Any] = {"windows": 2, "length": 32, "dtype": "float32", "gates": {"perplexity": 0.5}}
+    given["text"] = list(map(str, texts))
+    first = transmla.evaluate(converted, "stories260k", **given)
+    names = [f"perplexity {path}" for path in texts]
+    assert [gate.name for gate in first.gates] == ["perplexity valid.txt"] * 2 and first.source is not None, names
+    losses = [found["nats"] for found in first.source["texts"].values()]
+    assert len(losses) == 2 and losses[0] != losses[1]
+    earlier = tmp_path / "first.json"
+    earlier.write_text(json.dumps(first.plain()))
+    assert list(first.plain()["source"]["texts"]) == ["valid.txt", "valid.txt (2)"]
+    again = transmla.evaluate(converted, "stories260k", reuse=earlier, **given)
+    assert again.ratio == first.ratio and again.plain() == first.plain()
+    # a text that the source was not measured on passes no gate
+    content = first.plain()
+    del content["source"]["texts"]["valid.txt (2)"]
+    earlier.write_text(json.dumps(content))
+    assert [gate.passed for gate in transmla.evaluate(converted, "stories260k", reuse=earlier, **given).gates] == [
+        True,
+        False,
+    ]
+    texts[0].write_text(read_text("wikitext-valid", 3000, evaluation=True))
+    with pytest.raises(RecipeError, match="not be measured on the same tokens"):
+        transmla.evaluate(converted, "stories260k", reuse=earlier, **given)
+
+
+def test_a_text_that_changed_is_measured_anew(converted: Path, tmp_path: Path) -> None:
+    text, kept = tmp_path / "mine.txt", tmp_path / "partial"
+    content = read_text("tinystories-valid", 9000, evaluation=True)
+    given: dict[str, Any] = {"text": str(text), "windows": 2, "length": 32, "dtype": "float32", "kept": kept}
+    text.write_text(content)
+    before = transmla.evaluate(converted, **given).perplexity
+    text.write_text(content[3000:])
+    assert transmla.evaluate(converted, **given).perplexity != before
+
+
+def test_models_of_another_tokenizer_are_not_compared(converted: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(open_model("stories260k").path, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:100]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    given: dict[str, Any] = {"windows": 2, "length": 32, "dtype": "float32", "text": "tinystories-valid"}
+    with pytest.raises(RecipeError, match="the tokenizers of mla and other differ"):
+        transmla.evaluate(converted, other, **given)
+    transmla.evaluate(other, **given)
+
+
+def test_windows_are_no_longer_than_the_context(converted: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(converted, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    settings.pop("model_max_length")
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    given: dict[str, Any] = {"windows": 1, "dtype": "float32", "text": "tinystories-valid"}
+    report = transmla.evaluate(other, "stories260k", **given)
+    assert report.made["length"] == 512 and report.suite["length"] == 0
+    with pytest.raises(RecipeError, match="was made for 512 tokens"):
+        transmla.evaluate(other, length=513, **given)
+
+
 def test_parts_of_other_settings_are_measured_anew(converted: Path, tmp_path: Path) -> None:
     kept = tmp_path / "partial"
     kept.write_text(json.dumps({"settings": {"suite": "another"}, "parts": {f"{converted} cache": 1.0}}))
@@ -202,12 +271,23 @@ def test_a_gate_that_was_not_measured_is_missed(converted: Path, suite: str) -> 
     given: dict[str, Any] = {"windows": 2, "length": 32, "dtype": "float32"}
     report = transmla.evaluate(
         converted, "stories260k", text=["tinystories-valid", "missing.txt"],
-        gates={"perplexity": 0.1, "needles": 0.5, "tasks": 0.5, "loops": 0.5}, **given,
+        gates={"perplexity": 0.1}, **given,
     )  # fmt: skip
     assert {gate.name: gate.passed for gate in report.gates} == {
-        "perplexity tinystories-valid": True, "perplexity missing.txt": False, "needles": False, "tasks": False,
-        "loops": False,
+        "perplexity tinystories-valid": True, "perplexity missing.txt": False,
     }  # fmt: skip
+    gates = {"perplexity": 0.1, "needles": 0.5, "tasks": 0.5, "loops": 0.5}
+    asked = Suite(texts=("tinystories-valid",), gates=gates, tasks=("piqa",), needles=(64,), generation=8)
+    assert report.source is not None
+    judgement = judged(asked, report.model, report.source, ())
+    assert {gate.name: gate.passed for gate in judgement} == {
+        "perplexity tinystories-valid": True, "needles 64": False, "tasks piqa": False, "loops": False,
+    }  # fmt: skip
+    for kind, option in (("needles", "--needles"), ("tasks", "--tasks"), ("loops", "--generation")):
+        with pytest.raises(RecipeError, match=f"gate {kind}") as refused:
+            transmla.evaluate(converted, "stories260k", gates={kind: 0.5}, **given)
+        assert refused.value.remedy is not None and option in refused.value.remedy
+    assert "perplexity missing.txt: not measured" in " ".join(str(report).split())
     alone = transmla.evaluate(converted, suite=suite, **given)
     assert alone.gates == () and [one.part for one in alone.skipped] == ["gates"]
     with pytest.raises(RecipeError, match="gates need a source"):

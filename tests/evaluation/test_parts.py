@@ -179,12 +179,21 @@ def test_task_equals_the_command_line_of_lm_eval(
 
 @pytest.mark.usefixtures("only_own_tasks")
 @pytest.mark.filterwarnings("ignore")
-def test_tasks_that_are_not_there(model: Any, task_folder: Path) -> None:
+def test_tasks_that_are_not_there(
+    model: Any, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     with pytest.raises(DataError, match=r"did you mean .*tiny_choices"):
         run_tasks(model, tokenizer, ["tiny_choice"], include_path=str(task_folder))
     with pytest.raises(DataError, match="data of a task cannot be read"):
         run_tasks(model, tokenizer, ["lost_choices"], include_path=str(task_folder))
+    broken = (task_folder / "tiny.yaml").read_text().replace(str(task_folder), str(tmp_path))
+    (tmp_path / "broken.yaml").write_text(broken.replace("tiny", "broken"))
+    (tmp_path / "broken.jsonl").write_text('{"query": "Once", "choices": [" a"], "gold": 0}\n{"query": "Once" " "}\n')
+    assert list(tasks.check_tasks(["broken_choices"], str(tmp_path))) == ["broken_choices"]
+    with pytest.raises(DataError, match="data of a task cannot be read"):
+        run_tasks(model, tokenizer, ["broken_choices"], include_path=str(tmp_path))
 
 
 @pytest.mark.usefixtures("only_own_tasks")

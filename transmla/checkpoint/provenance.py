@@ -37,11 +37,15 @@ def computing_versions() -> dict[str, str]:
 def portable(value: Any, keep: Container[str] = ()) -> Any:
     """Plain values without absolute paths, in keys too: what is written says nothing of the machine or its user.
 
-    A path in the home folder becomes ~/..., any other its last part; a mix of texts is one of paths.
+    A path in the home folder becomes ~/..., any other its last part; a mix of texts is one of paths. Keys that would be
+    called alike are counted: valid.txt, valid.txt (2).
     keep: keys under which there are no paths, but texts
     """
     if isinstance(value, dict):
-        return {portable(key): inner if key in keep else portable(inner, keep) for key, inner in value.items()}
+        found: dict[Any, Any] = {}
+        for key, inner in value.items():
+            found[_unlike(portable(key), found)] = inner if key in keep else portable(inner, keep)
+        return found
     if isinstance(value, list | tuple):
         return [portable(inner, keep) for inner in value]
     return portable_name(value) if isinstance(value, str) else value
@@ -52,6 +56,14 @@ def portable_name(name: str) -> str:
     if "\n" in name or not any(part.startswith("/") for part in name.split("+")):
         return name
     return "+".join(_portable(part) if part.startswith("/") else part for part in name.split("+"))
+
+
+def _unlike(key: Any, others: Container[Any]) -> Any:
+    number, found = 1, key
+    while found in others:
+        number += 1
+        found = f"{key} ({number})"
+    return found
 
 
 def _portable(name: str) -> str:

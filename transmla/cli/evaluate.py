@@ -182,11 +182,14 @@ def eval_command(model: str, against: str | None, json_file: str | None, quiet: 
             Path(kept).unlink(missing_ok=True)  # not before the result is on the disk
         missed = [gate for gate in report.gates if not gate.passed]
         if missed:
+            remedy = "use a larger latent, more refinement or healing; or set the gate with --gate"
+            if all(math.isnan(gate.found) for gate in missed):
+                remedy = "see what was left out, and why; or set the gate with --gate"
             raise GateError(
                 f"{len(missed)} of {len(report.gates)} gates missed",
                 where=", ".join(gate.name for gate in missed),
                 why=", ".join(f"{_recovery(gate.found)}, at least {gate.wanted} is wanted" for gate in missed),
-                remedy="use a larger latent, more refinement or healing; or set the gate with --gate",
+                remedy=remedy,
             )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transmla.checkpoint.provenance import portable_name
 from transmla.evaluation import generation
 from transmla.evaluation.measure import Skipped
 from transmla.evaluation.perplexity import ratio
@@ -65,31 +66,37 @@ def judged(
 ) -> tuple[Gate, ...]:
     """Every recovery that the suite has a gate for, of a task by its first metric.
 
-    What was not measured is NaN, which does not pass.
+    What was not measured, of the model or of the source, is NaN, which does not pass.
     """
     if source is None:
         return ()
     compared = comparison(model, source)
-    recovered: dict[str, dict[str, float]] = {
-        "perplexity": {Path(text).name: 1 / one["ratio"] for text, one in compared["texts"].items()},
-        "tasks": {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))},
-        "needles": {},
-        "loops": {},
+    texts, called = (*suite.texts, *(text for text in model["texts"] if text not in suite.texts)), {}
+    for text in texts:
+        name = Path(text).name
+        called[text] = name if [Path(other).name for other in texts].count(name) == 1 else portable_name(text)
+    ratios = {text: one["ratio"] for text, one in compared["texts"].items()}
+    tasks = {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))}
+    # of a group of tasks, those that it has
+    asked = [row["task"] for row in model.get("tasks", [])] or list(suite.tasks)
+    asked += [one.part.removeprefix("task ") for one in skipped if one.part.startswith("task ")]
+    recovered: dict[str, list[tuple[str, float]]] = {
+        "perplexity": [(called[text], 1 / ratios[text] if text in ratios else math.nan) for text in texts],
+        "tasks": [(task, tasks.get(task, math.nan)) for task in dict.fromkeys(asked)],
+        "needles": [],
+        "loops": [],
     }
     if "generation" in compared:
         repeated = compared["generation"]["greedy"]["repeated_4"]
         fresh = 1 - repeated["source"]
-        recovered["loops"][""] = (1 - repeated["model"]) / fresh if fresh else math.nan
-    for size, one in (model.get("needles") or {}).items():
-        base = (source.get("needles") or {}).get(size, {}).get("found")
-        recovered["needles"][size] = one["found"] / base if base else math.nan
-    for kind, word in (("perplexity", "text "), ("tasks", "task ")):
-        missing = {one.part.removeprefix(word) for one in skipped if one.part.startswith(word)}
-        recovered[kind] |= {Path(name).name: math.nan for name in missing}
+        recovered["loops"].append(("", (1 - repeated["model"]) / fresh if fresh else math.nan))
+    for size in dict.fromkeys([*(model.get("needles") or {}), *map(str, suite.needles)]):
+        own, base = (((one.get("needles") or {}).get(size) or {}).get("found") for one in (model, source))
+        recovered["needles"].append((size, own / base if own is not None and base else math.nan))
     return tuple(
         Gate(f"{kind} {name}".strip(), wanted, value)
         for kind, wanted in suite.gates.items()
-        for name, value in (recovered[kind] or {"": math.nan}).items()
+        for name, value in recovered[kind] or [("", math.nan)]
     )
 
 

@@ -24,6 +24,7 @@ from transmla.evaluation.measure import (
     Skipped,
     Subject,
     begin_of,
+    digests,
     identity,
     measure,
     window_length,
@@ -143,6 +144,8 @@ def evaluate(
         coded_source=coded_source, positions=positions,
         needles=_tuple(needles), generation=generation, gates=gates,
     )  # fmt: skip
+    if against is not None:
+        _require_measured(wanted)
     device = named(device)
     usable(device)
     tell = progress or silent
@@ -155,8 +158,13 @@ def evaluate(
             skipped.append(Skipped(str(model), f"task {task}", f"{error.what}: {error.why}"))
             tell(f"task {task}", 0, 1, f"left out: {error.why}")
         wanted = replace(wanted, tasks=tuple(task for task in wanted.tasks if task not in missing))
+    models = [name for name in (model, against) if name is not None]
+    # as it was asked for; from here on windows have a length that suits both
+    length = window_length(wanted, *(models if reuse is None else models[:1]))
+    asked, wanted = wanted, replace(wanted, length=length)
     settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
-    settings |= {identity(name): _files(name) for name in (model, against) if name is not None}
+    settings |= {identity(name): _files(name) for name in models}
+    settings["tasks"] = _files(wanted.include_path, "rglob") if wanted.include_path else []
     if gates and against is None:
         raise RecipeError(
             "gates need a source",
@@ -171,16 +179,17 @@ def evaluate(
             why="it is measured with the bits of --quantised",
             remedy="add them, as in --quantised 4,3,2",
         )
+    earlier = None
+    if reuse is not None and against is not None:
+        earlier = _reused(Path(reuse), str(against), asked, dtype, device, skipped)
+    settings["texts"] = _same_tokens(models, wanted, earlier)
     store = Kept(Path(kept) if kept is not None else None, settings)
     if wanted.gates and against is None:
         skipped.append(Skipped(str(model), "gates", "there is no source to compare with (--against)"))
     source_found, source_predictions = None, None
     if against is not None:
         subject = Subject(str(against), dtype, device)
-        if reuse is not None:
-            source_found = _reused(Path(reuse), str(against), wanted, dtype, device)
-        else:
-            source_found = measure(subject, wanted, store, skipped, tell)
+        source_found = earlier or measure(subject, wanted, store, skipped, tell)
         if wanted.agreement and not store.has(str(model), "agreement"):
             source_predictions = _predictions(subject, wanted, tell)
         subject.release()
@@ -201,14 +210,14 @@ def evaluate(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "dtype": dtype,
         "device": device,
-        "length": window_length(wanted, tokenizer),
+        "length": wanted.length,
         "begin": list(begin_of(wanted, tokenizer)),
         "versions": versions(),
         "commit": commit(),
     }
     return EvaluationReport(
         made,
-        wanted.plain(),
+        asked.plain(),
         found,
         source_found,
         compared,
@@ -222,6 +231,24 @@ def quantised_sizes(source: dict[str, Any], dtype: str) -> dict[str, float]:
     stored = source.get("dtype", dtype)  # which "auto" stands for
     per_bit = source["cache_bytes_per_token"] / (32.0 if stored == "float32" else 16.0)
     return {name: per_bit * bits for name, bits in CACHE_BITS.items() if bits < 16}
+
+
+def _require_measured(suite: Suite) -> None:
+    """`RecipeError` for a gate on what the suite leaves out: hours later it would be missed."""
+    measured = {
+        "tasks": (suite.tasks, "--tasks"),
+        "needles": (suite.needles, "--needles"),
+        "loops": (suite.generation, "--generation"),
+    }
+    for kind in suite.gates:
+        found, option = measured.get(kind, (True, ""))
+        if not found:
+            raise RecipeError(
+                "a gate is on what is not measured",
+                where=f"gate {kind}",
+                why="what it judges is left out of this evaluation",
+                remedy=f"add {option}, or leave the gate out",
+            )
 
 
 def _suite(name: str | None, model: str | Path, **given: Any) -> Suite:
@@ -240,8 +267,11 @@ def _suite(name: str | None, model: str | Path, **given: Any) -> Suite:
     return found.with_overrides(**given)
 
 
-def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str) -> dict[str, Any]:
-    """The source of an earlier result; `RecipeError` if it was measured in another way, or not at all."""
+def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str, skipped: list[Skipped]) -> dict[str, Any]:
+    """The source of an earlier result; `RecipeError` if it was measured in another way, or not at all.
+
+    skipped: gets what could not be measured of it then
+    """
     (earlier,) = (result.content for result in read_results([path]))
     found: dict[str, Any] | None = earlier["source"]
     kept = [portable(_without_gates(earlier["suite"])), earlier["made"]["dtype"], earlier["made"]["device"]]
@@ -256,10 +286,36 @@ def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str) -> d
             why="; ".join(differing),
             remedy="use the same source, suite, options, dtype and device, or leave --reuse out",
         )
+    # its texts are called by what may be written of their paths
+    written = zip(suite.texts, portable(dict.fromkeys(suite.texts)), strict=True)
+    found["texts"] = {text: found["texts"][name] for text, name in written if name in found["texts"]}
+    skipped += [Skipped(**one) for one in earlier["skipped"] if one["model"] == found["name"]]
     for row in found.get("tasks") or []:
         if row["standard_error"] is None:  # a task that has none
             row["standard_error"] = math.nan
     return found
+
+
+def _same_tokens(models: Sequence[str | Path], suite: Suite, earlier: dict[str, Any] | None) -> dict[str, str | None]:
+    """Digests of the windows of each text, if the models read the same tokens; `RecipeError` if they do not.
+
+    models:  the model and, if there is one, its source;  earlier: what was measured of that before
+    """
+    own = digests(models[0], suite)
+    if earlier is not None:
+        base = {text: found.get("sha256") for text, found in earlier["texts"].items()}
+        why = "it was another text when the source was measured, or read by another tokenizer"
+        remedy = "leave --reuse out"
+    else:
+        base = digests(models[-1], suite) if len(models) > 1 else own
+        why = f"the tokenizers of {Path(models[0]).name} and {Path(models[-1]).name} differ on it"
+        remedy = "compare models with the same tokenizer, or measure each alone (--against none)"
+    for text, wanted in own.items():
+        if None not in (wanted, base.get(text)) and wanted != base[text]:
+            raise RecipeError(
+                "the two models would not be measured on the same tokens", where=text, why=why, remedy=remedy
+            )
+    return own
 
 
 def _without_gates(suite: dict[str, Any]) -> dict[str, Any]:
@@ -267,10 +323,10 @@ def _without_gates(suite: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in (Suite().plain() | suite).items() if key != "gates"}
 
 
-def _files(name: str | Path) -> list[list[str | int]]:
-    """Names, sizes and times of a folder's files, by which a changed model is recognised."""
+def _files(name: str | Path, listing: str = "glob") -> list[list[str | int]]:
+    """Names, sizes and times of a folder's files, by which a change is noticed. listing: "rglob" for those below it"""
     folder = local(str(name))
-    files = sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []
+    files = sorted(getattr(folder, listing)("*")) if folder is not None and folder.is_dir() else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
@@ -287,8 +343,7 @@ def _default_text(model: Path) -> str:
 
 def _predictions(subject: Subject, suite: Suite, progress: Progress) -> Predictions:
     tokenizer = load_tokenizer(subject.name)
-    length, begin = window_length(suite, tokenizer), begin_of(suite, tokenizer)
-    ids_NT = windows_of(suite.texts[0], tokenizer, length, suite.windows, begin)
+    ids_NT = windows_of(suite.texts[0], tokenizer, suite.length, suite.windows, begin_of(suite, tokenizer))
     stage = f"predictions {Path(subject.name).name}"
     return predictions(subject.model, ids_NT, lambda done, total: progress(stage, done, total, ""))
 

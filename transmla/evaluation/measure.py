@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache
 
 from transmla.checkpoint.destination import write_whole
 from transmla.checkpoint.provenance import portable, read_provenance
+from transmla.checkpoint.read import open_source
 from transmla.devices import release
-from transmla.errors import TransmlaError, VerificationError
+from transmla.errors import RecipeError, TransmlaError, VerificationError
 from transmla.evaluation.cache import measured_bytes_per_token
 from transmla.evaluation.coded_source import CodedSource
 from transmla.evaluation.generation import WAYS, shipped_prompts, written
@@ -115,9 +116,47 @@ class Subject:
         release(self.device)
 
 
-def window_length(suite: Suite, tokenizer: Any) -> int:
-    """Tokens per window: as asked for, else 1,024 or the context."""
-    return suite.length or min(DEFAULT_LENGTH, int(getattr(tokenizer, "model_max_length", DEFAULT_LENGTH)))
+def window_length(suite: Suite, *models: str | Path) -> int:
+    """Tokens per window: as asked for, else 1,024 or the shortest context of the models; `RecipeError` for windows that
+    are longer than the context of one of them."""
+    contexts = {str(name): _context(name) for name in models}
+    shortest = min(contexts, key=lambda name: contexts[name])
+    if suite.length > contexts[shortest]:
+        raise RecipeError(
+            "the windows are longer than the model's context",
+            where=f"--length {suite.length}",
+            why=f"{Path(shortest).name} was made for {contexts[shortest]:,.0f} tokens",
+            remedy=f"use --length {contexts[shortest]:.0f} or less",
+        )
+    lengths = (getattr(load_tokenizer(name), "model_max_length", DEFAULT_LENGTH) for name in models)
+    return suite.length or int(min(DEFAULT_LENGTH, contexts[shortest], *lengths))
+
+
+def _context(name: str | Path) -> float:
+    """Of a model, in tokens; infinity where its config does not say."""
+    config = open_source(Path(name)).config if is_converted(Path(name)) else open_model(str(name)).config
+    return float(config.get("text_config", config).get("max_position_embeddings") or math.inf)
+
+
+def digests(name: str | Path, suite: Suite) -> dict[str, str | None]:
+    """SHA-256 of the tokens of the windows of each text, as this model reads them; None for a text that cannot be had.
+
+    suite: whose `length` is that of the windows
+    """
+    tokenizer = load_tokenizer(name)
+    begin = begin_of(suite, tokenizer)
+    found: dict[str, str | None] = {}
+    for text in suite.texts:
+        try:
+            found[text] = digest(windows_of(text, tokenizer, suite.length, suite.windows, begin))
+        except TransmlaError:  # named where it is measured
+            found[text] = None
+    return found
+
+
+def digest(ids_NT: Tensor) -> str:
+    """SHA-256 of windows of tokens."""
+    return hashlib.sha256(ids_NT.contiguous().numpy().tobytes()).hexdigest()
 
 
 def begin_of(suite: Suite, tokenizer: Any) -> tuple[int, ...]:
@@ -133,9 +172,12 @@ def windows_of(text: str, tokenizer: Any, length: int, count: int, begin: Sequen
 
 
 def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], progress: Progress) -> dict[str, Any]:
-    """All parts of one model as plain values; parts that cannot be measured for want of data are named in `skipped`."""
+    """All parts of one model as plain values; parts that cannot be measured for want of data are named in `skipped`.
+
+    suite: whose `length` is that of the windows
+    """
     name, tokenizer = subject.name, load_tokenizer(subject.name)
-    length, begin = window_length(suite, tokenizer), begin_of(suite, tokenizer)
+    length, begin = suite.length, begin_of(suite, tokenizer)
     unscored = max(1, len(begin))
 
     def part(key: str, make: Callable[[], Any], optional: bool = True) -> Any:
@@ -154,7 +196,12 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
             subject.model, ids_NT, unscored=unscored, progress=lambda done, total: progress(stage, done, total, "")
         )
         _require_predictions(found, subject)
-        return {"nats": list(found.nats_N), "num_tokens": found.num_tokens, "length": length}
+        return {
+            "nats": list(found.nats_N),
+            "num_tokens": found.num_tokens,
+            "length": length,
+            "sha256": digest(ids_NT),
+        }
 
     # of short windows, less is exact
     recent = max(1, min(RECENT, length // 8))

@@ -52,8 +52,9 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
             console.print(made)
     for gate in report.gates:
         verdict = "[green]passed[/]" if gate.passed else "[red]missed[/]"
+        found = "not measured" if math.isnan(gate.found) else f"recovery {gate.found:.3f}"
         console.print(
-            f"gate {verdict}  {gate.name}: recovery {gate.found:.3f}, at least {gate.wanted} is wanted", highlight=False
+            f"gate {verdict}  {escape(gate.name)}: {found}, at least {gate.wanted} is wanted", highlight=False
         )
     for one in report.skipped:
         console.print(f"[yellow]left out[/] {escape(f'{one.part} of {one.model}: {one.why}')}", highlight=False)

@@ -69,6 +69,7 @@ def run_tasks(
     batch: sequences at once; "auto": found by lm-eval on GPUs, 8 elsewhere
     Raises `DataError` for an unknown task and for data that cannot be had.
     """
+    from datasets.exceptions import DatasetsError
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -95,7 +96,7 @@ def run_tasks(
             found = simple_evaluate(
                 adapter, tasks=names, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
             )
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, DatasetsError) as error:
         raise _no_data(names, error) from error
     return _results(found)
 
@@ -116,7 +117,7 @@ def check_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Dat
                 manager.load(name)
         except _NotLoadedError:
             continue
-        except (ImportError, OSError) as error:
+        except Exception as error:  # a file that is damaged, a data set of another form: each has an error of its own
             missing[name] = _no_data([name], error)
     return missing
 
