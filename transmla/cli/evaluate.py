@@ -66,7 +66,7 @@ from transmla.recipe import DTYPES
     "--length",
     type=click.IntRange(min=2),
     metavar="N",
-    help="Tokens per window. [default: 1024, or the context]",
+    help="Tokens per window. [default: 1024, or the shorter context]",
     group="What is measured",
 )
 @option(

@@ -126,7 +126,8 @@ def evaluate(
     suite:   "quick", "standard", "full" or a TOML file; without one, perplexity and cache bytes alone
     text:    files, dataset ids or shipped texts; default: those of the suite, else the text of the recipe the model was
              made with. The first token of a window is not scored
-    windows: the first so many windows of a text;  length: tokens per window, default 1024 or the context
+    windows: the first so many windows of a text;  length: tokens per window, at most the context of either model;
+             default 1024, or the shorter of the two contexts
     begin:   put the begin token, of a tokenizer that adds one, in the place of each window's first token. Without it,
              windows are pieces of the text without special tokens, as in most published numbers
     tasks, include_path, limit, quantised, coded_source, positions, needles, generation, gates: see `Suite`; overrides
@@ -134,8 +135,9 @@ def evaluate(
     dtype:   to compute and cache in, "auto" for the stored one;  device: where
     kept:    file for finished parts, from which the same call resumes; to be removed when the report is safe
     reuse:   an earlier result file of the same source, suite, dtype and device: its source is not measured again
-    Raises SourceError, DataError (the first text, unknown tasks), VerificationError (NaN), RecipeError (suite). What
-    else cannot be measured is named in `skipped`. Gates are not enforced here: see `EvaluationReport.gates`.
+    Raises SourceError, DataError (the first text, unknown tasks), VerificationError (NaN), RecipeError (suite, gates on
+    what is not measured, models or results of other tokens). What else cannot be measured is named in `skipped`. Gates
+    are not enforced here: see `EvaluationReport.gates`.
     """
     wanted = _suite(
         suite, model,
