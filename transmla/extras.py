@@ -10,6 +10,7 @@ EXTRAS = {
     "heal": ("peft", "matplotlib"),
     "report": ("jinja2", "matplotlib", "jsonschema"),
     "data": ("datasets",),
+    "needles": ("wonderwords", "nltk"),
 }
 
 

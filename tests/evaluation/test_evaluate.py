@@ -17,7 +17,7 @@ import torch
 
 import transmla
 from transmla.cli import main as command_line
-from transmla.errors import DataError, RecipeError
+from transmla.errors import DataError, RecipeError, UnsupportedError
 from transmla.evaluation import measure as measure_module
 from transmla.evaluation import tasks as tasks_module
 from transmla.evaluation.compare import judged
@@ -238,6 +238,9 @@ def test_what_cannot_be_measured_is_named(converted: Path, tmp_path: Path, monke
     monkeypatch.setattr(tasks_module, "_indexed", lambda *_: SimpleNamespace(all_tasks=["piqa"]))
     with pytest.raises(DataError, match="no task 'pica'"):
         transmla.evaluate(converted, tasks=["pica"], windows=2, length=32)
+    monkeypatch.setattr("transmla.extras.find_spec", lambda module: None if module == "nltk" else module)
+    with pytest.raises(UnsupportedError, match="--needles needs packages that are not installed"):
+        transmla.evaluate(converted, needles=[64], windows=2, length=32)
     with pytest.raises(DataError, match=r"no text 'missing.txt'"):
         transmla.evaluate(converted, text=["missing.txt"], windows=2, length=32)
 

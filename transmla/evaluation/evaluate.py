@@ -34,6 +34,7 @@ from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
 from transmla.evaluation.tasks import check_tasks
+from transmla.extras import needs
 from transmla.geometry import CACHE_BITS
 from transmla.model.loading import is_converted, load_tokenizer
 from transmla.progress import Progress, silent
@@ -148,6 +149,9 @@ def evaluate(
     )  # fmt: skip
     if against is not None:
         _require_measured(wanted)
+    if needles:  # asked for by name
+        needs("eval", "--needles")
+        needs("needles", "--needles")
     device = named(device)
     usable(device)
     tell = progress or silent
