@@ -86,6 +86,32 @@ def test_steps_are_shares_of_rows() -> None:
             assert torch.allclose(relative[row], plain, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("each", ["row", "matrix"])
+def test_what_is_loaded_lies_where_the_parameter_does(device: torch.device, each: str) -> None:
+    """On one GPU the Trainer reads the state of an optimizer to the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(3, 8, generator=generator) for _ in range(3))
+    whole = torch.nn.Parameter(start.to(device))
+    optimizer = RelativeAdam([whole], lr=1e-2, each=each)
+    whole.grad = gradients[0].to(device)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0] = {
+        name: value.cpu().clone() if isinstance(value, torch.Tensor) else value
+        for name, value in state["state"][0].items()
+    }
+    kept, meta = torch.nn.Parameter(whole.detach().clone()), torch.nn.Parameter(torch.empty(3, 8, device="meta"))
+    for parameter in (meta, kept):
+        resumed = RelativeAdam([parameter], lr=1e-2, each=each)
+        resumed.load_state_dict(state)
+        found = resumed._state_of(parameter, each).values()
+        assert {value.device for value in found if isinstance(value, torch.Tensor)} == {parameter.device}
+    kept.grad = whole.grad = gradients[1].to(device)
+    resumed.step()
+    optimizer.step()
+    assert torch.equal(kept, whole)
+
+
 def test_recovery_of_each_text_and_its_error() -> None:
     nats, source = np.array([2.0, 2.2, 3.0, 3.0]), np.array([1.9, 2.0, 2.5, 2.5])
     found: Any = SimpleNamespace(predictions=(nats - source, nats, source))

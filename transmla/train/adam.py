@@ -64,6 +64,9 @@ class RelativeAdam(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             if each == "matrix":
                 state["size"] = float(parameter.square().mean().sqrt())
+        elif state["step"].device != parameter.device:
+            # load_state_dict moves the moments alone, and the Trainer reads them all to the CPU
+            state["step"] = state["step"].to(parameter.device)
         return state
 
 
