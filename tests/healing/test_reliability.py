@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,39 @@ def test_what_was_killed_behind_its_training_does_not_train_again(
         curves = [healing_curve(one.log, one.plan.tokens, list(one.before)) for one in (first, again)]
         assert curves[0] == curves[1] and first.tensors.keys() == again.tensors.keys()
         assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
+
+
+@pytest.mark.parametrize(("micro", "windows"), [(1, 10), (2, 7)])
+def test_what_is_counted_is_trained(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro: int, windows: int
+) -> None:
+    """A pass over windows that repeat ends within a step, which has its full batch all the same; after a kill, too."""
+    seen: list[list[int]] = []
+
+    class Seen(Healer):
+        def training_step(self, model: Any, inputs: dict[str, Any], *others: Any) -> torch.Tensor:
+            while len(seen) <= self.state.global_step:
+                seen.append([])
+            seen[self.state.global_step] += inputs["index"].tolist()
+            return super().training_step(model, inputs, *others)
+
+    def interrupt(at: str, done: int, *_: Any) -> None:
+        if at == "heal" and done == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("transmla.healing.train.Healer", Seen)
+    others = {"tokens": 2560, "distinct": 64 * windows, "batch": 4, "micro": micro, "evaluations": 2}
+    report = heal(inputs, tmp_path / "out", **others)
+    whole, seen = seen, []
+    assert [len(step) for step in whole] == [4] * 10 and report.tokens == 64 * sum(map(len, whole[: report.best_step]))
+    counts = Counter(index for step in whole for index in step)
+    assert counts.keys() == set(range(windows)) and max(counts.values()) - min(counts.values()) <= 1
+    with pytest.raises(KeyboardInterrupt):
+        heal(inputs, tmp_path / "killed", progress=interrupt, **others)
+    assert seen == whole[:6]
+    seen = []
+    heal(inputs, tmp_path / "killed", **others)
+    assert seen == [[]] * 5 + whole[5:]
 
 
 @pytest.mark.parametrize(

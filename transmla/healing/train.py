@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, RandomSampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -243,6 +243,14 @@ class Healer(Trainer):
 
     batches: Batches | None = None
     rest_rate: float | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """All windows in a new order again and again, for all steps: the Trainer would end a pass with a step of fewer
+        windows where the batches do not divide them."""
+        given = self.args
+        batch = given.train_batch_size * given.gradient_accumulation_steps * given.world_size
+        windows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return RandomSampler(windows, num_samples=given.max_steps * batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of a step; none where training has ended, which the Trainer would find out after a step."""
