@@ -11,6 +11,7 @@ import torch
 
 import transmla
 from tests.families import MakeSource, lively_config, lively_model
+from transmla.errors import DataError
 from transmla.healing.on_policy import OnPolicy, forget
 from transmla.healing.windows import Windows, write_windows
 from transmla.processes import ALONE, Processes
@@ -126,6 +127,21 @@ def test_prompts_are_beginnings_or_turns_and_are_not_learned(model: Any, train: 
                 assert len(learned) <= 12
         places = np.flatnonzero((labels != IGNORED)[:-1])
         assert (labels[places] == ids[places + 1]).all()
+
+
+def test_prompts_stop_before_the_end_of_a_document(model: Any, tmp_path: Path) -> None:
+    """Behind it the model would write as if the document had not ended; an end inside is that of a turn."""
+    end = model.config.eos_token_id
+    documents = [[100, 101, 102, end], [*range(100, 104), end], [*range(100, 103), end, *range(103, 106), end]]
+    write_windows(tmp_path / "short.npy", pack(documents * 4, 34), 2, 34, silent, "pack")
+    policy = own(model, Windows(tmp_path / "short.npy"), tmp_path / "own")
+    draw = np.random.default_rng(0)
+    prompts = {tuple(policy._prompt(draw)) for _ in range(200)}
+    turns = (100, 101, 102, end, 103, 104, 105)
+    assert prompts == {(100, 101, 102, 103), *(turns[:given] for given in range(4, 8))}
+    write_windows(tmp_path / "none.npy", pack(documents[:1] * 8, 32), 1, 32, silent, "pack")
+    with pytest.raises(DataError, match="nothing that the model could go on from"):
+        own(model, Windows(tmp_path / "none.npy"), tmp_path / "own")._prompt(draw)
 
 
 @pytest.fixture(scope="module")

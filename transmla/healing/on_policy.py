@@ -22,15 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transmla.errors import DataError
 from transmla.healing.windows import Windows, write_windows
 from transmla.processes import Processes
 from transmla.progress import Progress
 from transmla.recipe import Healing
-from transmla.text.decoding import write
+from transmla.text.decoding import ends_of, write
 from transmla.text.packing import IGNORED, Answered, Window, pack
 
 # tokens of a document that it goes on from
 LEAST_GIVEN, MOST_GIVEN = 4, 32
+# draws after which there is taken to be no prompt in the text
+MOST_DRAWS = 10_000
 
 
 class OnPolicy:
@@ -123,12 +126,20 @@ class OnPolicy:
     def _prompt(self, draw: np.random.Generator) -> list[int]:
         """The beginning of a document in a random window, or the turns before an answer of it."""
         room = self._settings.window - self._settings.on_policy_tokens
-        while not (prompt := self._beginning(draw)):
-            pass
-        return prompt[-room:]
+        ends = ends_of(self._student)
+        for _ in range(MOST_DRAWS):
+            if prompt := self._beginning(draw, ends):
+                return prompt[-room:]
+        raise DataError(
+            "there is nothing that the model could go on from",
+            where=self._settings.mix,
+            why=f"no document in {MOST_DRAWS:,} draws has {LEAST_GIVEN} tokens before its end",
+            remedy="use text with longer documents, or leave on_policy out",
+        )
 
-    def _beginning(self, draw: np.random.Generator) -> list[int]:
-        """A prompt, or nothing where the turns do not get as far as an answer within their window."""
+    def _beginning(self, draw: np.random.Generator, ends: list[int]) -> list[int]:
+        """A prompt, or nothing where the turns do not get as far as an answer within their window, or the document ends
+        too soon. Behind its end token, one of `ends`, the model would write as if it had not ended."""
         row = self._train[int(draw.integers(len(self._train)))]
         starts = (row["position_ids"] == 0).nonzero()[:, 0].tolist()
         place = int(draw.integers(len(starts)))
@@ -137,8 +148,12 @@ class OnPolicy:
         asked = next((number for number, label in enumerate(labels) if label != IGNORED), len(labels))
         if asked == len(labels):
             return []
-        given = asked + 1 if asked else int(draw.integers(LEAST_GIVEN, MOST_GIVEN + 1))
-        return list(ids[:given])
+        if asked:
+            return list(ids[: asked + 1])
+        given = int(draw.integers(LEAST_GIVEN, MOST_GIVEN + 1))
+        # end tokens inside are those of turns, which others follow
+        whole = len(ids) - (ids[-1] in ends)
+        return list(ids[: min(given, whole)]) if whole >= LEAST_GIVEN else []
 
 
 def forget(folder: Path, before: int) -> None:
