@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from transmla.checkpoint.resolve import resolve
@@ -241,6 +242,23 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     assert chat == "Once upon a time\n The end.\n" and completion == "very happy." and "dog ran" in plain
     whole = learned(False)
     assert "Hello there" in whole[0] and "Lily was very happy." in whole[1] and whole[2] == plain
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_end_of_an_answer_is_learned_whoever_adds_it(tmp_path: Path, adds: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve("stories260k").path)
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (begin, end)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {end}" if adds else f"{begin} $A", special_tokens=special
+    )
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Lily was ", "completion": "very happy."}', encoding="utf-8")
+    text = open_text(
+        Part(str(tmp_path / "a.jsonl")), tokenizer, 64, nothing, evaluation=False, completion_only=True
+    )  # fmt: skip
+    (document,) = text.documents()
+    assert isinstance(document, Answered) and [document[0], document[-1]] == [token for _, token in special]
+    assert document.count(document[-1]) == 1 and document.learned[-2:] == [True, True] and not document.learned[0]
 
 
 @pytest.mark.parametrize("answers", [0, 3, 10])

@@ -106,9 +106,14 @@ def open_text(
             return ids + end if ids and ids[-1:] != end else ids
         # a token that begins before an answer, with the space in front of it, is a part of the answer
         encoded = tokenizer(row.text, return_offsets_mapping=True, **options)
-        ids, learned = encoded.input_ids, [row.is_answer(stop - 1) for _, stop in encoded.offset_mapping]
-        more = end if ids and ids[-1:] != end else []
-        return Answered(ids + more, learned + learned[-1:] * len(more))
+        ids, stops = encoded.input_ids, [stop for _, stop in encoded.offset_mapping]
+        if ids and ids[-1:] != end:
+            ids, stops = ids + end, stops + [0] * len(end)
+        learned: list[bool] = []
+        for stop in stops:
+            # the end has no characters, here or from the tokenizer, and is learned as the token before it
+            learned.append(row.is_answer(stop - 1) if stop else learned[-1:] == [True])
+        return Answered(ids, learned)
 
     def documents() -> Iterator[list[int]]:
         if part.name == SELF:
