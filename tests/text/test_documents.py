@@ -138,6 +138,22 @@ def test_a_turn_that_the_template_refuses_to_end_with_is_not_an_answer(tmp_path:
         rendered({"messages": messages[:2]}, Strict(), "chats")
 
 
+@pytest.mark.parametrize("nothing_said", [None, []])
+def test_empty_conversations_are_passed_over(nothing_said: Any) -> None:
+    tokenizer = Letters()
+    tokenizer.chat_template = "something"
+    asked, answered = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "ho"}]
+    for row in (
+        {"messages": nothing_said},
+        {"prompt": nothing_said, "completion": nothing_said},
+        {"prompt": asked, "completion": nothing_said},
+        {"prompt": nothing_said, "completion": answered},
+    ):
+        assert rendered(row, tokenizer, "chats").text == ""
+    row = {"messages": nothing_said, "prompt": asked, "completion": answered}
+    assert rendered(row, tokenizer, "chats").text == "<user>hi<assistant>ho"
+
+
 def test_rows_without_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 3}', encoding="utf-8")
     with pytest.raises(DataError, match="a row has no text") as caught:

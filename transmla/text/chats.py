@@ -40,10 +40,12 @@ def rendered(row: dict[str, Any], tokenizer: Any, name: str) -> Rendered:
     prompt, completion = row.get(PROMPT), row.get(COMPLETION)
     if isinstance(prompt, str) and isinstance(completion, str):
         return Rendered(prompt + completion, answers=((len(prompt), len(prompt) + len(completion)),))
-    if isinstance(prompt, list) and isinstance(completion, list):
+    if isinstance(prompt, list) and isinstance(completion, list) and prompt and completion:
         return _chat([*prompt, *completion], tokenizer, name)
-    if any(column in row and row[column] is None for column in (TEXT_COLUMN, MESSAGES, PROMPT, COMPLETION)):
-        return Rendered("")  # an empty cell
+    cells = [row[column] for column in (TEXT_COLUMN, MESSAGES, PROMPT, COMPLETION) if column in row]
+    turns = [row.get(column) for column in (MESSAGES, PROMPT, COMPLETION)]
+    if None in cells or [] in turns:
+        return Rendered("")  # an empty cell, or a conversation without turns
     raise DataError(
         "a row has no text",
         where=name,
