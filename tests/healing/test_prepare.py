@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.text.test_documents import Letters
-from transmla.healing.prepare import Preparation
+from transmla.healing.flow import _hashes_of
+from transmla.healing.prepare import Preparation, _identity
 from transmla.healing.windows import Windows
 from transmla.processes import ALONE
 from transmla.progress import silent
@@ -65,3 +66,30 @@ def test_rows_that_are_held_out_are_in_no_long_window(tmp_path: Path, monkeypatc
     kept = letters(heldout)
     assert len(kept) > 4 and letters(train) and letters(long)
     assert not kept & letters(train) and not kept & letters(long)
+
+
+def test_a_text_is_known_by_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "ds").mkdir(parents=True)
+    (tmp_path / "data" / "text.txt").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    folder = {"data/ds", "data/ds/", "./data/ds", "link/ds", str(tmp_path / "data" / "ds"), "data/ds:default"}
+    for same in (folder, {"data/text.txt", "./data/text.txt", "link/text.txt"}, {"owner/name", "owner/name:default"}):
+        assert len(set(map(_identity, same))) == 1
+    others = ("data/ds", "data/ds:other", "data/text.txt", "owner/name", "owner/name:other", "owner/other", "wikitext")
+    assert len(set(map(_identity, others))) == len(others)
+
+
+def test_a_run_knows_the_files_of_a_folder(tmp_path: Path) -> None:
+    """By their paths in it: those of several folders often have one name."""
+    for inside in ("train/0.jsonl", "more/0.jsonl", ".cache/0.lock"):
+        path = tmp_path / inside
+        path.parent.mkdir()
+        path.write_text(inside, "utf-8")
+    first = _hashes_of(tmp_path)
+    assert first.keys() == {"train/0.jsonl", "more/0.jsonl"}
+    (tmp_path / ".cache" / "0.lock").write_text("other", "utf-8")
+    assert _hashes_of(tmp_path) == first
+    (tmp_path / "train" / "0.jsonl").write_text("other", "utf-8")
+    assert _hashes_of(tmp_path) != first
+    assert _hashes_of(tmp_path / "train" / "0.jsonl").keys() == {"0.jsonl"}

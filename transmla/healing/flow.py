@@ -50,6 +50,7 @@ from transmla.progress import silent
 from transmla.recipe import Healing
 from transmla.tables import Shown
 from transmla.text.mixes import names_of, parse_mix
+from transmla.text.sources import place_of
 from transmla.train.losses import Objective
 
 
@@ -289,8 +290,7 @@ def _fingerprint(
     processes: Processes,
 ) -> dict[str, Any]:
     """Everything that an unfinished run depends on; if any of it differs, the run cannot be resumed."""
-    texts = [Path(part.name).expanduser() for part in parse_mix(settings.data or "", "--data")]
-    texts += [Path(name).expanduser() for name in names_of(settings.watch or "")]
+    texts = [part.name for part in parse_mix(settings.data or "", "--data")] + names_of(settings.watch or "")
     others = {
         "kind": "heal",
         "parent": parent.path.name,
@@ -299,9 +299,21 @@ def _fingerprint(
         "source": source,
         "source_files": file_hashes(source_checkpoint.files()),
         "teacher_files": {} if larger is None else file_hashes(larger.files()),
-        "texts": [file_hashes([path]) for path in texts if path.is_file()],
+        "texts": [_hashes_of(place) for name in texts if (place := place_of(name))],
         "processes": processes.size,
         "versions": computing_versions(),
     }
     found: dict[str, Any] = portable(asdict(settings) | others)
     return found
+
+
+def _hashes_of(text: Path) -> dict[str, str]:
+    """Of a file, or of the files of a dataset's folder by their paths in it; hidden ones are of other programs."""
+    if text.is_file():
+        return file_hashes([text])
+    inside = {path: path.relative_to(text) for path in sorted(text.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): file_hashes([path])[path.name]
+        for path, name in inside.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }

@@ -34,6 +34,7 @@ from transmla.text.documents import Text, mixed, open_text
 from transmla.text.mixes import SELF, Part, names_of, parse_mix
 from transmla.text.packing import pack
 from transmla.text.sampling import TEXT_LENGTH, sample_texts
+from transmla.text.sources import place_of
 
 # predictions stored for each token where the recipe does not set top_k
 CACHED_TOP_K = 64
@@ -213,10 +214,13 @@ class Preparation:
         return model.to(self.device)
 
 
-def _identity(name: str) -> str:
-    """Of the text of this name: a file may be written in several ways."""
-    path = os.path.expanduser(name)
-    return os.path.realpath(path) if os.path.isfile(path) else name
+def _identity(name: str) -> tuple[str, str]:
+    """Of the text of this name: a file or folder may be written in several ways, a default configuration left out."""
+    place = place_of(name)
+    if place is not None and place.is_file():
+        return os.path.realpath(place), ""
+    dataset, _, config = name.partition(":")
+    return dataset if place is None else os.path.realpath(place), "" if config == "default" else config
 
 
 def is_sharded() -> bool:

@@ -74,6 +74,15 @@ def is_table(name: str) -> bool:
     return "/" in name
 
 
+def place_of(name: str) -> Path | None:
+    """The file or the folder of a dataset that `name` means; None for shipped texts and those of the hub."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    folder = Path(name.partition(":")[0])
+    return folder if is_table(name) and folder.is_dir() else None
+
+
 def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table file, or of the train split of a dataset, streamed; raises `DataError`."""
     needs("data", "text from a table or a dataset")
