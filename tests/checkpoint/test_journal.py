@@ -59,6 +59,7 @@ def test_other_settings_are_refused_by_name(destination: Path) -> None:
     with pytest.raises(DestinationError, match=r"differs in files\.a \(\[1, 2\] then, \[1, 3\] now\), more") as caught:
         Journal(destination, SETTINGS | {"files": {"a": [1, 3]}, "more": 1})
     assert caught.value.exit_code == 8 and "--restart" in caught.value.remedy
+    assert "an unfinished run" in caught.value.what, "it may be a healing"
     assert "step" not in Journal(destination, SETTINGS | {"more": 1}, restart=True)
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import transmla
 from tests.families import MakeSource
 from transmla.checkpoint.destination import JOURNAL, lock_partial
-from transmla.errors import DestinationError, GateError
+from transmla.errors import DataError, DestinationError, GateError
 from transmla.healing.curves import healing_curve
+from transmla.healing.flow import _has_no_step
 from transmla.healing.needs import disk_bytes
 from transmla.healing.prepare import packed_texts
 from transmla.healing.train import Healer, Told, Trained, distil, last_checkpoint
@@ -279,6 +280,31 @@ def test_nothing_is_left_of_a_run_that_ends_so(inputs: Path, tmp_path: Path, mon
     with pytest.raises(GateError, match="the loss is nan"):
         heal(inputs, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["typo", "short"])
+def test_a_text_that_cannot_be_used_leaves_nothing_in_the_way(inputs: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "short").write_text("Once upon a time.", encoding="utf-8")
+    seen = set()
+    with pytest.raises(DataError):
+        given = tmp_path / text if text == "short" else text
+        heal(inputs, tmp_path / "out", data=str(given), progress=lambda stage, *_: seen.add(stage))
+    assert not (tmp_path / "out.partial").exists() and not seen, "it is found before anything is computed"
+
+
+def test_what_a_run_has_finished_is_kept_whatever_its_text(tmp_path: Path) -> None:
+    remade = ("settings.json", "heldout-0.npy", "train.npy", "long.partial", "sampled.partial.npz", "texts.json.new")
+    for name in remade:
+        (tmp_path / name).touch()
+    assert _has_no_step(tmp_path)
+    for name in ("sampled.npz", "texts.json", "start.npy", "step.safetensors"):
+        (tmp_path / name).touch()
+        assert not _has_no_step(tmp_path), name
+        (tmp_path / name).unlink()
+    for name in ("unfolded", "checkpoints", "predictions"):
+        (tmp_path / name).mkdir()
+        assert not _has_no_step(tmp_path), name
+        (tmp_path / name).rmdir()
 
 
 def test_the_provenance_says_what_was_written(inputs: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What an unfinished conversion has finished already: DST.partial/journal, one file per step.
+"""What an unfinished run, a conversion or a healing, has finished already: DST.partial/journal, one file per step.
 
 A step is written under another name, forced to the disk and renamed, so it is there whole or not at all, also after
-kill -9; a checksum finds out what a failing disk has made of it. The folder goes when the conversion is done.
+kill -9; a checksum finds out what a failing disk has made of it. The folder goes when the run is done.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Journal:
 
     def _damaged(self, name: str, why: str) -> DestinationError:
         return DestinationError(
-            "a finished step of an unfinished conversion is damaged",
+            "a finished step of an unfinished run is damaged",
             where=str(self._path(name)),
             why=why,
             remedy="check the disk; --restart begins anew, another destination leaves this one as it is",
@@ -142,7 +142,7 @@ class Journal:
     def _in_the_way(self, why: str, settings: str = "other") -> DestinationError:
         finish = "finish it with its own settings, " if settings == "other" else ""
         return DestinationError(
-            f"an unfinished conversion with {settings} settings is in the way",
+            f"an unfinished run with {settings} settings is in the way",
             where=str(self.folder),
             why=why,
             remedy=f"{finish}choose another destination, or delete it with --restart",

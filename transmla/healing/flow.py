@@ -1,4 +1,4 @@
-"""The steps of healing: unfold -> windows -> (source's predictions) -> train -> fold -> verify.
+"""The steps of healing: windows -> unfold -> (source's predictions) -> train -> fold -> verify.
 
 Unfinished work lies in a journal beside the destination, so an interrupted run resumes where it stopped.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from transmla.checkpoint.provenance import computing_versions, portable
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.write import CheckpointWriter
 from transmla.devices import named, release
-from transmla.errors import GateError, UnsupportedError
+from transmla.errors import GateError, TransmlaError, UnsupportedError
 from transmla.healing.choice import check, check_teacher, conversion_of, settings_for, source_of, with_mix
 from transmla.healing.needs import disk_bytes
 from transmla.healing.pace import multiply_adds, times_floor
-from transmla.healing.prepare import Preparation, is_sharded, packed_texts
+from transmla.healing.prepare import TEXTS, Preparation, is_sharded, packed_texts
 from transmla.healing.result import write_healed
 from transmla.healing.schedule import Schedule, learning_rate, rest_rate, schedule
 from transmla.healing.student import (
@@ -52,6 +53,9 @@ from transmla.tables import Shown
 from transmla.text.mixes import names_of, parse_mix
 from transmla.text.sources import place_of
 from transmla.train.losses import Objective
+
+# files of a journal that are made anew unless the windows are complete: another run loses nothing without them
+_REMADE = ("settings.json", "train.*", "long.*", "heldout-*", "*.partial", "*.partial.npz", "*.writing", "*.new")
 
 
 @dataclass(frozen=True)
@@ -199,10 +203,15 @@ def _train(
 ) -> tuple[Trained, dict[str, int], float]:
     """The trained tensors, the passes over each text, and `times_floor`. Every process calls this."""
     settings, processes = preparation.settings, preparation.processes
+    try:  # before the weights: a text that cannot be used ends the run in seconds
+        train, heldout, long = preparation.windows(work)
+    except TransmlaError:
+        if processes.first and _has_no_step(work):  # it would be in the way of the command with another text
+            remove_journal(target)
+        raise
     if processes.first:
         prepare_weights(preparation.converted, work, preparation.tell)
     processes.wait()
-    train, heldout, long = preparation.windows(work)
     teacher = preparation.teacher(work, train, heldout, autocast(settings.precision, preparation.device))
 
     # Trainer moves the model to its device
@@ -239,6 +248,14 @@ def _train(
     of_floor = times_floor(trained.clock, per_token, dtype, own_device, processes.size) if trained.clock else 0.0
     _require_gain(trained, target, processes)
     return trained, {name: one["passes"] for name, one in packed_texts(work).items()}, of_floor
+
+
+def _has_no_step(work: Path) -> bool:
+    """Whether nothing in this folder of a journal would be used by the run that resumes."""
+    names = [(entry.name, entry.is_file()) for entry in work.iterdir()]
+    if any(name == TEXTS for name, _ in names):  # comes last, so all windows are there
+        return False
+    return all(is_file and any(fnmatch(name, one) for one in _REMADE) for name, is_file in names)
 
 
 def _healed(parent: Path) -> Path:
