@@ -33,7 +33,7 @@ def main() -> None:
 
     if not arguments.out.exists():
         print(transmla.convert(arguments.source, arguments.out, tokens=arguments.tokens))
-    file = arguments.out.with_suffix(".gguf")
+    file = arguments.out.with_name(f"{arguments.out.name}.gguf")
     if not file.exists():
         print(transmla.export(arguments.out, file, type="q8_0"))
     with served(file) as address:

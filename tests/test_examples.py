@@ -44,8 +44,9 @@ def test_compare_frontier(folder: Path) -> None:
 
 def test_convert_and_serve(folder: Path) -> None:
     """To the answer where there is an engine, else to the file that it would serve."""
-    printed = run(folder, "convert_and_serve.py", "--tokens", "8192")
-    assert (folder / "served.gguf").is_file() and "q8_0" in printed
+    printed = run(folder, "convert_and_serve.py", "--tokens", "8192", "--out", "served-1.5")
+    assert (folder / "served-1.5.gguf").is_file(), "the number is no ending"
+    assert "q8_0" in printed
     assert printed.splitlines()[-1].strip()
 
 
@@ -60,7 +61,7 @@ def test_quantised_cache(folder: Path) -> None:
 
 def test_heal_with_trl(folder: Path) -> None:
     pytest.importorskip("trl")
-    if not (folder / "served").is_dir():
-        run(folder, "convert_and_serve.py", "--tokens", "8192")
-    run(folder, "heal_with_trl.py", "served", "healed", "--steps", "2")
+    if not (folder / "served-1.5").is_dir():
+        run(folder, "convert_and_serve.py", "--tokens", "8192", "--out", "served-1.5")
+    run(folder, "heal_with_trl.py", "served-1.5", "healed", "--steps", "2")
     assert json.loads((folder / "healed" / "config.json").read_text("utf-8"))["latent_norm_folded"] is True
