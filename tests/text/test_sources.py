@@ -9,7 +9,7 @@ from transmla.errors import DataError
 from transmla.model.loading import load_tokenizer
 from transmla.recipe import find_recipe, load_recipe
 from transmla.text.mixes import needs_source
-from transmla.text.sources import read_text
+from transmla.text.sources import read_text, rows
 from transmla.text.windows import calibration_tokens
 
 
@@ -67,9 +67,19 @@ def test_texts_that_are_none(tmp_path: Path) -> None:
         str(tmp_path / "latin.txt"): "cannot read the text file",
         str(tmp_path / "no_column.jsonl"): "cannot read the dataset",
         str(tmp_path / "broken.jsonl"): "cannot read the dataset",
-        str(tmp_path / "absent.txt"): "cannot read the dataset",
+        str(tmp_path / "absent.txt"): "the text was not found",
     }
     for name, what in cases.items():
         with pytest.raises(DataError, match=what) as caught:
             read_text(name, 100)
         assert caught.value.where == name and caught.value.exit_code == 7
+
+
+@pytest.mark.parametrize("name", ["./absent.txt", "folder/absent.jsonl", "~/absent-of-transmla.txt", "a/b/c.txt"])
+def test_a_path_is_not_looked_for_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for read in (lambda: read_text(name, 100), lambda: next(rows(name))):
+        with pytest.raises(DataError, match="no such file") as caught:
+            read()
+        assert caught.value.remedy == "check the path"

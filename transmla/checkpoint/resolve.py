@@ -37,7 +37,7 @@ def resolve(name: str, revision: str | None = None, *, headers_only: bool = Fals
     """
     if (found := local(name)) is not None:
         path = found
-    elif _looks_like_path(name):
+    elif looks_like_path(name):
         kind = "file" if name.lower().endswith(".gguf") else "folder"
         raise _not_found(name, f"no such {kind}", "check the path")
     elif name in EMBEDDED_MODELS:
@@ -61,7 +61,8 @@ def local(name: str) -> Path | None:
         return None
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
+    """Whether a name that is no file or folder was meant as one, and not as a hub id."""
     owner, _, rest = name.partition("/")
     return (
         name.startswith(("/", "./", "../", "~"))

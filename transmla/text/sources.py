@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from transmla.checkpoint.resolve import looks_like_path
 from transmla.errors import DataError
 from transmla.extras import needs
 from transmla.text import maths
@@ -85,10 +86,12 @@ def place_of(name: str) -> Path | None:
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table file, or of the train split of a dataset, streamed; raises `DataError`."""
+    path, dataset = Path(name).expanduser(), name.partition(":")[0]
+    if not path.exists() and looks_like_path(dataset):
+        raise DataError("the text was not found", where=name, why="no such file", remedy="check the path")
     needs("data", "text from a table or a dataset")
     import datasets
 
-    path = Path(name).expanduser()
     try:
         if path.is_file():
             kind = TABLES[path.suffix.lower()]

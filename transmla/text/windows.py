@@ -71,7 +71,7 @@ def windows(
             f"the text is too short: {len(ids):,} tokens",
             where=name,
             why=f"two windows of {window:,} tokens are the least that calibration and its held-out check need",
-            remedy="use a longer text, or shorter windows (`window` in a recipe)",
+            remedy="use a longer text, or shorter windows (--window)",
         )
     starts = torch.linspace(0, available - 1, min(wanted, available)).long().tolist()
     ids_NT = torch.tensor([ids[start * window : (start + 1) * window] for start in starts])
