@@ -103,7 +103,7 @@ def _commands(planned: Plan) -> str:
     if planned.form == OWN_MODEL_TYPE and any(
         verdict.accepts and verdict.engine in PLUGIN for verdict in planned.engines
     ):
-        lines += ["", "vLLM needs `pip install transmla` beside it."]
+        lines += ["", "vLLM needs `pip install PATH/TO/transmla` (a checkout) beside it."]
     refusing = [verdict.engine for verdict in planned.engines if not verdict.accepts]
     refused = f"\n\nNot run by {', '.join(refusing)}; `transmla doctor OUT` says why." if refusing else ""
     return (f"OUT is this folder.\n\n{chr(10).join(lines)}" if len(lines) > 2 else "") + refused

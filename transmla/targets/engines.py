@@ -318,7 +318,7 @@ def _beside(config: Config) -> str:
     """How vLLM is made to run the own form."""
     window = attention_window(config["text_config"])
     limit = f"; requests of {window:,} tokens at most, the window of its layers" if window else ""
-    return f"; pip install transmla beside it; no tensor parallelism{limit}"
+    return f"; pip install PATH/TO/transmla (a checkout) beside it; no tensor parallelism{limit}"
 
 
 def command_of(engine: str, config: Config) -> str:
