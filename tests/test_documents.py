@@ -68,6 +68,23 @@ def test_commands_and_options_exist(page: Path) -> None:
             assert not word.startswith("--") or word in known, line
 
 
+def test_the_reference_is_what_one_writes(reference: ModuleType) -> None:
+    """Strings keep their quotes, only parameters are listed as such, and every call's settings and result are there."""
+
+    def call(text: str = "gguf", *, count: "int | None" = None, **settings: object) -> None:
+        """What it does.
+
+        text:  of it;  count: how many; default: all of them
+        """
+
+    found = reference._documented("call", call, level=2)
+    assert "    text: str = 'gguf',\n    *,\n    count: int | None = None,\n    **settings: object,\n" in found
+    assert "- `text`: of it\n- `count`: how many; default: all of them" in found
+    page = (ROOT / "docs" / "python.md").read_text("utf-8")
+    for words in ("## Verified", "## QuantiseReport", "## FamilyRow", "## RecipeRow", "q_latent: int", "lora: int"):
+        assert words in page, words
+
+
 def test_pages_from_the_code_are_up_to_date(reference: ModuleType) -> None:
     """Otherwise: python docs/tools/reference.py"""
     assert (ROOT / "docs" / "cli.md").read_text("utf-8") == reference.cli_reference()

@@ -40,6 +40,8 @@ _POSITIVE = (
 # tokens: less says nothing of attention
 _LEAST = {"window": 8, "long_window": 8}
 _NOT_NEGATIVE = ("sampled", "hidden", "latent_recent")
+# watch may name none
+_TEXTS = ("calibration", "evaluation", "data")
 _SHARES = ("warmup", "cross_entropy", "on_policy", "layerwise", "long_share")
 
 
@@ -235,6 +237,8 @@ def _objection(key: str, value: Any) -> str | None:
         return f"{key} cannot be negative"
     if key == "latent_bits" and value not in LATENT_BITS:
         return f"there are caches of {', '.join(map(str, LATENT_BITS))} bits"
+    if key in _TEXTS and not value.strip():
+        return f"{key} names a text, for example wikitext"
     if key in _SHARES and not 0 <= value <= 1:
         return f"{key} is a share, from 0 to 1"
     return None

@@ -31,7 +31,7 @@ from transmla.cli.help import Command
 from transmla.conversion.needs import layer_values
 from transmla.conversion.plan import Plan
 from transmla.evaluation.results import FrontierRow, frontier_rows, read_published, read_results
-from transmla.recipe import find_recipe, load_recipe
+from transmla.recipe import Healing, Recipe, find_recipe, load_recipe
 
 RESULTS = ROOT / "eval" / "results"
 DOCS = ROOT / "docs"
@@ -234,6 +234,11 @@ def python_reference() -> str:
     ]
     for name in (name for name in transmla.__all__ if not name.startswith("_")):
         parts.append(_documented(name, getattr(transmla, name), level=2))
+    parts.append(
+        "# Settings\n\nWhat `settings` and `overrides` of the calls above take, and what the tables of a recipe hold. "
+        "Names in capitals are constants of `transmla.recipe`.\n"
+    )
+    parts += [_settings(Recipe, "convert, plan"), _settings(Healing, "heal")]
     parts.append("# Reports\n")
     for report in _reports():
         parts.append(_documented(report.__name__, report, level=2))
@@ -249,24 +254,41 @@ def _example() -> str:
 
 def _reports() -> list[type]:
     from transmla.conversion.flow import ConversionReport
+    from transmla.conversion.listing import FamilyRow, RecipeRow
     from transmla.conversion.plan import Plan
     from transmla.evaluation.evaluate import EvaluationReport
     from transmla.evaluation.speed import BenchReport
     from transmla.healing.flow import HealReport
     from transmla.targets.doctor import Diagnosis
     from transmla.targets.export import ExportReport
+    from transmla.targets.quantise import QuantiseReport
+    from transmla.targets.verify import Check, Verified
 
-    return [Plan, ConversionReport, EvaluationReport, BenchReport, HealReport, Diagnosis, ExportReport]
+    return [
+        Plan, ConversionReport, EvaluationReport, BenchReport, HealReport, Diagnosis, ExportReport, QuantiseReport,
+        Verified, Check, FamilyRow, RecipeRow,
+    ]  # fmt: skip
+
+
+def _settings(thing: type, calls: str) -> str:
+    """The fields of a dataclass with the comments that explain them, without those that only files have."""
+    lines = inspect.getsource(thing).splitlines()
+    fields = [line.strip() for line in lines if re.match(r"    [a-z_]+: .+ = ", line)]
+    shown = [line for line in fields if line.partition(":")[0] not in ("state", "model", "heal")]
+    head = f"## {thing.__name__} ({', '.join(f'`{call}`' for call in calls.split(', '))})\n"
+    return f"{head}\n```python\n{chr(10).join(shown)}\n```\n"
 
 
 def _documented(name: str, thing: Any, level: int) -> str:
     lines = [f"{'#' * level} {name}\n"]
     if inspect.isclass(thing):
+        known = [key for key, _ in _fields(thing)]
         fields = "\n".join(f"{key}: {kind}" for key, kind in _fields(thing))
         lines.append(f"```python\n{fields}\n```\n")
     else:
+        known = list(inspect.signature(thing).parameters)
         lines.append(f"```python\n{_signature(name, thing)}\n```\n")
-    lines += list(_paragraphs(inspect.cleandoc(thing.__doc__ or "")))
+    lines += list(_paragraphs(inspect.cleandoc(thing.__doc__ or ""), known))
     return "\n".join(lines)
 
 
@@ -280,18 +302,30 @@ def _signature(name: str, thing: Any) -> str:
     for parameter in inspect.signature(thing).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in parameters:
             parameters.append("*")
-        parameters.append(str(parameter).replace("'", ""))
+        parameters.append(_parameter(parameter))
     inner = "".join(f"\n    {parameter}," for parameter in parameters)
     returned = inspect.signature(thing).return_annotation
     return f"transmla.{name}({inner}{chr(10) if inner else ''}) -> {returned}"
 
 
-def _paragraphs(doc: str) -> Iterator[str]:
-    """Prose as it is; `name: words`, with what is indented below, as a list."""
+def _parameter(parameter: inspect.Parameter) -> str:
+    """As it is written in the source, where annotations are words and defaults are values."""
+    kind, default = parameter.annotation, parameter.default
+    words = kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    bare = str(parameter.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty))
+    return f"{bare}: {words}" + ("" if default is inspect.Parameter.empty else f" = {default!r}")
+
+
+def _paragraphs(doc: str, known: list[str]) -> Iterator[str]:
+    """Prose as it is; `name: words`, with what is indented below, as a list.
+
+    known: what may be explained behind a semicolon, so that `default: ...` stays a part of the sentence
+    """
     items: list[str] = []
+    name = "|".join(known)
     for paragraph in doc.split("\n\n"):
         for line in paragraph.splitlines():
-            pairs = re.split(r";  ?(?=[a-z_]+(?:, [a-z_]+)*: )", line)
+            pairs = re.split(rf";  ?(?=(?:{name})(?:, (?:{name}))*: )", line)
             for number, pair in enumerate(pairs):
                 named = (
                     re.match(r"([a-z_]\w*(?:, [a-z_]\w*)*):\s+(\S.*)", pair)

@@ -65,10 +65,21 @@ def test_every_option_is_explained(command: str) -> None:
         (("convert", "stories260k", "--theta", "fast"), 2, ["--theta"]),
         (("plan", "stories260k", "--latent", "1.5"), 2, ["--latent", "neither an integer nor auto"]),
         (("plan", "stories260k", "--latent", "auto", "--budget", "little"), 2, ["--budget", "not a number"]),
+        (("plan", "stories260k", "--latent", "auto", "--budget", "2"), 2, ["did you mean 2%?"]),
+        (("convert", "stories260k", "--latent", "auto", "--budget", "1.5"), 2, ["did you mean 1.5%?"]),
         (("plan", "stories260k", "--latent", "auto"), 10, ["belong together", "--budget 2%"]),
         (("convert", "stories260k", "--latent", "auto", "--budget", "-2%"), 10, ["budget must be positive"]),
         (("eval", "stories260k", "--length", "2000000"), 7, ["too short"]),
+        (("eval", "stories260k", "--limit", "3"), 2, ["--limit", "--tasks"]),
         (("generate", "stories260k", "hello", "--chat"), 1, ["chat template"]),
+        (("generate", "stories260k", "hello", "--temperature", "nan"), 2, ["--temperature", "is not a number"]),
+        (("generate", "stories260k", "hello", "--top-p", "nan"), 2, ["--top-p", "is not a number"]),
+        (("convert", "stories260k", "--calibration", ""), 10, ["calibration names a text"]),
+        (("convert", "stories260k", "--calibration", "./nothing.txt"), 7, ["no such file", "check the path"]),
+        (("convert", "stories260k", "--window", "5000"), 10, ["5,000 tokens", "--window 512"]),
+        (("plan", "stories260k", "--json", "./folder/"), 8, ["name of a folder"]),
+        (("report", "nothing.json", "--out", "no folder/page.html"), 8, ["mkdir -p '", "no folder'"]),
+        (("report", "nothing.json", "--out", "."), 8, ["name of a folder"]),
         (("plan", "x" * 300), 3, ["not found"]),
         (("doctor", "x" * 300), 3, ["not found"]),
         (("eval", "x" * 300), 3, ["not found"]),
@@ -110,6 +121,25 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 0
     assert "would write stories260k-mla-24-8" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_generate_has_no_prompt_in_front_of_it() -> None:
+    result = run("generate", "nothing-of-this-name", "Once upon a time")
+    assert (result.exit_code, result.stdout) == (3, "") and "not found" in result.stderr
+
+
+def test_verify_says_who_reads_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a b.gguf").write_bytes(b"GGUF")
+    result = run("verify", tmp_path / "a b.gguf")
+    assert result.exit_code == 4 and "verify checks folders" in result.output
+    assert f"transmla doctor '{tmp_path / 'a b.gguf'}'" in result.output
+
+
+@pytest.mark.parametrize("budget", ["2%", "0.02"])
+def test_the_budget_is_named_before_the_work(budget: str) -> None:
+    for command in (("plan", "stories260k"), ("convert", "stories260k", "--dry-run")):
+        shown = run(*command, "--latent", "auto", "--budget", budget).stdout
+        assert re.search(r"increase of perplexity +at most 2\.0%", shown), shown
 
 
 def test_eval_is_the_python_call(converted: Path) -> None:

@@ -285,7 +285,7 @@ def test_nothing_is_left_of_a_run_that_ends_so(inputs: Path, tmp_path: Path, mon
 @pytest.mark.parametrize("text", ["typo", "short"])
 def test_a_text_that_cannot_be_used_leaves_nothing_in_the_way(inputs: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "short").write_text("Once upon a time.", encoding="utf-8")
-    seen = set()
+    seen: set[str] = set()
     with pytest.raises(DataError):
         given = tmp_path / text if text == "short" else text
         heal(inputs, tmp_path / "out", data=str(given), progress=lambda stage, *_: seen.add(stage))

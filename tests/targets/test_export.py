@@ -14,7 +14,7 @@ import transmla
 from tests.families import MakeSource
 from transmla.checkpoint.provenance import read_provenance
 from transmla.checkpoint.read import open_source
-from transmla.errors import GeometryError, SourceError, UnsupportedError
+from transmla.errors import DestinationError, GeometryError, SourceError, UnsupportedError
 from transmla.maths.pad import Widths
 from transmla.model.loading import is_converted
 from transmla.targets.engines import LLAMA_CPP, MLX, OWN, REFUSES, RUNS, SGLANG, STOCK, VLLM_CPU, VLLM_GPU
@@ -115,6 +115,25 @@ def test_biases_have_no_place_in_an_export(lively: MakeSource, text_file: Path, 
     assert "MLX-LM" in caught.value.remedy and not (tmp_path / "out").exists()
     accepting = {verdict.engine for verdict in transmla.doctor(tmp_path / "mla").engines if verdict.accepts}
     assert accepting == {STOCK, OWN, MLX}
+
+
+def test_a_gguf_file_has_its_ending(converted: Path, tmp_path: Path) -> None:
+    """Without it, no other command would take the file."""
+    with pytest.raises(DestinationError, match=r"ends in \.gguf") as caught:
+        transmla.export(converted, tmp_path / "P2")
+    assert "P2.gguf" in caught.value.remedy and "--to vllm" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_form_for_training_is_folded_first(converted: Path, tmp_path: Path) -> None:
+    trained = transmla.unfold(converted, tmp_path / "T 1")
+    for refused in (
+        lambda: transmla.export(trained, tmp_path / "out.gguf"),
+        lambda: transmla.heal(trained, tmp_path / "out"),
+    ):
+        with pytest.raises(UnsupportedError, match="form for training") as caught:
+            refused()
+        assert f"transmla fold '{trained}' OUT2" in caught.value.remedy
 
 
 def test_what_is_no_converted_folder(converted: Path, lively: MakeSource, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def partial_of(destination: Path) -> Path:
 
 
 def journal_of(destination: Path) -> Path:
-    """Where the finished steps of an unfinished conversion are kept, see checkpoint/journal.py."""
+    """Where the finished steps of an unfinished run are kept, see checkpoint/journal.py."""
     return partial_of(destination) / JOURNAL
 
 
@@ -90,7 +91,7 @@ def _check_parent(path: Path) -> None:
     if parent.exists() and not parent.is_dir():
         raise _refused(path, what, f"{parent} is no folder", _OTHER)
     if not parent.is_dir():
-        raise _refused(path, what, f"there is no folder {parent}", f"create it: mkdir -p {parent}")
+        raise _refused(path, what, f"there is no folder {parent}", f"create it: mkdir -p {shlex.quote(str(parent))}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _refused(path, what, f"no permission to write in {parent}", _OTHER)
 
@@ -251,10 +252,11 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise _refused(where, "the destination cannot be written", why, _OTHER) from error
 
 
-def check_file(path: Path) -> None:
-    """Raise `DestinationError` if `write_whole` could not write to this path."""
-    if path.is_dir():
-        raise _refused(path, "the file cannot be written", "it is a folder", "give the name of a file")
+def check_file(name: str | Path) -> None:
+    """Raise `DestinationError` if `write_whole` could not write to the file of this name."""
+    path = Path(name)
+    if path.is_dir() or str(name).endswith("/"):
+        raise _refused(Path(name), "the file cannot be written", "that is the name of a folder", "give that of a file")
     if not path.exists() or path.is_file():
         _check_parent(Path(os.path.realpath(path)))
 

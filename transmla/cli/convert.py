@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import (
+    NumberRange,
     as_json,
     command,
     device,
@@ -55,7 +56,7 @@ def geometry_options(decorated: Any) -> Any:
         option(
             "--budget",
             metavar="X%",
-            help="With --latent auto: the largest increase of perplexity on held-out calibration text.",
+            help="With --latent auto: the largest increase of perplexity on held-out calibration text, as 2% or 0.02.",
             group="Size of the cache",
         ),
         option(
@@ -85,8 +86,8 @@ def geometry_options(decorated: Any) -> Any:
     "--calibration",
     metavar="TEXT",
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id OWNER/NAME[:CONFIG], "
-    "wikitext, synthetic, continued, code, stories (they ship with the program) or self (sampled from SRC); A:3+B "
-    f"mixes three to one. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
+    "wikitext, synthetic, continued, code, maths, stories (they ship with the program) or self (sampled from SRC); "
+    f"A:3+B mixes three to one. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
     group="Calibration text",
 )
 @option(
@@ -172,7 +173,7 @@ def geometry_options(decorated: Any) -> Any:
 )
 @option(
     "--offload",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0),
     metavar="GIB",
     help="Keep calibration activations in a file beside DST if a process needs more than GIB for them. "
     "[default: half of the free memory]",
@@ -268,9 +269,20 @@ def sizes(given: dict[str, Any]) -> dict[str, Any]:
                 raise click.BadParameter(f"{size!r} is neither an integer nor auto", param_hint=f"--{key}") from None
     budget = given["budget"]
     if budget is not None:
-        percent = number(budget.removesuffix("%"), "--budget", auto=False)
-        given["budget"] = float(percent) / (100 if budget.endswith("%") else 1) if percent is not None else None
+        given["budget"] = _share(budget)
     return given
+
+
+def _share(budget: str) -> float:
+    """2% -> 0.02, as 0.02; a plain number that would more than double the perplexity was meant in percent."""
+    found = float(number(budget.removesuffix("%"), "--budget", auto=False) or 0)
+    if budget.endswith("%"):
+        return found / 100
+    if found >= 1:
+        raise click.BadParameter(
+            f"{budget} would be {found:.0%} more perplexity; did you mean {budget}%?", param_hint="--budget"
+        )
+    return found
 
 
 def _peak_memory() -> int:

@@ -200,6 +200,9 @@ def _recovery(value: float) -> str:
 def _lists(given: dict[str, Any]) -> dict[str, Any]:
     """Words of eval's options as lists and numbers."""
     given["text"] = list(given["text"]) or None
+    if given["limit"] is not None and not (given["tasks"] or given["suite"]):
+        why = "without --tasks or --suite there are no documents of tasks to leave out"
+        raise click.BadParameter(why, param_hint="--limit")
     given["tasks"] = given["tasks"].split(",") if given["tasks"] else None
     given["needles"] = integers(given["needles"], "--needles") if given["needles"] else None
     if given["quantised"]:

@@ -19,7 +19,8 @@ from transmla.cli.frame import as_json, command, emit, errors, option, quiet, qu
     type=click.Choice(("gguf", "vllm")),
     default="gguf",
     group="Form",
-    help="gguf: one file for llama.cpp; vllm: a folder, padded with zeros to a size that GPU kernels are built for.",
+    help="gguf: one file for llama.cpp, OUT.gguf; vllm: a folder, padded with zeros to a size that GPU kernels are "
+    "built for.",
 )
 @option(
     "--type",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -46,11 +47,9 @@ def _json_file(context: click.Context, parameter: click.Parameter, name: str | N
     """The value of --json; a file that cannot be written is refused before hours of work, not behind them."""
     if name not in (None, "-"):
         with errors():
-            from pathlib import Path
-
             from transmla.checkpoint.destination import check_file
 
-            check_file(Path(name))
+            check_file(name)
     return name
 
 
@@ -195,6 +194,16 @@ def quiet_libraries(bars: bool = True, *, loading: bool = True) -> None:
     for name in ("torch", "gguf", "lm_eval", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+
+
+class NumberRange(click.FloatRange):
+    """A number within a range; nan is on no side of its limits, and would pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        found = float(super().convert(value, param, context))
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number", param, context)
+        return found
 
 
 class Scaled(click.ParamType[int]):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from transmla.cli.frame import command, device, errors, option, quiet_libraries
+from transmla.cli.frame import NumberRange, command, device, errors, option, quiet_libraries
 from transmla.recipe import DTYPES
 
 
@@ -28,7 +28,7 @@ from transmla.recipe import DTYPES
 )
 @option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0),
     default=0.8,
     metavar="T",
     help="0: most likely token.",
@@ -36,7 +36,7 @@ from transmla.recipe import DTYPES
 )
 @option(
     "--top-p",
-    type=click.FloatRange(min=0, max=1),
+    type=NumberRange(min=0, max=1),
     default=0.95,
     metavar="P",
     help="Nucleus to sample from.",
@@ -76,9 +76,9 @@ def generate_command(model: str, prompt: str, chat: bool, **given: Any) -> None:
         import transmla
 
         quiet_libraries()
-        if not chat:
-            click.echo(prompt, nl=False)
         with closing(transmla.generate(model, prompt, chat=chat, **given)) as pieces:
+            first = next(pieces, "")  # or an error, which has no prompt in front of it
+            click.echo(f"{'' if chat else prompt}{first}", nl=False)
             for piece in pieces:
                 click.echo(piece, nl=False)
         click.echo()

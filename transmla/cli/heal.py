@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from transmla.cli.frame import (
+    NumberRange,
     Scaled,
     as_json,
     command,
@@ -97,7 +98,7 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
 )
 @option(
     "--rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     metavar="X",
     help="Largest step, relative to the weights that it changes. [default: 5e-4, for small models 1e-2]",
     group="What is trained",
@@ -110,14 +111,14 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
 )
 @option(
     "--rate-rest",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     metavar="X",
     help="The same outside the attention, with --train all. [default: 0.3 of --rate]",
     group="What is trained",
 )
 @option(
     "--layerwise",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     metavar="SHARE",
     help="Share of the steps, the first, in which each layer learns for itself from SRC's input of it. [default: 0]",
     group="Objective",
@@ -130,7 +131,7 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
 )
 @option(
     "--on-policy",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     metavar="SHARE",
     help="Share of the windows that are replaced by what the model itself writes behind beginnings of the text; SRC "
     "says how it would go on. Against loops. [default: 0]",
@@ -159,7 +160,7 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
 )
 @option(
     "--long-share",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     metavar="SHARE",
     help="Share of the tokens, the last, that come in windows of --long-window. [default: 0]",
     group="Text",
@@ -181,21 +182,21 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
 @rounding_options("Objective")
 @option(
     "--temperature",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     metavar="T",
     help="Temperature of the KL divergence. [default: 1]",
     group="Objective",
 )
 @option(
     "--cross-entropy",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     metavar="X",
     help="Weight of the cross-entropy with the text. [default: 0]",
     group="Objective",
 )
 @option(
     "--hidden",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0),
     metavar="X",
     help="Weight of the error of the residual streams. [default: 0]",
     group="Objective",

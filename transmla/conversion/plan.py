@@ -225,6 +225,13 @@ def plan(
             )
         _check_tokens(settings, context)
         _check_rounding(settings, context)
+        if (overrides.get("window") or 0) > context:  # that of a recipe is for models of all lengths, and is shortened
+            raise RecipeError(
+                "the calibration windows are longer than the source's context",
+                where="--window",
+                why=f"{overrides['window']:,} tokens, and the source knows {context:,} positions",
+                remedy=f"give at most --window {context}",
+            )
     weights = weight_bytes(opened, family, gqa, mla, dtype)
     disk = weights + COMPANION_BYTES + journal_bytes(mla, settings)
     if destination is not None:

@@ -28,6 +28,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     geometry.add_row("query heads", str(gqa.num_attention_heads), "same")
     geometry.add_row("head_dim", str(gqa.head_dim), f"nope {mla.qk_nope_head_dim}, v {mla.v_head_dim}")
     geometry.add_row("kv_lora_rank + qk_rope_head_dim", "", f"{mla.kv_lora_rank} + {mla.qk_rope_head_dim}")
+    if plan.recipe.budget is not None:
+        geometry.add_row("increase of perplexity", "", f"at most {plan.recipe.budget:.1%}")
     if mla.stock_q_lora_rank:
         geometry.add_row("q_lora_rank", "", str(mla.stock_q_lora_rank))
     geometry.add_row("cached values per token and layer", str(gqa.cache_values()), str(mla.cache_values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transmla.checkpoint.gguf.write import check_gguf_destination, find_quantise
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.store import understood
 from transmla.errors import UnsupportedError
+from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
 from transmla.targets.engines import LLAMA_CPP, engine_verdicts
@@ -62,8 +64,9 @@ def export(
 ) -> ExportReport:
     """Write the converted folder `model` in another form to `out`; `model` is not changed.
 
-    to:       "gguf" writes one file for llama.cpp and other programs that read GGUF. "vllm" writes a folder padded with
-              zeros to a geometry that GPU kernels of vLLM and SGLang support: the same function with a larger cache
+    to:       "gguf" writes one file, OUT.gguf, for llama.cpp and other programs that read GGUF. "vllm" writes a folder
+              padded with zeros to a geometry that GPU kernels of vLLM and SGLang support: the same function with a
+              larger cache
     type:     of the weights in a GGUF file: f32, f16, bf16 (default) or q8_0; also q6_k, q5_k_m, q4_k_m and others if
               llama.cpp's quantiser is on the PATH or installed as the Python package llama_cpp
     size:     geometry of a padded folder, "512+64" or "256+64"; by default the smallest that is large enough
@@ -116,6 +119,13 @@ def open_converted(folder: Path) -> Source:
             why="it has the form of its source's own class, because deepseek_v3 cannot express the model",
             remedy="run it with transformers (trust_remote_code=True) or, with transmla installed, in vLLM; "
             "`transmla plan SRC` names the obstacles",
+        )
+    if source.config.get("model_type") == UnfoldedConfig.model_type:
+        raise UnsupportedError(
+            "this folder has the form for training",
+            where=source.config_where,
+            why=f"model_type is {UnfoldedConfig.model_type!r}; a converted folder has the stock form",
+            remedy=f"make that of it: transmla fold {shlex.quote(str(folder))} OUT2",
         )
     if source.config.get("model_type") != "deepseek_v3" or not source.config.get("latent_norm_folded"):
         raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,10 @@ _TEXT = "Once upon a time, there was a model."
 
 @dataclass(frozen=True)
 class Check:
-    """One of the checks. passed: None where there is nothing to compare with;  found: in words"""
+    """One of the checks.
+
+    passed: None where there is nothing to compare with;  found: in words
+    """
 
     name: str
     passed: bool | None
@@ -71,6 +75,14 @@ def verify(model: str | Path, *, progress: Progress | None = None) -> Verified:
     for a folder that cannot be read at all, and `UnsupportedError` for one that is not converted.
     """
     tell = progress or silent
+    if Path(model).expanduser().is_file():
+        raise UnsupportedError(
+            "verify checks folders",
+            where=str(model),
+            why="it is a file",
+            remedy="verify the folder that it was made from; of a GGUF file, "
+            f"transmla doctor {shlex.quote(str(model))} says what runs it",
+        )
     source = open_source(Path(model))
     kind = source.config.get("model_type")
     if source.format == "gguf" or kind not in CONVERTED or not source.config.get("kv_lora_rank"):

@@ -159,7 +159,7 @@ class _Copied:
 
 
 def check_gguf_destination(out: Path, needed_bytes: int = 0) -> None:
-    """Raise `DestinationError` unless a new file of that size can be written to `out`."""
+    """Raise `DestinationError` unless a new file of that size can be written to `out`, whose name says what it is."""
     if out.is_dir():
         raise DestinationError(
             "the destination is a folder",
@@ -168,6 +168,13 @@ def check_gguf_destination(out: Path, needed_bytes: int = 0) -> None:
             remedy=f"give the file a name: {out / 'model.gguf'}",
         )
     check_destination(out, needed_bytes)
+    if out.suffix.lower() != ".gguf":
+        raise DestinationError(
+            "the file could not be read back",
+            where=str(out),
+            why="programs know a GGUF model by its name, which ends in .gguf",
+            remedy=f"did you mean {out}.gguf? A folder for GPU kernels is written with --to vllm",
+        )
 
 
 def _add_settings(writer: gguf.GGUFWriter, settings: Mapping[str, int | float | bool | str]) -> None:
