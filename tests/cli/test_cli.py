@@ -79,7 +79,7 @@ def test_every_option_is_explained(command: str) -> None:
         (("convert", "stories260k", "--window", "5000"), 10, ["5,000 tokens", "--window 512"]),
         (("plan", "stories260k", "--json", "./folder/"), 8, ["name of a folder"]),
         (("report", "nothing.json", "--out", "no folder/page.html"), 8, ["mkdir -p '", "no folder'"]),
-        (("report", "nothing.json", "--out", "."), 8, ["name of a folder"]),
+        (("report", "nothing.json", "--out", "."), 8, ["it is a folder", "name of a file"]),
         (("plan", "x" * 300), 3, ["not found"]),
         (("doctor", "x" * 300), 3, ["not found"]),
         (("eval", "x" * 300), 3, ["not found"]),

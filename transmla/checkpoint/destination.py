@@ -256,7 +256,8 @@ def check_file(name: str | Path) -> None:
     """Raise `DestinationError` if `write_whole` could not write to the file of this name."""
     path = Path(name)
     if path.is_dir() or str(name).endswith("/"):
-        raise _refused(Path(name), "the file cannot be written", "that is the name of a folder", "give that of a file")
+        why = "it is a folder" if path.is_dir() else "a name that ends in / is the name of a folder"
+        raise _refused(path, "the file cannot be written", why, "give the name of a file")
     if not path.exists() or path.is_file():
         _check_parent(Path(os.path.realpath(path)))
 
