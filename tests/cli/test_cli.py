@@ -69,7 +69,7 @@ def test_every_option_is_explained(command: str) -> None:
         (("convert", "stories260k", "--latent", "auto", "--budget", "1.5"), 2, ["did you mean 1.5%?"]),
         (("plan", "stories260k", "--latent", "auto"), 10, ["belong together", "--budget 2%"]),
         (("convert", "stories260k", "--latent", "auto", "--budget", "-2%"), 10, ["budget must be positive"]),
-        (("eval", "stories260k", "--length", "2000000"), 7, ["too short"]),
+        (("eval", "stories260k", "--length", "2000000"), 10, ["was made for 512 tokens", "--length 512"]),
         (("eval", "stories260k", "--limit", "3"), 2, ["--limit", "--tasks"]),
         (("generate", "stories260k", "hello", "--chat"), 1, ["chat template"]),
         (("generate", "stories260k", "hello", "--temperature", "nan"), 2, ["--temperature", "is not a number"]),
@@ -95,6 +95,13 @@ def test_errors_have_their_exit_code(
     assert result.exit_code == code, result.output
     assert all(word in result.output for word in words), result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_is_too_short_has_its_exit_code(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time")
+    result = run("eval", "stories260k", "--text", short)
+    assert result.exit_code == 7 and "too short" in result.output, result.output
 
 
 def test_existing_destination_is_refused_before_anything_is_read(converted: Path) -> None:

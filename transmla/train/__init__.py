@@ -11,5 +11,6 @@ def bytes_of_logits(kind: str, vocabulary: int, compute: int, cores: int) -> int
     kind: of the device;  compute: bytes of a value in products;  cores: of a CPU that compute
     """
     if kind == "cpu":
-        return 2 * compute * ROWS_ON_CPU * vocabulary + 24 * cores * max(vocabulary, LOGITS_OF_A_CORE)
+        at_once = min(ROWS_ON_CPU * vocabulary, cores * max(vocabulary, LOGITS_OF_A_CORE))
+        return 2 * compute * ROWS_ON_CPU * vocabulary + 24 * at_once
     return 24 * max(16 * vocabulary, LOGITS_ON_GPU)
