@@ -147,9 +147,16 @@ def lively_source(
 
 
 def add_tokenizer(folder: Path) -> None:
-    """The tokenizer of the embedded model, 512 tokens."""
+    """The tokenizer of the embedded model, 512 tokens.
+
+    That of a qwen2 is a Qwen2Tokenizer for transformers, whatever the files say; they say so, too, as real ones do, so
+    that the converted folder is read alike.
+    """
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(str(resources.files("transmla.data") / "stories260k" / name), folder / name)
+    path = folder / "tokenizer_config.json"
+    if json.loads((folder / "config.json").read_text("utf-8")).get("model_type") == "qwen2":
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"tokenizer_class": "Qwen2Tokenizer"}))
 
 
 def sparse_source(folder: Path, config: dict[str, Any]) -> Path:

@@ -225,11 +225,13 @@ def plan(
             )
         _check_tokens(settings, context)
         _check_rounding(settings, context)
-        if (overrides.get("window") or 0) > context:  # that of a recipe is for models of all lengths, and is shortened
+        known = int(config.get("max_position_embeddings") or 2048)
+        # that of a recipe is for models of all lengths, and is shortened; so is any to a sliding window
+        if (overrides.get("window") or 0) > known:
             raise RecipeError(
                 "the calibration windows are longer than the source's context",
                 where="--window",
-                why=f"{overrides['window']:,} tokens, and the source knows {context:,} positions",
+                why=f"{overrides['window']:,} tokens, and the source knows {known:,} positions",
                 remedy=f"give at most --window {context}",
             )
     weights = weight_bytes(opened, family, gqa, mla, dtype)

@@ -122,7 +122,7 @@ def open_converted(folder: Path) -> Source:
         )
     if source.config.get("model_type") == UnfoldedConfig.model_type:
         raise UnsupportedError(
-            "this folder has the form for training",
+            "this is not a converted folder, but its form for training",
             where=source.config_where,
             why=f"model_type is {UnfoldedConfig.model_type!r}; a converted folder has the stock form",
             remedy=f"make that of it: transmla fold {shlex.quote(str(folder))} OUT2",
