@@ -16,6 +16,7 @@ from transmla.evaluation.quantised_cache import (
     RotatedCode,
     packed_bytes_per_token,
     packed_caches,
+    why_no_cache,
 )
 from transmla.maths.coding import SINK
 
@@ -103,4 +104,5 @@ def test_caches_by_bits() -> None:
     model = lively_model(lively_config())
     assert list(packed_caches(model, 4)) == ["KIVI 4 bits", "rotated 4 bits"]
     assert packed_caches(model, 2.5) == packed_caches(model, 5) == {}
+    assert why_no_cache(model) == "integers have 2, 3, 4, 8 bits; --coded-source measures numbers between"
     assert math.isnan(packed_bytes_per_token(packed_caches(model, 4)["KIVI 4 bits"]()))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import transmla
 from transmla.cli import main
-from transmla.errors import DataError
+from transmla.errors import DataError, DestinationError
 from transmla.evaluation.report.plots import frontier
 from transmla.evaluation.results import frontier_rows, frontier_table, read_results
 
@@ -241,6 +241,17 @@ def test_what_is_no_result(tmp_path: Path, result: Path) -> None:
     assert not (tmp_path / "page.html").exists()
     with pytest.raises(DataError, match="nothing to report"):
         transmla.report([], tmp_path / "page.html")
+
+
+def test_a_folder_for_pictures_that_cannot_be_one(
+    result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before anything is drawn or written."""
+    monkeypatch.setattr("transmla.evaluation.report.page._figures", lambda *_: pytest.fail("drawn"))
+    for folder in (result, result / "below"):
+        with pytest.raises(DestinationError, match=f"{result.name} is no folder"):
+            transmla.report([result], tmp_path / "page.html", pictures=folder)
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_command_line(result: Path, tmp_path: Path) -> None:

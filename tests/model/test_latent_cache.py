@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from tests.model.folders import LAYERS, RANK, ROPE, VOCAB, write_folder
 from tests.model.test_attention import relative
 from tests.model.test_cache import generate
-from transmla.evaluation.quantised_cache import packed_caches
+from transmla.evaluation.quantised_cache import packed_caches, why_no_cache
 from transmla.model import modeling_transmla as modeling
 from transmla.model.loading import load
 from transmla.model.modeling_transmla import (
@@ -355,6 +355,7 @@ def test_many_queries_see_small_blocks(model: Any, monkeypatch: pytest.MonkeyPat
 def test_fewer_bits_than_the_gains_take_are_no_cache(model: Any) -> None:
     fewest = GAIN_BITS / WIDTH
     assert packed_caches(model, fewest) == {} and list(packed_caches(model, fewest + 0.1)) == [f"coded{fewest + 0.1:g}"]
+    assert f"more than {fewest:g} and at most 8" in why_no_cache(model)
     with pytest.raises(ValueError, match="more than"):
         model.latent_cache(f"coded{fewest:g}")
 

@@ -262,6 +262,16 @@ def check_file(name: str | Path) -> None:
         _check_parent(Path(os.path.realpath(path)))
 
 
+def check_folder(name: str | Path) -> None:
+    """Raise `DestinationError` if files could not be written to the folder of this name, made with its parents."""
+    path = Path(os.path.abspath(name))
+    found = next(place for place in (path, *path.parents) if place.exists())
+    if not found.is_dir():
+        raise _refused(path, "the folder cannot be made", f"{found} is no folder", "give the name of a folder")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise _refused(path, "the folder cannot be written", f"no permission to write in {found}", _OTHER)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or as it was before, also after a kill; `DestinationError`."""
     with disk_errors(path):

@@ -25,7 +25,7 @@ from transmla.evaluation.coded_source import CodedSource
 from transmla.evaluation.generation import WAYS, shipped_prompts, written
 from transmla.evaluation.perplexity import Perplexity, perplexity, text_windows
 from transmla.evaluation.positions import by_position
-from transmla.evaluation.quantised_cache import GRID_BITS, RECENT, packed_bytes_per_token, packed_caches
+from transmla.evaluation.quantised_cache import RECENT, packed_bytes_per_token, packed_caches, why_no_cache
 from transmla.evaluation.smoke import smoke
 from transmla.evaluation.steps import ran_out_of_memory
 from transmla.evaluation.suite import Suite
@@ -285,8 +285,7 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
         is_source = not result["converted"]
         for bits, row in zip(suite.quantised, rows, strict=True):
             if row == [] and not (is_source and suite.coded_source):
-                others = "--coded-source measures" if is_source else "`transmla quantise` prepares a folder for"
-                why = f"integers have {', '.join(map(str, GRID_BITS))} bits; {others} numbers between"
+                why = why_no_cache(subject.model)
                 skipped.append(Skipped(name, f"a cache of {bits:g} bits", why))
         if suite.coded_source and is_source:
             rows.append(part("coded cache", coded))

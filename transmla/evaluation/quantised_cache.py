@@ -176,6 +176,17 @@ def packed_caches(model: Any, bits: float, recent: int = RECENT) -> dict[str, Ca
     return {f"KIVI {whole} bits": by_channel, f"rotated {whole} bits": rotated}
 
 
+def why_no_cache(model: Any) -> str:
+    """Why `packed_caches` has none of some number of bits."""
+    integers = f"integers have {', '.join(map(str, GRID_BITS))} bits"
+    if not hasattr(model, "latent_cache"):
+        return f"{integers}; --coded-source measures numbers between"
+    if getattr(model.config, "latent_code", None) is None:
+        return f"{integers}; `transmla quantise` prepares a folder for numbers between"
+    width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    return f"of {width} values, a coded cache has more than {GAIN_BITS / width:g} and at most 8 bits per value"
+
+
 def packed_bytes_per_token(cache: Any) -> float:
     """Bytes of the packed tensors of a cache over the tokens in them, all layers together; NaN if none is packed."""
     found = 0.0

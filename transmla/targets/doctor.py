@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import local
 from transmla.checkpoint.store import understood
 from transmla.errors import TransmlaError, UnsupportedError
+from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.tables import Shown
 from transmla.targets.engines import (
     ENGINES,
@@ -77,12 +79,19 @@ def doctor(model: str | Path) -> Diagnosis:
         return _of_gguf(path)
     source = open_source(path)
     config = source.config
+    if config.get("model_type") == UnfoldedConfig.model_type:
+        raise UnsupportedError(
+            "this is not a converted folder, but its form for training",
+            where=source.config_where,
+            why=f"no engine runs model_type {UnfoldedConfig.model_type!r}",
+            remedy=f"make a converted folder of it: transmla fold {shlex.quote(str(path))} OUT2",
+        )
     if config.get("model_type") not in ("deepseek_v3", OWN_MODEL_TYPE) or not config.get("kv_lora_rank"):
         raise UnsupportedError(
             "this is not a converted model",
             where=source.config_where,
             why=f"model_type is {config.get('model_type')!r}",
-            remedy="use `transmla plan` for a source that is not converted yet, or fold an unfolded model first",
+            remedy="use `transmla plan` for a source that is not converted yet",
         )
     with understood(source.config_where):
         if config["model_type"] == OWN_MODEL_TYPE:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transmla.checkpoint.destination import check_file, disk_errors, write_whole
+from transmla.checkpoint.destination import check_file, check_folder, disk_errors, write_whole
 from transmla.errors import DataError
 from transmla.evaluation.report import plots, sections
 from transmla.evaluation.report.sections import Picture
@@ -30,6 +30,8 @@ def report(
     Raises `DataError` for other files, `DestinationError`.
     """
     check_file(out)  # before the figures, which take a while
+    if pictures is not None:
+        check_folder(pictures)
     found, timings = read_results_and_timings([Path(path) for path in results])
     if not found:
         raise DataError(
