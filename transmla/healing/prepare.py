@@ -205,9 +205,9 @@ class Preparation:
     def _model(self, checkpoint: Source) -> Any:
         half = self.settings.precision == "bfloat16"
         if is_sharded():
-            dtype = torch.bfloat16 if half else torch.float32
-            model = load_source(checkpoint, dtype=dtype, device=str(self.device))
-            return _shard(model.requires_grad_(False))
+            # whole in the memory of each process; on its device, no more than one whole layer at a time
+            model = load_source(checkpoint, dtype=torch.bfloat16 if half else torch.float32, device="cpu")
+            return _shard(model.requires_grad_(False)).to(self.device)
         model = load_source(checkpoint, dtype=torch.float32).requires_grad_(False)
         if half:
             halve_frozen(model)
