@@ -33,7 +33,12 @@ from transmla.maths.closed_form import ClosedForm
 from transmla.maths.reference import mla_naive
 from transmla.model.layer import build_layer
 from transmla.model.loading import load, load_any, load_tokenizer
-from transmla.model.modeling_transmla import TransmlaConfig, TransmlaForCausalLM, TransmlaForSequenceClassification
+from transmla.model.modeling_transmla import (
+    TransmlaConfig,
+    TransmlaForCausalLM,
+    TransmlaForSequenceClassification,
+    TransmlaModel,
+)
 from transmla.model.skeleton import attention_facts, layer_tensors, skeleton
 from transmla.targets.own import own_attention, own_config
 
@@ -274,6 +279,8 @@ def test_other_heads(lively: MakeSource, run: Convert, model_type: str) -> None:
     whole, body = load(folder, dtype=torch.float32), AutoModel.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(body(IDS).last_hidden_state, whole.base_model(IDS).last_hidden_state)
+        streams, wanted = (one(IDS, output_hidden_states=True).hidden_states for one in (body, whole.base_model))
+        assert len(streams) == len(wanted) == 4 and all(map(torch.equal, streams, wanted))
         # the table of tokens, which GPT-NeoX calls by another name, can be read and grown in both
         for one in (whole, body):
             one.resize_token_embeddings(520, mean_resizing=False)
@@ -305,12 +312,47 @@ def test_a_head_that_the_source_s_family_lacks_is_not_promised(model_type: str) 
         AutoModelForSequenceClassification.from_config(source)
 
 
+def test_the_model_without_a_head_is_the_source_s_in_all_that_transformers_asks() -> None:
+    """Two families in one process; layers are not cut between devices; what is exchanged later runs."""
+    bodies = []
+    for model_type in ("llama", "qwen3_moe"):
+        text_config = lively_config(layers=2, model_type=model_type).to_dict()
+        bodies.append(TransmlaModel(own_sizes(text_config)).eval())
+    for body, recorded in zip(bodies, ({"hidden_states"}, {"hidden_states", "router_logits"}), strict=True):
+        inner = body.__dict__["_inner"]
+        assert body._no_split_modules == inner._no_split_modules and body._no_split_modules
+        assert body._skip_keys_device_placement == inner._skip_keys_device_placement
+        wanted = {"output_hidden_states": True, "output_router_logits": True}
+        found = {name for name in ("hidden_states", "router_logits") if body(IDS, **wanted).get(name) is not None}
+        assert found == recorded
+    body = copy.deepcopy(bodies[0])
+    assert not body.train().eval().__dict__["_inner"].training and body.train().__dict__["_inner"].training
+    before = body(IDS, output_hidden_states=True).hidden_states
+    body.layers = body.layers[:1]
+    after = body(IDS, output_hidden_states=True).hidden_states
+    assert (len(before), len(after)) == (3, 2) and torch.equal(before[0], after[0])
+
+
+def test_no_weight_of_a_new_model_is_what_lay_in_memory() -> None:
+    """The rotary projection of queries is a parameter of its own in the form of norms on queries and keys."""
+    torch.use_deterministic_algorithms(True)  # which fills new memory with nan
+    try:
+        model: Any = TransmlaForCausalLM(own_sizes(lively_config(layers=2, model_type="qwen3").to_dict(), "features"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()] == []
+    assert 0.01 < float(model.model.layers[1].self_attn.q_rope_proj.detach().std()) < 0.03
+
+
 def small_config(**settings: Any) -> TransmlaConfig:
     """Of a llama in the own form that nobody has converted."""
-    text_config = lively_config(layers=2, dtype=settings.get("dtype")).to_dict()
+    return own_sizes(lively_config(layers=2, dtype=settings.get("dtype")).to_dict(), **settings)
+
+
+def own_sizes(text_config: dict[str, Any], latent_encoder: str = "input", **settings: Any) -> TransmlaConfig:
     return TransmlaConfig(
         text_config=text_config, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=12, v_head_dim=12,
-        latent_inv_freq=[[1.0, 0.1]] * 2, **settings,
+        latent_inv_freq=[[1.0, 0.1]] * 2, latent_encoder=latent_encoder, source_rotary_dim=12, **settings,
     )  # fmt: skip
 
 

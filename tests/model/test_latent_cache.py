@@ -456,6 +456,26 @@ def test_padding_changes_nothing(model: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sizes", [(37,), (3, 4, 30), (1,) * 37])
+def test_first_tokens_are_those_behind_all_padding(model: Any, sizes: tuple[int, ...]) -> None:
+    """However the texts come: one may be padding alone at first."""
+    ids = torch.randint(3, VOCAB, (3, 37), generator=torch.Generator().manual_seed(8))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[2, :2] = 0
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache, start = model.latent_cache("int2", sink=3, recent=2), 0
+    for size in sizes:
+        part = slice(start, start + size)
+        model(ids[:, part], attention_mask=mask[:, : part.stop], position_ids=places[:, part], past_key_values=cache)
+        start += size
+    layers: list[Any] = cache.layers
+    assert all(layer.first.tolist() == [7, 0, 2] and not layer.waiting for layer in layers)
+    (text, place), other = (0, slice(7, 10)), model.latent_cache("exact")
+    model(ids, attention_mask=mask, position_ids=places, past_key_values=other)
+    assert torch.allclose(layers[0].sinks[text], other.layers[0].exact[text, place], atol=1e-9)
+
+
+@torch.no_grad()
 def test_a_compiled_step_reads_the_packed_cache(model: Any) -> None:
     """In one graph, and not in a new one for every length: more tokens come, and some are packed five times."""
     attention = model.model.layers[0].self_attn

@@ -86,6 +86,13 @@ def test_device_map_with_offloaded_layers(folder: Path, tmp_path: Path, ids: tor
         cache = model(ids[:, :20]).past_key_values
         step = model(ids[:, 20:], past_key_values=cache).logits
         assert relative(step, whole(ids).logits[:, 20:]) < 1e-5
+        steps = []
+        for one in (model, whole):
+            packed = one.latent_cache("int8", recent=4)
+            one(ids[:, :20], past_key_values=packed)
+            steps.append(one(ids[:, 20:], past_key_values=packed).logits)
+            assert packed.layers[1].num_packed
+        assert relative(*steps) < 1e-5
 
 
 def test_unsupported_attention_is_refused(folder: Path) -> None:

@@ -417,8 +417,8 @@ class LatentLayer(CacheLayerMixin):
         # exact values [B, sink, k] of the first tokens among the packed ones, and the place of the first of them
         self.sinks: torch.Tensor | None = None
         self.first: torch.Tensor | None = None
-        # whether it is known that no text has padding
-        self.unpadded = False
+        # whether it is known that no text has padding, and whether some text has had nothing else yet
+        self.unpadded = self.waiting = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """For tokens like these [B, 1, T, k]."""
@@ -430,10 +430,18 @@ class LatentLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def begin(self, mask: torch.Tensor | None) -> None:
-        """Learn from the first mask [B or 1, ., T, S] where each text begins, behind the padding on its left."""
-        if self.get_seq_length() == 0 and mask is not None and mask.dim() == 4:
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            self.first, self.unpadded = seen.flatten(1, 2).any(1).int().argmax(-1), False
+        """Learn from the masks [B or 1, ., T, S] where each text begins, behind the padding on its left: from the first
+        one, and from later ones as long as some text has been padding alone."""
+        if mask is None or mask.dim() != 4 or not (self.waiting or self.get_seq_length() == 0):
+            return
+        seen_BTS = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).flatten(1, 2)
+        seen_BS = seen_BTS.any(1)
+        first_B = torch.where(seen_BS.any(1), seen_BS.int().argmax(-1), seen_BS.shape[1])
+        # texts that have begun stay where they are: what a window no longer shows is not padding
+        self.first = torch.where(self.first < self.get_seq_length(), self.first, first_B) if self.waiting else first_B
+        self.unpadded = False
+        if self.code is not None and self.sink and not torch.compiler.is_compiling():
+            self.waiting = bool((self.first >= seen_BS.shape[1]).any())
 
     def append(self, key_B1Tk: torch.Tensor) -> None:
         """Add tokens, exact for now."""
@@ -566,8 +574,8 @@ class LatentLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.num_packed = self.num_exact = 0
-        self.packed, self.exact, self.sinks, self.first, self.unpadded = {}, None, None, None, False
-        self.is_initialized = False
+        self.packed, self.exact, self.sinks, self.first = {}, None, None, None
+        self.unpadded = self.waiting = self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, given as a negative number. The `recent` ones come back without a trace; of what is
@@ -630,6 +638,7 @@ class LatentLayer(CacheLayerMixin):
         self.packed, self.unpadded = packed, not bool(self.first.any())
         self.num_exact = exact.shape[1]
         self.num_packed = next(iter(packed.values())).shape[1] if packed else 0
+        self.waiting = bool((self.first >= self.get_seq_length()).any())
 
 
 def _grown(buffer: torch.Tensor, used: int, wanted: int, capacity: int | None) -> torch.Tensor:
@@ -790,7 +799,7 @@ class CachedLatent:
         """
         rank, num_queries, expanded = self.kv_lora_rank, q_nope_BHTn.shape[2], self.expanded_width
         order: torch.Tensor | None = None
-        absorbs = type(self.kv_b_proj) is nn.Linear and num_queries * (2 * rank - expanded) < rank * expanded
+        absorbs = self.reads_weights(q_nope_BHTn) and num_queries * (2 * rank - expanded) < rank * expanded
         if absorbs:
             w_uk_Hnr, w_uv_Hvr = self.up_projections()
             # all heads are rows of one text: [B, 1, H * T, k]
@@ -875,9 +884,12 @@ class CachedLatent:
         # several queries without a mask are the prefill of an empty static cache; the stock interface handles it
         if mask is None and num_queries > 1:
             return False
-        # adapters, quantised and offloaded layers have to run their own forward
-        linear = self.kv_b_proj
-        return type(linear) is nn.Linear and linear.weight.device == key_B1Sk.device
+        return self.reads_weights(key_B1Sk)
+
+    def reads_weights(self, beside: torch.Tensor) -> bool:
+        """Whether the weights of kv_b_proj may be read, being on the device of this tensor; adapters, quantised and
+        offloaded layers have to run their own forward."""
+        return type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.weight.device == beside.device
 
     def absorbed(
         self,
@@ -1309,6 +1321,8 @@ class ConvertedAttention(CachedLatent, nn.Module):
             groups = text_config.num_key_value_heads
             seen = groups * (self.qk_nope_head_dim + self.v_head_dim)
             self.q_rope_proj = nn.Parameter(torch.empty(heads, self.qk_rope_head_dim, self.qk_nope_head_dim))
+            # here, since the source's class, which initialises what has no weights yet, does not know it
+            nn.init.normal_(self.q_rope_proj, std=getattr(text_config, "initializer_range", None) or 0.02)
         else:
             self.encoder, seen = None, hidden
             width = heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
@@ -1341,6 +1355,14 @@ class ConvertedAttention(CachedLatent, nn.Module):
         return q_nope_BHTn, q_rope_BHTe, torch.cat((down_BTk[:, None, :, : self.kv_lora_rank], k_rope_B1Te), dim=-1)
 
 
+# of a class of transformers
+_OF_THE_CLASS = (
+    "_tied_weights_keys", "_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_save",
+)  # fmt: skip
+
+
 class ExchangedModel(PreTrainedModel):
     """The source's own class with its attention exchanged for latent attention; all other code is the library's.
 
@@ -1371,7 +1393,9 @@ class ExchangedModel(PreTrainedModel):
         # around nn.Module, which would register its parameters a second time
         self.__dict__["_inner"] = inner
         self.base_model_prefix = config.base_module
-        self._tied_weights_keys = inner._tied_weights_keys
+        # what transformers knows of the source's class, among other things where layers may be cut between devices
+        for name in _OF_THE_CLASS:
+            setattr(self, name, getattr(inner, name, None))
         base = getattr(inner, config.base_module, inner)
         for index, layer in enumerate(base.layers):
             attention = getattr(layer, config.attention_module)
@@ -1419,10 +1443,33 @@ functools.update_wrapper(ExchangedModel.forward, stock.DeepseekV3ForCausalLM.for
 
 
 class TransmlaModel(ExchangedModel):
-    """Without a head."""
+    """Without a head.
+
+    transformers knows by its class what a model can record, hidden states for example, and this one stands for many. So
+    the source's own runs, on the same modules.
+    """
 
     auto = AutoModel
     _auto_class = "AutoModel"
+
+    def __init__(self, config: TransmlaConfig) -> None:
+        super().__init__(config)
+        # one dictionary, so that what takes the place of a module here does so there
+        self.__dict__["_inner"].__dict__["_modules"] = self._modules
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module."""
+        self.__dict__["_inner"].training = mode
+        return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's class."""
+        inner = self.__dict__["_inner"]
+        # replicas of DataParallel have modules of their own
+        return inner.forward(*args, **kwargs) if inner._modules is self._modules else super().forward(*args, **kwargs)
+
+
+functools.update_wrapper(TransmlaModel.forward, stock.DeepseekV3Model.forward, assigned=(), updated=())
 
 
 class TransmlaForCausalLM(LatentGeneration, ExchangedModel, GenerationMixin):
