@@ -1,6 +1,8 @@
 """Tokenizer, template and licence go along; weights and code stay."""
 
 import json
+import shutil
+from importlib import resources
 
 import pytest
 
@@ -33,7 +35,14 @@ def test_copies_these_and_no_others(folder, tensors, tmp_path):
     destination = tmp_path / "out"
     destination.mkdir()
     assert copy_companions(open_source(path), destination) == COPIED
-    assert {entry.name: entry.read_text() for entry in destination.iterdir()} == {name: name for name in COPIED}
+    found = {entry.name: entry.read_text() for entry in destination.iterdir()}
+    assert found == {name: name for name in COPIED}
+    (path / "additional_chat_templates").mkdir()
+    for name in ("tools.jinja", "notes.txt"):
+        (path / "additional_chat_templates" / name).write_text(name)
+    assert copy_companions(open_source(path), destination) == sorted(["additional_chat_templates/tools.jinja", *COPIED])
+    (copied,) = (destination / "additional_chat_templates").iterdir()
+    assert copied.read_text() == "tools.jinja"
 
 
 def test_links_are_followed(folder, tensors, tmp_path):
@@ -58,6 +67,24 @@ def test_tokenizer_is_that_of_the_folder(folder, tensors, tmp_path):
     assert tokenizer(source)("b a x")["input_ids"] == [1, 0, 2]
     (tmp_path / "out").mkdir()
     assert copy_companions(source, tmp_path / "out") == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_sentencepiece_model_alone(folder, tensors, tmp_path):
+    import sentencepiece
+
+    text = (resources.files("transmla.data") / "stories.txt").read_text("utf-8")[:30_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "made"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    path = folder(tensors)
+    shutil.copy(tmp_path / "made.model", path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = sentencepiece.SentencePieceProcessor(str(tmp_path / "made.model"))
+    for some in ("Once upon a time", "naïve"):
+        assert tokenizer(open_source(path))(some).input_ids == [1, *own.encode(some)]
 
 
 def test_without_a_tokenizer(folder, tensors):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from transmla.checkpoint.destination import COMPLETE, JOURNAL, MARKER, exclusive, lock_partial, write_whole
+from transmla.checkpoint.destination import COMPLETE, JOURNAL, MARKER, exclusive, lock_partial, named_path, write_whole
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.write import CheckpointWriter, check_destination
 from transmla.errors import DestinationError
@@ -295,3 +295,13 @@ def test_a_small_file_is_written_whole(tmp_path, monkeypatch):
     with pytest.raises(DestinationError, match="Input/output"):
         write_whole(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    (tmp_path / "a.json.new").write_text("mine")
+    write_whole(tmp_path / "a.json", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "new", "a.json.new": "mine"}
+
+
+def test_the_home_folder_in_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert named_path("~/out") == tmp_path / "out" and named_path("out") == Path("out")
+    assert named_path("~nobody-of-transmla/out") == Path("~nobody-of-transmla/out")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transmla
 from transmla.checkpoint.gguf import write as write_gguf
-from transmla.checkpoint.gguf.vocab import read_vocab
+from transmla.checkpoint.gguf.vocab import add_vocab, read_vocab
 from transmla.errors import DestinationError, TransmlaError, UnsupportedError, VerificationError
 
 Tensor = torch.Tensor
@@ -190,7 +190,11 @@ LLAMA_3 += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class NoBegin:
-    bos_token_id = None
+    """A tokenizer without special tokens."""
+
+    bos_token_id = eos_token_id = unk_token_id = sep_token_id = pad_token_id = cls_token_id = mask_token_id = None
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+    chat_template = None
 
 
 @pytest.mark.parametrize(
@@ -222,6 +226,39 @@ def test_pre_tokenizer_is_read_off(tmp_path: Path, steps: list[dict[str, Any]], 
     assert vocab.tokens == ["a", "b", "ab", "<|end|>", "<tool>", "[PAD5]"]
     kind = gguf.TokenType
     assert vocab.types == [kind.NORMAL] * 3 + [kind.CONTROL, kind.USER_DEFINED, kind.UNUSED]
+
+
+def test_the_file_has_what_transformers_reads_from_the_folder(converted: Path, tmp_path: Path) -> None:
+    """Of templates, special and added tokens in several files, some of which the gguf package reads before others."""
+    folder = tmp_path / "mla"
+    shutil.copytree(converted, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    settings |= {"chat_template": "old", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 512}))
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 5]}))
+    (folder / "chat_template.jinja").write_text("new")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(UnsupportedError, match="has no row among the 512 embeddings"):
+        read_vocab(folder, 512, tokenizer)
+    vocab = read_vocab(folder, 520, tokenizer)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert {start, end} == {512, 513} and tokenizer.eos_token_id == end
+    assert (vocab.tokens[start], vocab.tokens[end]) == ("<|im_start|>", "<|im_end|>")
+    assert vocab.types[end] == gguf.TokenType.CONTROL and vocab.types[514] == gguf.TokenType.UNUSED
+    for template in ("new", {"default": "new", "tool_use": "tools"}):
+        tokenizer.chat_template = template
+        writer = gguf.GGUFWriter(tmp_path / "vocab.gguf", "deepseek2")
+        add_vocab(writer, folder, read_vocab(folder, 520, tokenizer))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        reader = GGUFReader(tmp_path / "vocab.gguf")
+        assert value(reader, "tokenizer.ggml.eos_token_id") == end
+        assert value(reader, "tokenizer.ggml.bos_token_id") == tokenizer.bos_token_id == 1
+        assert value(reader, "tokenizer.chat_template") == "new"
+    assert value(reader, "tokenizer.chat_template.tool_use") == "tools"
 
 
 def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:

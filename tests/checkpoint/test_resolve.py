@@ -64,6 +64,9 @@ def test_revision_of_a_folder(tmp_path):
 @pytest.mark.parametrize("stored", ["model.safetensors", "pytorch_model.bin"])
 def test_hub_id(tmp_path, monkeypatch, stored):
     asked = []
+    template = "additional_chat_templates/tools.jinja"
+    # an adapter beside the model is no reason to go without its weights
+    others = ("adapter_model.safetensors", template)
     snapshot = tmp_path / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
 
@@ -71,16 +74,18 @@ def test_hub_id(tmp_path, monkeypatch, stored):
         from fnmatch import fnmatch
 
         asked.append((name, revision))
-        for file in ("model.safetensors", "pytorch_model.bin", "x.py", "original/model.safetensors"):
+        for file in ("model.safetensors", "pytorch_model.bin", "x.py", "original/model.safetensors", *others):
             wanted = any(fnmatch(file, pattern) for pattern in allow_patterns)
-            if wanted and not any(fnmatch(file, pattern) for pattern in ignore_patterns) and file == stored:
+            if wanted and not any(fnmatch(file, pattern) for pattern in ignore_patterns) and file in (stored, *others):
+                (snapshot / file).parent.mkdir(exist_ok=True)
                 (snapshot / file).touch()
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("owner/name", "main") == ResolvedSource(snapshot, "owner/name", "0123abc")
-    assert [path.name for path in snapshot.iterdir()] == [stored]
-    assert asked == [("owner/name", "main")] * (1 if stored == "model.safetensors" else 2)
+    found = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+    assert found == {stored, *others}
+    assert asked == [("owner/name", "main")] * (2 if stored == "model.safetensors" else 3)
 
 
 def _of_the_hub(kind: type[Exception]) -> Exception:

@@ -101,6 +101,14 @@ def test_config_that_is_none(victim: Path, content: bytes) -> None:
     assert outcome("config.json", lambda: transmla.plan(str(victim))) in ("SourceError", "UnsupportedError")
 
 
+def test_a_config_with_a_byte_order_mark(victim: Path) -> None:
+    """transformers does not read one, so the tokenizer would fail."""
+    content = (victim / "config.json").read_bytes()
+    (victim / "config.json").write_bytes(b"\xef\xbb\xbf" + content)
+    with pytest.raises(SourceError, match="byte order mark"):
+        open_source(victim)
+
+
 def test_a_config_of_a_hundred_megabytes(victim: Path) -> None:
     with (victim / "config.json").open("wb") as file:
         file.write(b'{"a": [')

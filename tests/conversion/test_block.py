@@ -65,6 +65,20 @@ def test_it_lowers_the_loss_that_it_reports(fitted: Any, ends: Ends | None) -> N
     assert found.loss_after == pytest.approx(_naive(streams.source_NTD[100:], again_NTD[100:], ends), rel=1e-4)
 
 
+@pytest.mark.parametrize("ends", [None, ENDS], ids=["stream", "predictions"])
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_a_step_reports_the_mean_over_its_windows(
+    fitted: Any, ends: Ends | None, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of them go through the block together."""
+    streams, weights, behind_NTD = fitted
+    monkeypatch.setattr("transmla.conversion.block.tokens_per_pass", lambda device: 16 * at_once)
+    distiller = BlockDistiller(LAYERS, weights, streams, ends, Descent(1.0, 5, 1e-3), 5)
+    losses: list[float] = []
+    distiller.run(1e9, losses.append)
+    assert losses == [pytest.approx(_naive(streams.source_NTD[:5], behind_NTD[:5], ends), rel=1e-4)]
+
+
 def test_only_the_first_windows_are_trained_on(fitted: Any) -> None:
     streams, weights, _ = fitted
     seen: list[int] = []

@@ -70,6 +70,14 @@ def test_at_once_and_one_by_one_are_the_same_steps() -> None:
         assert torch.allclose(first, second, atol=1e-7)
 
 
+def test_a_window_counts_alike_whoever_holds_it() -> None:
+    """A process that holds one window of a step of two has half of its mean loss."""
+    made, weights = descender()
+    mine = _batches(6, 2, made.num_steps)[0][0]
+    expected = float(pull(weights)([mine]).detach()) / 2
+    assert next(made.steps(pull(weights), {mine: mine}, at_once=2)) == pytest.approx(expected)
+
+
 def test_a_restored_state_goes_on_as_if_nothing_had_been(device: torch.device) -> None:
     whole, first, second = descender(device), descender(device), descender(device)
     losses = run(whole)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import transmla
 from tests.conversion.made import EXACT, IDS, PLAIN, QUICK, Convert, digest, logits, weights
 from tests.families import LINEAR, LLAMA3, THETA, YARN, MakeSource
 from tests.maths.weights import relative
@@ -137,6 +138,38 @@ def test_sources_in_shards_and_as_bin_convert_to_the_same_bytes(
     digests = {digest(run(source, source.name + str(n)).destination) for n, source in enumerate((whole, binary))}
     digests.add(digest(run(lively(shards=10), "shards").destination))
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("saved", "settings"),
+    [
+        ("without a head", {"tied": True}),
+        ("without a head", {"tied": True, "model_type": "qwen3"}),
+        ("embeddings as the head", {"tied": True}),
+        # whose config says nothing of it
+        ("embeddings as the head", {"tied": True, "model_type": "gemma"}),
+    ],
+)
+def test_other_names_that_transformers_knows(
+    lively: MakeSource, run: Convert, tmp_path: Path, saved: str, settings: dict[str, Any]
+) -> None:
+    source = lively(**settings)
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    tensors = load_file(source / "model.safetensors")
+    if saved == "without a head":
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+    else:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    if settings.get("model_type") == "gemma":
+        config = json.loads((other / "config.json").read_text("utf-8"))
+        del config["tie_word_embeddings"]
+        (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert transmla.plan(other).mla == transmla.plan(source).mla, "a path, and no more than headers"
+    for name, one in (("a", source), ("b", other)):
+        run(one, name, latent=16, rope=4)
+    found, wanted = (weights(tmp_path / name) for name in "ba")
+    assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_progress_counts_to_the_end(lively: MakeSource, run: Convert) -> None:

@@ -1,6 +1,6 @@
 """Second moments against double loops over queries and keys on a tiny window."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -50,7 +50,12 @@ def naive(x_TD: Tensor, x_hat_TD: Tensor, gqa: GqaWeights, positions_T: Tensor |
         q_turned_Td, k_turned_Td = (rotate(part, gqa.inv_freq_P, at) for part in (q_Td, k_Td))
         for t in range(tokens):
             found["query_Hdd"][head] += torch.outer(q_Td[t], q_Td[t])
-            p_S = torch.stack([gqa.scaling * q_turned_Td[t] @ k_turned_Td[s] for s in range(t + 1)]).softmax(0)
+            score_S = torch.stack([gqa.scaling * q_turned_Td[t] @ k_turned_Td[s] for s in range(t + 1)])
+            if gqa.softcap is not None:
+                score_S = gqa.softcap * torch.tanh(score_S / gqa.softcap)
+            if gqa.window is not None:
+                score_S[at[t] - at[: t + 1] >= gqa.window] = -torch.inf
+            p_S = score_S.softmax(0)
             out_d = p_S @ v_Td[: t + 1]
             y_D = p_S @ x_hat_TD[: t + 1]
             found["attended_DD"] += torch.outer(y_D, y_D) / heads
@@ -88,6 +93,20 @@ def test_attended_across_gaps(layer: SourceLayer, gaps: tuple[int, ...]) -> None
     for name, value in expected.items():
         assert relative(getattr(seen, name), value) < 1e-5, name
     assert float(seen.distance_HS[:, TOKENS:].sum()) > 0 or gaps == (1,)
+
+
+@pytest.mark.parametrize("gap", [0, 2])
+@pytest.mark.parametrize("family", [{"window": 3}, {"softcap": 0.3}, {"window": 4, "softcap": 0.3}], ids=str)
+def test_attended_as_some_families_attend(layer: SourceLayer, family: dict[str, Any], gap: int) -> None:
+    """With a window, of which distances are those of positions, and with capped scores."""
+    streams, gqa = random_streams(tokens=TOKENS), replace(layer.gqa, **family)
+    x_TD, x_hat_TD, positions_T = streams.source_NTD[0], streams.converted_NTD[0], torch.arange(TOKENS)
+    positions_T[4:] += gap
+    seen = attended(layer.heads(x_TD), x_hat_TD, gqa, positions_T)
+    expected, plain = (naive(x_TD, x_hat_TD, one, positions_T) for one in (gqa, layer.gqa))
+    for name, value in expected.items():
+        assert relative(getattr(seen, name), value) < 1e-5, name
+        assert name == "query_Hdd" or relative(plain[name], value) > 1e-3, name
 
 
 def test_distances_of_windows_that_reach_differently(layer: SourceLayer) -> None:

@@ -85,6 +85,41 @@ def test_repair_lowers_the_fitted_loss(model_type: str, rank: int) -> None:
     assert (trials[0].o_bias_D is not None) == (model_type == "qwen2")
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "granite", "gemma3_text"])
+def test_a_repair_is_the_weighted_ridge_regression(model_type: str) -> None:
+    """Of all fitted windows, also of those that the ridge was chosen on: one token at a time, in float64."""
+    _, layer = model_and_layer(heads=4, head_dim=16, model_type=model_type)
+    streams = random_streams(windows=14, tokens=16, heldout=2)
+    mla = layer.complete(fitted(layer, streams, 12))
+    heads_NTF, before_NTD = converted_heads(layer, mla, streams), streams.source_NTD.clone()
+    (found,) = repaired(layer, mla, heads_NTF, streams, 0.1)
+    old_DF, norm = mla.o_DHv.double(), layer.output_norm
+    if mla.o_bias_D is not None:
+        heads_NTF = torch.cat([heads_NTF, torch.ones(14, 16, 1)], -1)
+        old_DF = torch.cat([old_DF, mla.o_bias_D.double()[:, None]], 1)
+    gram_FF, wanted_FD = torch.zeros(2 * (old_DF.shape[1],)).double(), torch.zeros(old_DF.T.shape).double()
+    for window in range(12):
+        out_TD = layer.attention(layer.into_attention(before_NTD[window]), streams.positions_NT[window])
+        for token in range(16):
+            f_F, out_D, stream_D = heads_NTF[window, token].double(), out_TD[token].double(), before_NTD[window, token]
+            missing_D = (stream_D - streams.converted_NTD[window, token]).double()
+            if norm is None:
+                wanted_D = out_D + missing_D / layer.residual_multiplier
+                weight = 1 / (stream_D + layer.residual_multiplier * out_D).square().mean()
+            else:
+                gain_D, size = norm(torch.ones(48)).double(), out_D.square().mean()
+                wanted_D = out_D + missing_D * gain_D / (gain_D**2 + 0.01 * (gain_D**2).mean()) * size.sqrt()
+                weight = 1 / (size * (stream_D + norm(out_TD[token])).square().mean())
+            gram_FF += weight * torch.outer(f_F, f_F)
+            wanted_FD += weight * torch.outer(f_F, wanted_D)
+    held_FF = gram_FF + 0.1 * gram_FF.diagonal().mean() * torch.eye(len(gram_FF))
+    expected_DF = old_DF + torch.linalg.solve(held_FF, wanted_FD - gram_FF @ old_DF.T).T
+    assert relative(expected_DF, old_DF) > 0.05
+    assert relative(found.o_DHv, expected_DF[:, : found.o_DHv.shape[1]]) < 1e-4
+    if mla.o_bias_D is not None:
+        assert relative(found.o_bias_D, expected_DF[:, -1]) < 1e-4
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_a_repair_of_few_tokens_is_held_back(model_type: str) -> None:
     """With fewer tokens than features, the smallest ridge fits them alone; the chosen one does no harm to others."""

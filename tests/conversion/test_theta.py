@@ -39,3 +39,15 @@ def test_error_is_none_where_nothing_is_lost() -> None:
     ]
     assert errors[0] < 1e-8 and errors[1] > 1e-2
     assert torch.is_grad_enabled()
+
+
+def test_error_is_that_of_held_out_windows_at_their_positions() -> None:
+    _, layer = model_and_layer(kv_heads=1)
+    streams = random_streams(windows=6, tokens=20, heldout=2, gap=30)
+    streams.converted_NTD = streams.source_NTD
+    mla = fit_layer(layer.gqa, observe(layer, streams, 16), 8, 6, 10000.0, ClosedForm()).mla
+    x_NTD = layer.into_attention(streams.source_NTD[4:])
+    exact_NTD = layer.attention(x_NTD, streams.positions_NT[4:])
+    lost_NTD = exact_NTD - layer.latent_attention(x_NTD, mla.to(dtype=torch.float32), streams.positions_NT[4:])
+    found = output_error(layer, mla, streams)
+    assert found == pytest.approx(float(lost_NTD.square().sum() / exact_NTD.square().sum()), rel=1e-4) and found > 1e-3

@@ -97,6 +97,14 @@ def test_the_ratio_has_the_error_of_the_paired_difference() -> None:
     assert found.standard_error < Perplexity(tuple(model.tolist()), 1).standard_error / 20
 
 
+def test_errors_of_few_windows() -> None:
+    """Where the divisor matters: of two windows, half of their difference."""
+    source, model = Perplexity((1.0, 1.2), 2), Perplexity((1.1, 1.5), 2)
+    assert model.standard_error == pytest.approx(math.exp(1.3) * 0.2)
+    found = ratio(model, source)
+    assert (found.value, found.standard_error) == pytest.approx((math.exp(0.2), math.exp(0.2) * 0.1))
+
+
 def test_one_window_has_no_error_and_a_short_text_is_refused() -> None:
     assert math.isnan(Perplexity((1.0,), 10).standard_error)
     with pytest.raises(DataError, match="too short: 9 tokens"):

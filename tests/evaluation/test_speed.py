@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,28 @@ def test_as_many_texts_as_fit(prepared: Path) -> None:
             assert most > budget >= most * row.texts / (row.texts + 1)
     assert rows["our latent-int4"].texts > rows["our float32"].texts > rows["float32"].texts
     json.dumps(report.plain(), allow_nan=False)
+
+
+def test_speeds_within_a_budget_are_those_of_the_same_turns() -> None:
+    """Of all texts together, medians behind a turn that warms up, and beside the source in the turns of this cache."""
+
+    def turn(texts: int, *times: float) -> Any:
+        made: Any = object.__new__(budget._Turn)
+        made.kind, made.texts, made.context = budget.Kind("model", "cache", None, lambda length: None), texts, 10
+        made.seconds, made.paired, made.bytes_per_text, made.remark, made.cache = [], [], 5, None, object()
+        left = iter(times)
+        made.step = lambda device: next(left)
+        return made
+
+    base = turn(2, 900.0, 2.0, 8.0, 4.0, 900.0, 1.0, 1.0, 1.0)
+    one, other = turn(6, 700.0, 3.0, 2.0, 6.0), turn(4, 700.0, 1.0, 1.0, 1.0)
+    for made in (one, other):
+        budget._take_turns(base, made, 3, torch.device("cpu"))
+    row = one.row(base)
+    assert (row.texts, row.tokens, row.bytes_per_text) == (6, 60, 5)
+    assert (row.slowest, row.tokens_per_second, row.fastest) == (1.0, 2.0, 3.0)
+    assert row.speed_ratio == 2.0 / 0.5 and other.row(base).speed_ratio == 4.0 / 2.0
+    assert (base.row(base).tokens_per_second, base.row(base).speed_ratio) == (1.5, 1.0)
 
 
 def test_a_budget_that_no_text_fits_into(converted: Path, tmp_path: Path) -> None:
@@ -245,6 +268,26 @@ def test_cost_of_a_step_counts_every_product() -> None:
     multiply_adds, moved = roofline.step_cost(model, 2, 7, 1000.0)
     assert multiply_adds == seen + 2 * (norms + 7 * attention)
     assert moved == 1000 + 4 * sum(weight.numel() for weight in model.parameters())
+
+
+def test_cost_of_a_step_by_what_it_attends_to() -> None:
+    """Latents are read twice, rotary keys once; layers with a window read no more than it."""
+    sizes: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 3, "hidden_size": 12}
+    window = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    for given, each, attended in (
+        ({}, 2 * 3, 3 * 10),
+        ({"head_dim": 5}, 2 * 5, 3 * 10),
+        ({"kv_lora_rank": 24, "qk_rope_head_dim": 8}, 2 * 24 + 8, 3 * 10),
+        (window, 2 * 3, 6 + 10 + 6),
+        ({"sliding_window": 6}, 2 * 3, 3 * 6),
+        (window | {"sliding_window": 60}, 2 * 3, 3 * 10),
+    ):
+        model: Any = torch.nn.Embedding(7, 12)
+        model.config = SimpleNamespace(**sizes | given)
+        model.config.get_text_config = lambda decoder, config=model.config: config
+        model.get_input_embeddings = lambda model=model: model
+        model.get_output_embeddings = lambda: SimpleNamespace(weight=None)
+        assert roofline.step_cost(model, 2, 10, 9.0) == (2 * 4 * each * attended, 9.0)
 
 
 def without_memory(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, least: int = 1) -> None:

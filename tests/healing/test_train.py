@@ -11,10 +11,12 @@ import torch
 
 from transmla.healing.choice import with_mix
 from transmla.healing.curves import healing_curve, write_curve
-from transmla.healing.pace import Clock
+from transmla.healing.pace import Clock, multiply_adds, times_floor
 from transmla.healing.schedule import learning_rate, rest_rate, schedule
 from transmla.healing.scores import by_text, divergence_at_start
-from transmla.healing.train import Healer, arguments, last_checkpoint
+from transmla.healing.train import Batches, Healer, arguments, last_checkpoint
+from transmla.processes import Processes
+from transmla.progress import silent
 from transmla.recipe import MIX, Healing
 from transmla.train.adam import LEAST, LEAST_OF_ADAPTERS, RelativeAdam
 
@@ -137,6 +139,8 @@ def test_a_state_that_is_further_on_one_text_is_not_the_best(tmp_path: Path) -> 
     assert score([0.3, 0.5, 1.0, 1.2]) == (pytest.approx(0.75), 0, 0)
     assert score([0.1, 0.1, 1.4, 1.1]) == (pytest.approx(0.675), 0, 0)  # b rose by 0.15 ± 0.25
     assert score([0.1, 0.1, 1.2, 1.4]) == (math.inf, 0, 1)  # by 0.2 in both windows
+    assert score([0.1, 0.1, 1.5, 1.22]) == (math.inf, 0, 1)  # by 0.26 ± 0.24
+    assert score([0.1, 0.1, 1.45, 1.15]) == (pytest.approx(0.7), 0, 0)  # by 0.2 ± 0.25
     assert score([0.3, 0.5, 1.0, 1.2], cross_entropy=0.5)[0] == pytest.approx((0.75 + 2) / 2)
     assert score([math.nan, 0.5, 1.0, 1.2])[0] == math.inf
     path = tmp_path / "start.npy"
@@ -154,8 +158,34 @@ def test_long_windows_take_their_share_of_the_tokens() -> None:
     assert plan.tokens(plan.short_steps) == plan.short_steps * 4 * 1024
     assert plan.tokens(plan.steps) - plan.tokens(plan.short_steps) == 5 * 2 * 4096 == 40_960
     assert 400_000 <= plan.tokens(plan.steps) < 480_000 and plan.long_windows == 10
+    assert plan.num_windows == 352, "nine tenths of the tokens come in short windows"
     assert schedule(Healing(tokens=400_000, micro=16, long_share=0.5), 1).long_rows == 4
     assert schedule(Healing(), 1).long_steps == 0
+
+
+def test_long_windows_are_dealt_to_processes_batches_and_steps(tmp_path: Path) -> None:
+    """Each once as long as there are enough, behind all steps on short ones; layers learn for themselves at first."""
+    settings = Healing(tokens=400_000, window=64, long_share=0.1, long_window=128, batch=8, micro=4, layerwise=0.25)
+    plan = schedule(settings, 2)
+    assert (plan.accumulated, plan.long_rows, plan.long_batch) == (1, 2, 4)
+    settings, plan = settings.with_overrides(micro=2), schedule(settings.with_overrides(micro=2), 2)
+    assert (plan.accumulated, plan.long_rows, plan.long_batch) == (2, 1, 4)
+    long: Any = [{"input_ids": torch.full((128,), number)} for number in range(plan.long_windows - 3)]
+    given = {"input_ids": torch.zeros(2, 64, dtype=torch.long)}
+    seen: dict[int, list[int]] = {}
+    for rank in range(2):
+        student: Any = SimpleNamespace(layerwise=None)
+        batches = Batches(student, settings, plan, long, long, tmp_path, Processes(rank, 2), silent)
+        for step in range(plan.steps):
+            for _ in range(plan.accumulated):
+                found = batches.batch(step, given)
+                assert student.layerwise == (step < round(plan.steps / 4))
+                assert (found is given) == (step < plan.short_steps)
+                if found is not given:
+                    seen.setdefault(step, []).extend(found["input_ids"][:, 5].tolist())
+    assert len(seen) == plan.long_steps > 3
+    for done, step in enumerate(sorted(seen)):
+        assert sorted(seen[step]) == sorted((4 * done + number) % len(long) for number in range(4))
 
 
 def test_models_that_answer_learn_maths_as_well() -> None:
@@ -211,6 +241,27 @@ def test_the_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None
         queued = 2.0
         clock.on_step_end(given, SimpleNamespace(global_step=step + 1), None)
     assert (clock.seconds, clock.trained, clock.rate) == (6.0, 300, 50.0)
+
+
+def test_the_floor_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward of both, backward of the student, gradients of what is trained; at the rate of every process."""
+
+    def cost(model: torch.nn.Module, *of: int) -> tuple[float, float]:
+        assert of == (1, 0, 0)
+        return float(sum(weight.numel() for weight in model.parameters())), 0.0
+
+    monkeypatch.setattr("transmla.healing.pace.step_cost", cost)
+    monkeypatch.setattr("transmla.healing.pace.product_rate", lambda device, dtype: 700.0)
+    student = torch.nn.Sequential(torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 2, bias=False))
+    student[0].requires_grad_(False)
+    assert multiply_adds(student, None) == 2 * 30 + 10
+    per_token = multiply_adds(student, torch.nn.Linear(7, 3, bias=False))
+    assert per_token == 2 * 30 + 10 + 21
+    where = (torch.float32, torch.device("cpu"), 2)
+    clock: Any = SimpleNamespace(rate=20.0)  # ten tokens per second in each of two processes
+    assert times_floor(clock, per_token, *where) == pytest.approx(0.1 / (91 / 700))
+    clock.rate = 0.0
+    assert times_floor(clock, per_token, *where) == 0.0
 
 
 def test_curves(tmp_path: Path) -> None:

@@ -152,6 +152,34 @@ def test_a_distorted_stream_is_repaired() -> None:
     assert errors[0] < 1e-8 and errors[1] > 0.05
 
 
+def test_the_ridge_of_the_stream_is_chosen_on_tokens_set_aside() -> None:
+    """By what the other tokens alone would have given; then the estimate is fitted to all of them."""
+    ridges, chosen = (1e-3, 1e-2, 1e-1, 1.0, 10.0), []
+    for seed in range(12):
+        x_hat_TD = lively(20, 8, seed=100 + seed)
+        x_TD = x_hat_TD @ (torch.eye(8) + 0.2 * lively(8, 8, seed=200 + seed)).T + lively(20, 8, seed=300 + seed)
+
+        def seen(part: slice, x_TD: Tensor = x_TD, x_hat_TD: Tensor = x_hat_TD) -> tuple[Tensor, Tensor]:
+            x_TD, x_hat_TD = x_TD[part], x_hat_TD[part]
+            return x_hat_TD.T @ x_hat_TD / len(x_TD), x_TD.T @ x_hat_TD / len(x_TD)
+
+        (all_DD, cross_DD), (aside_DD, aside_cross_DD) = seen(slice(20)), seen(slice(12, 20))
+        found = replace(
+            moments(gqa_weights()), converted_DD=all_DD, cross_DD=cross_DD, aside_DD=aside_DD, aside_share=0.4,
+            aside_cross_DD=aside_cross_DD, aside_energy=float(x_TD[12:].square().sum() / 8),
+        )  # fmt: skip
+        estimate_DD, ridge = found.estimate_DD(ridges)
+        errors = [
+            float((x_TD[12:] - x_hat_TD[12:] @ refit.stream_map(*seen(slice(12)), one).T).square().sum())
+            for one in ridges
+        ]
+        last = next((n for n in range(4) if errors[n + 1] >= (1 - refit.GAIN) * errors[n]), 4)
+        assert ridge == ridges[last] and relative(estimate_DD, refit.stream_map(all_DD, cross_DD, ridge)) < 1e-12
+        chosen.append(ridge)
+    assert len(set(chosen)) > 2
+    assert ClosedForm(stream_ridge=0.5, ridge_steps=(1.0, 8.0)).ridges(0.5) == (0.5, 4.0)
+
+
 def test_heads_of_a_group_share_their_values() -> None:
     gqa = gqa_weights(heads=6, groups=2)
     v_up_Hvr = fit_layer(gqa, moments(gqa), 6, 4, THETA, ClosedForm()).mla.v_up_Hvr

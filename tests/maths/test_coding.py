@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from transmla.maths.coding import Seen, code_bases, coding_basis, lloyd_max, spread_basis
+from tests.maths.weights import lively
+from transmla.maths.coding import SINK, Seen, code_bases, code_levels, coding_basis, lloyd_max, spread_basis
 
 # Max, IRE TIT 6/1, table I: error of 2, 4, 8, 16 levels for a normal distribution
 MAX_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
@@ -84,3 +85,35 @@ def test_padding_does_not_widen_the_spread() -> None:
         return code_bases([seen], 8 + padding, "coded", 0)[2][0]
 
     assert 2 < spread(0) == pytest.approx(spread(24), rel=1e-2)
+
+
+@pytest.mark.parametrize("basis", ["coded", "spread"])
+def test_a_code_is_that_of_the_tokens_behind_the_first_ones(basis: str) -> None:
+    """Means, deviations and costs of the coordinates as they are cached then, and what the levels leave of them."""
+    rank, width, mixing_kk = 6, 8, torch.eye(8) + 0.4 * lively(8, 8, seed=1)
+    keys, gradients = ([lively(40, 8, seed=seed + text) @ mixing_kk + 0.5 for text in (0, 1)] for seed in (2, 4))
+    seen = Seen.of(width, torch.device("cpu"))
+    for key_Tk, gradient_Tk in zip(keys, gradients, strict=True):
+        key_Tk[:SINK] *= 30
+        seen.add(key_Tk, gradient_Tk)
+    seen.finish()
+    key_Tk, gradient_Tk = (torch.cat([text_Tk[SINK:] for text_Tk in texts]) for texts in (keys, gradients))
+    assert torch.allclose(seen.square_kk, key_Tk.T @ key_Tk / 72) and torch.allclose(seen.sum_k, key_Tk.mean(0))
+    assert torch.allclose(seen.gradient_kk, gradient_Tk.T @ gradient_Tk / 72)
+    maps, (code,), _ = code_bases([seen], rank, basis, 3)
+    ((forward_rr, back_rr),) = maps
+    other_rr = code_bases([seen], rank, basis, 4)[0][0][0]
+    assert torch.equal(forward_rr, other_rr) == (basis == "coded"), "the rotation is that of the seed"
+    coded_Tk = torch.cat([key_Tk[:, :rank] @ forward_rr.T, key_Tk[:, rank:]], 1)
+    cost_Tk = torch.cat([gradient_Tk[:, :rank] @ back_rr, gradient_Tk[:, rank:]], 1)
+    variance_k = coded_Tk.var(0, correction=0)
+    assert float(coded_Tk[:, :rank].square().mean()) == pytest.approx(1)
+    assert torch.allclose(code["mean"], coded_Tk.mean(0)) and torch.allclose(code["deviation"].square(), variance_k)
+    assert torch.allclose(code["importance"], variance_k * cost_Tk.square().mean(0))
+    levels, errors = code_levels([seen], maps, [code])
+    z_Tk = (coded_Tk - code["mean"]) / code["deviation"]
+    gain_T1 = z_Tk.square().mean(1, keepdim=True).sqrt()
+    for bits, (levels_L, error) in enumerate(zip(levels, errors, strict=True)):
+        near_Tk = levels_L.double()[((z_Tk / gain_T1)[..., None] - levels_L).abs().argmin(-1)] * gain_T1
+        assert len(levels_L) == 2**bits
+        assert error == pytest.approx(float((z_Tk - near_Tk).square().sum() / z_Tk.square().sum()), rel=1e-6)

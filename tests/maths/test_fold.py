@@ -221,6 +221,22 @@ def test_scales_of_a_layer() -> None:
     assert latent_scales(unfolded_attention(mla_weights()) | {"input_layernorm.weight": torch.ones(24)}, 10)[1] is None
 
 
+@pytest.mark.parametrize("name", ["kv_a_proj_with_mqa", "q_a_proj"])
+def test_scales_of_a_layer_with_large_biases(name: str) -> None:
+    """As training may make them: those of the latents, and not that of the rotary key, which no norm reads."""
+    mla = replace(mla_weights(q_rank=9), **BIASES)
+    plain = unfolded_attention(mla) | {"input_layernorm.weight": torch.ones(24, dtype=torch.float64)}
+    bias = plain[f"self_attn.{name}.bias"].clone()
+    bias[10:] += 1e5
+    of_rope, place = latent_scales(plain | {f"self_attn.{name}.bias": bias}, 10), int(name == "q_a_proj")
+    assert of_rope == latent_scales(plain, 10)
+    bias[:10] += 1e3
+    found = latent_scales(plain | {f"self_attn.{name}.bias": bias}, 10)
+    weight = plain[f"self_attn.{name}.weight"][:10]
+    assert found[place] == latent_scale(largest_mean_square(weight, torch.ones(24), bias[:10])) < 0.1 * of_rope[place]
+    assert found[1 - place] == of_rope[1 - place]
+
+
 def test_latent_scale_of_nothing() -> None:
     assert latent_scale(0.0) == LARGEST_LATENT_SCALE
 

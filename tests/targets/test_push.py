@@ -125,6 +125,17 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
+def test_templates_beside_the_default_one(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a folder in the home of the user."""
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    transmla.push("~/out", "me/model", endpoint=hub.address)
+    assert hub.files["additional_chat_templates/tools.jinja"] == b"tools" and "config.json" in hub.files
+
+
 def test_what_is_uploaded(hub: Hub, folder: Path) -> None:
     url = transmla.push(folder, "me/model", private=True, endpoint=hub.address)
     assert url == f"{hub.address}/me/model/commit/1"

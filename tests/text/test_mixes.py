@@ -28,5 +28,10 @@ def test_a_file_with_a_plus_in_its_path(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_text("a" * 1000, encoding="utf-8")
     assert calibration_tokens(str(path), Letters(), 200, 10).name == str(path)
+    assert [(part.name, part.weight) for part in parse_mix(f"{path}:3", "here")] == [(str(path), 3)]
+    assert names_of(f"a+{path}:3+b+{path}") == ["a", f"{path}:3", "b", str(path)]
+    numbered = path.with_name("notes:2")
+    numbered.write_text("a", encoding="utf-8")
+    assert [(part.name, part.weight) for part in parse_mix(str(numbered), "here")] == [(str(numbered), 1)]
     assert names_of(str(path)) == [str(path)] and names_of("a+b") == ["a", "b"] and names_of("") == []
     assert len(parse_mix("+".join(["wikitext"] * 100), "here")) == 100, "too long for the name of a file"

@@ -9,7 +9,7 @@ from transmla.errors import DataError
 from transmla.model.loading import load_tokenizer
 from transmla.recipe import find_recipe, load_recipe
 from transmla.text.mixes import needs_source
-from transmla.text.sources import read_text, rows
+from transmla.text.sources import place_of, read_text, rows
 from transmla.text.windows import calibration_tokens
 
 
@@ -55,6 +55,26 @@ def test_table_by_its_text_column(tmp_path: Path, suffix: str) -> None:
     assert read_text(str(path), 100) == "one\n\ntwo\n\nthree"
     if suffix == ".jsonl":  # datasets leaves a CSV file open that is not read to its end
         assert read_text(str(path), 8) == "one\n\ntwo"
+
+
+@pytest.mark.parametrize("name", ["t?.jsonl", "t[1].jsonl", "data [v2]/t.jsonl"])
+def test_a_name_is_no_pattern(name: str, tmp_path: Path) -> None:
+    for other in ("t1.jsonl", "tx.jsonl", name):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text(json.dumps({"text": other}) + "\n", encoding="utf-8")
+    assert read_text(str(tmp_path / name), 100) == name
+
+
+def test_a_mark_of_the_encoding_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert read_text(str(tmp_path / "a.txt"), 100) == "one"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-transmla/x.txt", "a" * 300, "a/" + "b" * 300 + ".txt"])
+def test_names_that_no_path_can_have(name: str) -> None:
+    with pytest.raises(DataError, match=r"no text|not found|cannot read"):
+        read_text(name, 100)
+    assert place_of(name) is None and not needs_source(name, 0)
 
 
 def test_texts_that_are_none(tmp_path: Path) -> None:

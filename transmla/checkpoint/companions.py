@@ -19,6 +19,8 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 _GENERATION = "generation_config.json"
+# a folder with the templates of chats beside the default one
+TEMPLATES = "additional_chat_templates"
 _OTHER_FILES = ("chat_template.jinja", "chat_template.json", _GENERATION)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -32,9 +34,12 @@ def copy_companions(source: Source, destination: Path) -> list[str]:
         return sorted({Path(name).name for name in saved if Path(name).is_file()})
     names = [name for name in (*TOKENIZER_FILES, *_OTHER_FILES) if (source.path / name).is_file()]
     names += _licences(source.path)
+    with source_errors(source.path):
+        names += [f"{TEMPLATES}/{file.name}" for file in (source.path / TEMPLATES).glob("*.jinja") if file.is_file()]
     for name in names:
         content = readable(source.path / name)
         with disk_errors(destination / name):
+            (destination / name).parent.mkdir(exist_ok=True)
             (destination / name).write_bytes(_let_sample(content) if name == _GENERATION else content)
     return sorted(names)
 

@@ -35,6 +35,14 @@ _WRAPPED = ("I/O error", "os error", "PytorchStreamWriter failed")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def named_path(name: str | Path) -> Path:
+    """The path that a name in a Python call means, in which ~ is the home folder as it is in a shell."""
+    path = Path(name)
+    with contextlib.suppress(RuntimeError):  # nobody's home
+        return path.expanduser()
+    return path
+
+
 def partial_of(destination: Path) -> Path:
     """The folder that is written to; it gets the name `destination` when all is done."""
     absolute = Path(os.path.abspath(destination))
@@ -279,7 +287,8 @@ def write_whole(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8")
             return
     path = Path(os.path.realpath(path))
-    partial = path.with_name(path.name + ".new")
+    # a name that nothing of the user's has
+    partial = path.with_name(f"{path.name}.{os.getpid()}.new")
     with disk_errors(path):
         try:
             partial.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ Headers are read without torch.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,15 @@ from transmla.checkpoint.fp8 import Fp8Store, block_size
 from transmla.checkpoint.gguf.read import GgufStore
 from transmla.checkpoint.resolve import local
 from transmla.checkpoint.safetensors_file import SafetensorsStore
-from transmla.checkpoint.store import FLOAT_DTYPES, TensorInfo, WeightStore, broken_tensor, first_few, parsed_json
+from transmla.checkpoint.store import (
+    FLOAT_DTYPES,
+    RenamedStore,
+    TensorInfo,
+    WeightStore,
+    broken_tensor,
+    first_few,
+    parsed_json,
+)
 from transmla.errors import SourceError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -85,6 +94,11 @@ class Source:
         # indexing copies, so the result does not hold on to the file
         rows = self._store.view_rows(name, index.cpu())
         return self._finite(name, rows, rows)
+
+    def rename(self, stored: Mapping[str, str]) -> None:
+        """From now on, tensors have these names; stored: new name -> name until now, which a new one may be as well"""
+        self._store = RenamedStore(self._store, stored)
+        self.tensors = self._store.tensors
 
     def announce(self, names: Iterable[str]) -> None:
         """Tell the operating system that these tensors are read soon: the disk works ahead, this process holds nothing.
@@ -199,7 +213,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """The parsed config.json; an error for a file that is none."""
     try:
         with path.open("rb") as file:
-            config = parsed_json(file.read(MOST_CONFIG_BYTES + 1), MOST_CONFIG_BYTES)
+            content = file.read(MOST_CONFIG_BYTES + 1)
+        if content.startswith(codecs.BOM_UTF8):
+            why = "it begins with a byte order mark, which transformers does not read"
+            raise _not_a_model(path, why, "save it as UTF-8 without one")
+        config = parsed_json(content, MOST_CONFIG_BYTES)
     except OSError as error:
         raise _not_a_model(path, error.strerror or str(error), "pass a folder that holds config.json") from error
     except ValueError as error:

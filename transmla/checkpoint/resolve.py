@@ -16,6 +16,7 @@ _IGNORED = ["*/*", "consolidated*"]
 _COMPANIONS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "NOTICE*"]
 _SAFETENSORS = ["*.safetensors", *_COMPANIONS]
 _BIN = ["pytorch_model*.bin"]
+_TEMPLATES = ["additional_chat_templates/*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,16 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> ResolvedSo
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    def download(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED))
+    def download(patterns: list[str], ignored: list[str] = _IGNORED) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
     try:
         folder = download(_COMPANIONS if headers_only else _SAFETENSORS)
         if headers_only:
             return ResolvedSource(folder, name, folder.name, not _has_weights(folder))
-        if not any(folder.glob("*.safetensors")):
+        if not any((folder / f"model.safetensors{index}").is_file() for index in ("", ".index.json")):
             folder = download(_BIN)
+        folder = download(_TEMPLATES, [])
     except hub.GatedRepoError as error:
         remedy = "accept its terms on its page and log in with `hf auth login`"
         raise _not_found(name, "access to it is restricted", remedy) from error

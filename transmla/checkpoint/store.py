@@ -48,6 +48,28 @@ class WeightStore(Protocol):
         """The weight files."""
 
 
+class RenamedStore:
+    """`WeightStore` of another one's tensors, some under other names.
+
+    stored: new name -> name in the file
+    """
+
+    def __init__(self, store: WeightStore, stored: Mapping[str, str]) -> None:
+        self._store, self._stored = store, stored
+        gone = set(stored.values()) - set(stored)
+        kept = {name: info for name, info in store.tensors.items() if name not in gone}
+        self.tensors: Mapping[str, TensorInfo] = kept | {new: store.tensors[name] for new, name in stored.items()}
+
+    def files(self) -> list[Path]:
+        return self._store.files()
+
+    def view(self, name: str) -> torch.Tensor:
+        return self._store.view(self._stored.get(name, name))
+
+    def view_rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        return self._store.view_rows(self._stored.get(name, name), index)
+
+
 def readable(path: Path) -> bytes:
     """The content of a small file of a source; `SourceError` where it cannot be read."""
     with source_errors(path):

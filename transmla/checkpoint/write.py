@@ -149,8 +149,8 @@ class CheckpointWriter:
         if not self._closed:
             raise ValueError("close_shards() comes before commit()")
         with disk_errors(self.destination):
-            for path in self.partial.iterdir():
-                if path.name != JOURNAL:
+            for path in self.partial.rglob("*"):
+                if JOURNAL not in path.relative_to(self.partial).parts:
                     sync(path)
             mark_complete(self.partial)
             try:

@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 
 from transmla.checkpoint.companions import tokenizer_files
-from transmla.checkpoint.destination import disk_errors, partial_of
+from transmla.checkpoint.destination import disk_errors, named_path, partial_of
 from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.hub_headers import UnreadHeadersError
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
+from transmla.checkpoint.resolve import local
 from transmla.checkpoint.write import SHARD_BYTES, CheckpointWriter
 from transmla.conversion.calibration import calibration_text
 from transmla.conversion.distil import BlockReport, distil_layers
@@ -96,7 +97,7 @@ class ConversionReport(Shown):
 
 
 def convert(
-    source: str,
+    source: str | Path,
     destination: str | Path | None = None,
     *,
     recipe: str | Path | None = None,
@@ -135,7 +136,7 @@ def convert(
         planned = plan(source, recipe=recipe, **settings)
     except UnreadHeadersError:
         planned = plan(source, recipe=recipe, download=True, **settings)
-    target = Path(destination) if destination is not None else default_destination(planned)
+    target = named_path(destination) if destination is not None else default_destination(planned)
     processes = Processes.current(device)
     where = processes.device(device)
     # everything that can be refused is refused before gigabytes are downloaded
@@ -299,11 +300,11 @@ def _journal(target: Path, settings: dict[str, Any], processes: Processes, resta
 
 def _hashes(planned: Plan) -> dict[str, Any]:
     """SHA-256 of the source's files and of the texts, read once; a resumed conversion recognises them by it."""
-    texts = [Path(part.name).expanduser() for part in parse_mix(planned.recipe.mix, "--calibration")]
+    texts = [local(part.name) for part in parse_mix(planned.recipe.mix, "--calibration")]
     return {
         "source": file_hashes(planned.source.files()),
         "tokenizer": file_hashes(tokenizer_files(planned.source)),
-        "texts": [file_hashes([path]) for path in texts if path.is_file()],
+        "texts": [file_hashes([path]) for path in texts if path is not None and path.is_file()],
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from transmla.checkpoint.destination import check_destination
+from transmla.checkpoint.destination import check_destination, named_path
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
 from transmla.checkpoint.resolve import ResolvedSource, local, resolve
 from transmla.checkpoint.store import understood
@@ -156,7 +156,7 @@ class Plan(Shown):
 
 
 def plan(
-    source: str,
+    source: str | Path,
     destination: str | Path | None = None,
     *,
     latent: int | str | None = None,
@@ -177,6 +177,7 @@ def plan(
     overrides:   any other field of `transmla.recipe.Recipe`
     Raises SourceError, UnsupportedError, GeometryError, DestinationError, RecipeError, DataError (too few tokens).
     """
+    source = str(source)
     settings = redivided(_recipe(source, recipe), latent, rope, overrides.get("total"))
     settings = settings.with_overrides(latent=latent, rope=rope, **overrides)
     resolved = resolve(settings.source or source, settings.revision, headers_only=not download)
@@ -184,6 +185,7 @@ def plan(
     where = opened.config_where
     with understood(where):
         family = family_of(opened.config, where)
+        _name_as_the_class(opened, family)
         refuse_quantised(opened)
         gqa_geometry(opened.config, where)  # refuses what is missing or impossible before a class fills in its defaults
         # a conversion needs the class itself, which takes seconds to load
@@ -191,6 +193,7 @@ def plan(
         if outline is None:
             if not download and opened.format == "gguf":  # all of its config is needed now
                 opened = open_source(resolved.path)
+                _name_as_the_class(opened, family)
             outline = _ask_class(opened, family)
         config = outline.config
         gqa = gqa_geometry(filled(opened.config, config), where)
@@ -237,7 +240,7 @@ def plan(
     weights = weight_bytes(opened, family, gqa, mla, dtype)
     disk = weights + COMPANION_BYTES + journal_bytes(mla, settings)
     if destination is not None:
-        check_destination(Path(destination), disk, resumes=True)
+        check_destination(named_path(destination), disk, resumes=True)
     planned = Plan(
         resolved=resolved,
         source=opened,
@@ -277,6 +280,21 @@ def _opened(resolved: ResolvedSource, *, sizes_only: bool) -> Source:
     from transmla.checkpoint.hub_headers import open_on_hub
 
     return open_on_hub(resolved)
+
+
+def _name_as_the_class(source: Source, family: Family) -> None:
+    """Give tensors the names that the class with a head has for them, as transformers does when it loads what was saved
+    from the class without one, or where the tied embeddings are only there as the head."""
+    from transmla.model.skeleton import complete_config
+
+    table, head = f"{family.embed_tokens}.weight", f"{family.lm_head}.weight"
+    prefix = f"{family.embed_tokens.partition('.')[0]}."
+    if table in source.tensors:
+        return
+    if table.removeprefix(prefix) in source.tensors:
+        source.rename({prefix + name: name for name in source.tensors if name != head})
+    elif head in source.tensors and is_tied(complete_config(source.config)):
+        source.rename({table: head, head: head})
 
 
 def _ask_class(source: Source, family: Family) -> Outline:

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from transmla.checkpoint.companions import tokenizer
-from transmla.checkpoint.destination import check_destination, journal_of, remove_journal
+from transmla.checkpoint.destination import check_destination, journal_of, named_path, remove_journal
 from transmla.checkpoint.hashes import file_hashes
 from transmla.checkpoint.journal import Journal
 from transmla.checkpoint.provenance import computing_versions, portable
@@ -149,7 +149,7 @@ def heal(
     context = context_of(converted.config)
     options = options.with_overrides(window=min(options.window, context), long_window=min(options.long_window, context))
     check(options, device)
-    target = Path(destination) if destination is not None else _healed(parent)
+    target = named_path(destination) if destination is not None else _healed(parent)
     source_checkpoint = open_model(source_name)
     larger = None if options.teacher is None else open_model(options.teacher)
     if larger is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from transmla.checkpoint.companions import tokenizer
+from transmla.checkpoint.destination import named_path
 from transmla.checkpoint.gguf.types import GGUF_TYPES
 from transmla.checkpoint.gguf.vocab import read_vocab
 from transmla.checkpoint.gguf.write import check_gguf_destination, find_quantiser, write_gguf
@@ -92,7 +93,7 @@ def export(
             why=f"the targets are {', '.join(TARGETS)}; the types are {', '.join(GGUF_TYPES)}",
             remedy="choose one of these",
         )
-    source, target = open_converted(Path(model)), Path(out)
+    source, target = open_converted(Path(model)), named_path(out)
     if source.config.get("attention_bias"):
         raise UnsupportedError(
             "this model has biases in its attention",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from transmla.checkpoint.companions import copy_companions, tokenizer
+from transmla.checkpoint.destination import named_path
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance, versions, write_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.store import understood
@@ -93,10 +94,10 @@ def unfold(model: str | Path, out: str | Path, *, dtype: str = "auto", progress:
         unfolded = unfold_layer(tensors, config["kv_lora_rank"], residual)
         return unfolded if query_rank is None else biased_query(unfolded, latent=query_rank > 0)
 
-    with _writer(source, Path(out), unfolded_config, dtype) as writer:
+    with _writer(source, named_path(out), unfolded_config, dtype) as writer:
         _write(source, writer, unfolded_config, dtype, layer, 1 / residual, progress or silent)
         writer.commit()
-    return Path(out)
+    return named_path(out)
 
 
 def fold(
@@ -120,10 +121,10 @@ def fold(
     if the folded model, run through the stock class, does not compute what `model` computes; then nothing is written.
     """
     source = open_unfolded(Path(model))
-    with _writer(source, Path(out), _folded(source), dtype) as writer:
+    with _writer(source, named_path(out), _folded(source), dtype) as writer:
         fold_into(writer, source, text=text, dtype=dtype, device=named(device), progress=progress or silent)
         writer.commit()
-    return Path(out)
+    return named_path(out)
 
 
 def fold_into(

@@ -7,8 +7,9 @@ from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
-from transmla.checkpoint.companions import TOKENIZER_FILES
+from transmla.checkpoint.companions import TEMPLATES, TOKENIZER_FILES
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance
+from transmla.checkpoint.resolve import local
 from transmla.errors import DestinationError, SourceError, UnsupportedError
 
 # what is part of a model; everything else stays here
@@ -33,7 +34,8 @@ def push(
 ) -> str:
     """Upload the converted folder `model` and return the address of the commit.
 
-    repository: owner/name; it is created if it is not there;  private: whether it is then a private one
+    repository: owner/name, or name for one of your own; it is created if it is not there
+    private:    whether it is then a private one
     message:    of the commit
     endpoint:   of another hub than the usual one
 
@@ -47,12 +49,12 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.errors import HTTPError as ConnectionFailed  # type: ignore[attr-defined]
 
-    folder = Path(model)
+    folder = local(str(model)) or Path(model)
     read_provenance(folder)  # refuses what is not ours
     operations = []
     for file in files_of(folder):
         content = without_paths(_text(file)).encode() if file.name in _CLEANED else str(file)
-        operations.append(CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=content))
+        operations.append(CommitOperationAdd(path_in_repo=file.relative_to(folder).as_posix(), path_or_fileobj=content))
     api = HfApi(endpoint=endpoint, library_name="transmla", library_version=metadata.version("transmla"))
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
@@ -82,7 +84,7 @@ def files_of(folder: Path) -> list[Path]:
         file
         for file in sorted(folder.iterdir())
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _FILES)
-    ]
+    ] + sorted((folder / TEMPLATES).glob("*.jinja"))
     for file in found:
         if file.suffix in (".json", ".md", ".py", ".jinja", ".txt", "") and _TOKEN.search(
             _text(file, errors="replace")

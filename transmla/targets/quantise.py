@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from transmla.checkpoint.companions import copy_companions, tokenizer
+from transmla.checkpoint.destination import named_path
 from transmla.checkpoint.provenance import read_provenance, write_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.write import CheckpointWriter, check_destination
@@ -101,7 +102,7 @@ def quantise(
     converted_type(source.path)
     sections = read_provenance(source.path)
     sections.pop("format")
-    check_destination(Path(out), sum(info.num_bytes for info in source.tensors.values()))
+    check_destination(named_path(out), sum(info.num_bytes for info in source.tensors.values()))
     loaded = load(source.path, dtype=torch.float32, device=device)
     cutter = tokenizer(source)
     window = min(WINDOW, int(loaded.config.max_position_embeddings))
@@ -109,7 +110,7 @@ def quantise(
         sample_from, loaded, seed=seed, progress=lambda done, total: tell("sample", done, total, "tokens")
     )
     ids_NT = calibration_tokens(text, cutter, tokens, window, sampler=sampler).ids_NT
-    with CheckpointWriter(Path(out)) as writer:
+    with CheckpointWriter(named_path(out)) as writer:
         witness_1T = ids_NT[-1:, :WITNESS_TOKENS].to(device)
         with torch.no_grad():
             wanted_TV = loaded(witness_1T, use_cache=False).logits[0].double().cpu()
@@ -134,7 +135,7 @@ def quantise(
         write_provenance(writer, **sections | {"quantised_for": made})
         error = _verify(writer.partial, witness_1T, wanted_TV, device)
         writer.commit()
-    return QuantiseReport(Path(out), ids_NT.numel(), spread, tuple(distortion), error)
+    return QuantiseReport(named_path(out), ids_NT.numel(), spread, tuple(distortion), error)
 
 
 def _observe(model: Any, ids_NT: Tensor, seed: int, progress: Progress) -> list[Seen]:

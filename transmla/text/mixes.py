@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from dataclasses import dataclass
 
+from transmla.checkpoint.resolve import local
 from transmla.errors import DataError
 
 # sampled from the source model itself
@@ -20,10 +21,14 @@ class Part:
 
 
 def names_of(text: str) -> list[str]:
-    """ "A+B" -> A, B; a file may have a plus in its path."""
-    if not text:
-        return []
-    return [text] if os.path.isfile(os.path.expanduser(text)) else text.split("+")
+    """ "A+B" -> A, B; a file, with a weight or without, may have a plus in its path."""
+    words, found = text.split("+") if text else [], []
+    while words:
+        joined = ("+".join(words[:count]) for count in range(len(words), 1, -1))
+        name = next((name for name in joined if _is_file(name) or _is_file(_weighted(name)[0])), words[0])
+        found.append(name)
+        words = words[name.count("+") + 1 :]
+    return found
 
 
 def parse_mix(text: str, where: str) -> tuple[Part, ...]:
@@ -32,10 +37,7 @@ def parse_mix(text: str, where: str) -> tuple[Part, ...]:
 
     where: the option that it was given to, for the `DataError` about what is not a mix
     """
-    parts = []
-    for word in names_of(text) or [text]:
-        name, colon, weight = word.rpartition(":")
-        parts.append(Part(name, float(weight)) if colon and _is_number(weight) else Part(word))
+    parts = [Part(word) if _is_file(word) else Part(*_weighted(word)) for word in names_of(text) or [text]]
     if any(not 0 < part.weight < float("inf") or not part.name for part in parts):
         raise DataError(
             f"{text!r} is not a mix of texts",
@@ -51,9 +53,15 @@ def needs_source(mix: str, sampled: int) -> bool:
     return sampled > 0 or any(part.name == SELF for part in parse_mix(mix, "--calibration"))
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _is_file(name: str) -> bool:
+    path = local(name)
+    return path is not None and path.is_file()
+
+
+def _weighted(word: str) -> tuple[str, float]:
+    """ "A:3" -> A, 3; "A" -> A, 1"""
+    name, colon, weight = word.rpartition(":")
+    with contextlib.suppress(ValueError):
+        if colon:
+            return name, float(weight)
+    return word, 1.0

@@ -14,12 +14,13 @@ DATASET          hub id, optionally OWNER/NAME:CONFIG; its train split, streamed
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transmla.checkpoint.resolve import looks_like_path
+from transmla.checkpoint.resolve import local, looks_like_path
 from transmla.errors import DataError
 from transmla.extras import needs
 from transmla.text import maths
@@ -42,7 +43,7 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
 
     evaluation: the text is only measured on, so the shipped validation texts may be read
     """
-    path = Path(name).expanduser()
+    path = local(name)
     if name in SHIPPED_VALIDATION and not evaluation:
         raise DataError(
             f"{name} is a validation text",
@@ -54,11 +55,11 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
         return maths.text(max_characters)
     if shipped := (SHIPPED | SHIPPED_VALIDATION).get(name):
         return (resources.files("transmla.data") / shipped).read_text("utf-8")[:max_characters]
-    if path.is_file() and path.suffix.lower() not in TABLES:
+    if path is not None and path.is_file() and path.suffix.lower() not in TABLES:
         return _read_plain(path, max_characters)
-    if path.is_file() or ("/" in name and not path.is_dir()):
+    if (path is None and "/" in name) or (path is not None and path.is_file()):
         return _read_column(name, max_characters)
-    known = SHIPPED | SHIPPED_VALIDATION if evaluation else ("self", maths.NAME, *SHIPPED)
+    known = (maths.NAME, *SHIPPED, *(SHIPPED_VALIDATION if evaluation else ("self",)))
     raise DataError(
         f"no text {name!r}",
         where=name,
@@ -69,35 +70,36 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
 
 def is_table(name: str) -> bool:
     """Whether `name` is read row by row: a table file, or anything that looks like a dataset id."""
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = local(name)
+    if path is not None and path.is_file():
         return path.suffix.lower() in TABLES
     return "/" in name
 
 
 def place_of(name: str) -> Path | None:
     """The file or the folder of a dataset that `name` means; None for shipped texts and those of the hub."""
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = local(name)
+    if path is not None and path.is_file():
         return path
-    folder = Path(name.partition(":")[0])
-    return folder if is_table(name) and folder.is_dir() else None
+    folder = local(name.partition(":")[0])
+    return folder if folder is not None and is_table(name) and folder.is_dir() else None
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table file, or of the train split of a dataset, streamed; raises `DataError`."""
-    path, dataset = Path(name).expanduser(), name.partition(":")[0]
-    if not path.exists() and looks_like_path(dataset):
+    path, dataset = local(name), name.partition(":")[0]
+    if path is None and looks_like_path(dataset):
         raise DataError("the text was not found", where=name, why="no such file", remedy="check the path")
     needs("data", "text from a table or a dataset")
     import datasets
 
     try:
-        if path.is_file():
+        if path is not None and path.is_file():
             kind = TABLES[path.suffix.lower()]
             # pandas takes the texts "NA" and "None" for empty cells
             plain = {"keep_default_na": False} if kind == "csv" else {}
-            found = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **plain)
+            files = glob.escape(str(path))
+            found = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **plain)
         else:
             dataset, _, config = name.partition(":")
             found = datasets.load_dataset(dataset, config or None, split="train", streaming=True)
@@ -133,7 +135,8 @@ def _read_column(name: str, max_characters: int) -> str:
 
 def _read_plain(path: Path, max_characters: int) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
+        # editors of Windows begin a file with a mark that is no text
+        with path.open(encoding="utf-8-sig") as file:
             return file.read(max_characters)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(

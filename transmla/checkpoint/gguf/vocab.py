@@ -23,6 +23,8 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+# tokens with a part to play, as both name them
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # regular expression of a Split in tokenizer.json -> the name under which llama.cpp has it
 _SPLITS = {
     rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "llama-bpe",
@@ -37,6 +39,7 @@ class GgufVocab:
 
     scores: of merges, higher first ("llama" only);  add_space_prefix: whether text starts as if after a space
     add_begin: whether a begin token is put first
+    special: rows of "bos", "eos" and the like, as transformers knows them;  template: of chats, or one for each use
     """
 
     kind: str
@@ -46,12 +49,15 @@ class GgufVocab:
     scores: list[float] | None
     add_space_prefix: bool | None
     add_begin: bool
+    special: dict[str, int]
+    template: str | dict[str, str] | None
 
 
 def read_vocab(folder: Path, vocab_size: int, tokenizer: Any) -> GgufVocab:
     """The vocabulary of tokenizer.json in `folder`, padded to `vocab_size`; `UnsupportedError` for other kinds.
 
-    tokenizer: of the folder, as transformers makes it; it shows what is put first
+    tokenizer: of the folder, as transformers makes it of all its files; it has added tokens, special ones and templates
+               that tokenizer.json need not have, and shows what is put first
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -60,12 +66,17 @@ def read_vocab(folder: Path, vocab_size: int, tokenizer: Any) -> GgufVocab:
     model = content["model"]
     if model.get("type") != "BPE":
         raise _unknown(path, f"its model is {model.get('type')}, and only BPE is known", "")
-    tokens, types = _tokens(content, vocab_size, path)
+    tokens, types = _tokens(content, vocab_size, path, tokenizer)
     begin = tokenizer.bos_token_id
     add_begin = begin is not None and tokenizer("", verbose=False).input_ids[:1] == [begin]
+    rows = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in _SPECIAL}
+    special = {kind: int(row) for kind, row in rows.items() if row is not None and row < vocab_size}
+    template = tokenizer.chat_template
     if not model.get("byte_fallback"):
-        return GgufVocab("gpt2", _pre_tokenizer(content, path), tokens, types, None, None, add_begin)
-    return GgufVocab("llama", "default", tokens, types, _scores(model, tokens), _adds_space(content), add_begin)
+        pre = _pre_tokenizer(content, path)
+        return GgufVocab("gpt2", pre, tokens, types, None, None, add_begin, special, template)
+    scores, space = _scores(model, tokens), _adds_space(content)
+    return GgufVocab("llama", "default", tokens, types, scores, space, add_begin, special, template)
 
 
 class _SpecialVocab(gguf.SpecialVocab):
@@ -88,15 +99,20 @@ def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab: GgufVocab) -> None:
         writer.add_add_space_prefix(vocab.add_space_prefix)
     special = _SpecialVocab(folder, load_merges=vocab.kind == "gpt2", n_vocab=len(vocab.tokens))
     special.add_special_token["bos"] = vocab.add_begin
-    template = folder / "chat_template.jinja"
-    if special.chat_template is None and template.is_file():
-        special.chat_template = template.read_text("utf-8")
+    # it reads files in another order than transformers
+    special.special_token_ids |= vocab.special
+    if isinstance(vocab.template, dict):
+        special.chat_template = [{"name": name, "template": text} for name, text in vocab.template.items()]
+    elif vocab.template is not None:
+        special.chat_template = vocab.template
     special.add_to_gguf(writer, quiet=True)
 
 
-def _tokens(content: Mapping[str, Any], vocab_size: int, where: Path) -> tuple[list[str], list[int]]:
+def _tokens(content: Mapping[str, Any], vocab_size: int, where: Path, tokenizer: Any) -> tuple[list[str], list[int]]:
     """Text and type of every row; rows without a token are unused."""
-    added = content.get("added_tokens") or []
+    known = tokenizer.added_tokens_decoder
+    added = [{"id": row, "content": one.content, "special": one.special} for row, one in known.items()]
+    added += [one for one in content.get("added_tokens") or [] if one["id"] not in known]
     rows = {**content["model"]["vocab"], **{one["content"]: one["id"] for one in added}}
     if without := sorted(text for text, row in rows.items() if row >= vocab_size):
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
