@@ -145,6 +145,31 @@ def test_kl_and_its_gradient_are_those_of_the_formula_in_float64(
     assert relative(loss.detach(), expected.detach()) < 1e-12 and relative(grad, expected_grad) < 1e-12
 
 
+@pytest.mark.parametrize("kept", [None, 12])
+def test_gradients_of_capped_logits(kept: int | None, device: torch.device) -> None:
+    """As Gemma 2 has them: the slope of the cap is a part of the gradient."""
+    cap, labels_T = 1.5, torch.randint(30, (11,), generator=torch.Generator().manual_seed(4))
+    found_TD, target_TD, head_VD = wide(11, 6, seed=1).requires_grad_(), wide(11, 6, seed=2), wide(30, 6, seed=3)
+    target_TV = cap * torch.tanh(target_TD @ head_VD.T / cap)
+    weights_T = torch.linspace(0.5, 1.5, 11, dtype=torch.float64)
+    capped_TV = cap * torch.tanh(found_TD @ head_VD.T / cap)
+    own = divergence(capped_TV, target_TV) if kept is None else divergence_top_k(capped_TV, top_k(target_TV, kept))
+    text_T = torch.nn.functional.cross_entropy(capped_TV, labels_T, reduction="none")
+    expected = (weights_T * (0.7 * own + 0.3 * text_T)).sum()
+    (expected_grad,) = torch.autograd.grad(expected, found_TD)
+
+    def teacher(part: slice) -> Tensor | losses.TopK:
+        some_TV = target_TV[part].to(device)
+        return some_TV if kept is None else top_k(some_TV, kept)
+
+    loss, _ = distillation_loss(
+        found_TD.to(device), head_VD.to(device), teacher, weights_T.to(device), labels_T.to(device),
+        Objective(cross_entropy=0.3), softcap=cap,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, found_TD)
+    assert relative(loss.detach().cpu(), expected.detach()) < 1e-6 and relative(grad, expected_grad) < 1e-6
+
+
 def test_kl_is_zero_for_equal_streams_only() -> None:
     x_TD, head_VD = wide(5, 6, seed=1), wide(30, 6, seed=3)
     assert abs(float(kl(x_TD, x_TD, head_VD))) < 1e-12
