@@ -132,6 +132,13 @@ def test_unknown_keys(toml, key, near):
         load_recipe(toml(f"{key} = 1"))
     assert (f"did you mean '{near}'?" in error.value.remedy) if near else ("mean" not in error.value.remedy)
     assert "known keys: source, revision" in error.value.remedy
+    assert error.value.remedy.endswith("; known tables: heal, model")
+
+
+def test_a_table_is_meant_as_a_table(toml):
+    with pytest.raises(RecipeError, match="unknown recipe key 'heel'") as error:
+        load_recipe(toml("[heel]\ntokens = 1000"))
+    assert "did you mean 'heal'?" in error.value.remedy
 
 
 def test_files_that_cannot_be_read(toml, tmp_path):

@@ -224,7 +224,8 @@ def _installed() -> dict[str, Path]:
 
 
 def _checked(settings: Settings, values: dict[str, Any], where: str) -> Settings:
-    return replaced(settings, values, kind="recipe", where=where, words=_WORDS, objection=_objection)
+    tables = ("heal", "model") if isinstance(settings, Recipe) else ()
+    return replaced(settings, values, kind="recipe", where=where, words=_WORDS, objection=_objection, tables=tables)
 
 
 def _objection(key: str, value: Any) -> str | None:

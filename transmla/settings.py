@@ -71,12 +71,14 @@ def replaced(
     where: str,
     words: Mapping[str, tuple[str, ...]] | None = None,
     objection: Callable[[str, Any], str | None] | None = None,
+    tables: tuple[str, ...] = (),
 ) -> Settings:
     """A copy of a dataclass with these values; `RecipeError` for an unknown key or a value that its field cannot have.
 
     Fields that are dataclasses themselves are not keys: each is a table, to be read on its own.
     words:     the words that a key takes, where it does not take every string
     objection: of a key and a value of the right type, why it cannot be, or None
+    tables:    names of tables that are read on their own, for the error about another one
     """
     record: Any = settings
     hints = get_type_hints(type(settings))
@@ -84,12 +86,15 @@ def replaced(
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            # a table is meant as a table
+            meant = tables if isinstance(value, Mapping) else known
+            near = difflib.get_close_matches(key, meant, n=1, cutoff=0.5)
             raise RecipeError(
                 f"unknown {kind} key {key!r}",
                 where=where,
                 why="a misspelt key would silently leave a default in place",
-                remedy=(f"did you mean {near[0]!r}? " if near else "") + f"known keys: {', '.join(known)}",
+                remedy=(f"did you mean {near[0]!r}? " if near else "")
+                + (f"known keys: {', '.join(known)}" + (f"; known tables: {', '.join(tables)}" if tables else "")),
             )
         types = _types(hints[key])
         value = _converted(value, types)

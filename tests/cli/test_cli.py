@@ -85,6 +85,15 @@ def test_every_option_is_explained(command: str) -> None:
         (("eval", "x" * 300), 3, ["not found"]),
         (("eval", "~nobody-of-this-name/x"), 3, ["no such folder"]),
         (("convert", "stories260k", "x" * 250), 8, ["File name too long"]),
+        (("convert", "stories260k", "--calibration", "~nobody-of-this-name/x.txt"), 7, ["no such file"]),
+        # a dry run checks what the work would stop at
+        (("convert", "stories260k", "--dry-run", "--calibration", "wikitxt"), 7, ["no text 'wikitxt'"]),
+        (("convert", "stories260k", "--dry-run", "--device", "cuda:99"), 1, ["cuda:99 cannot be used"]),
+        (("convert", "stories260k", "stories260k"), 8, ["has the name of a source", "stories260k-mla"]),
+        (("export", "stories260k", "out.gguf"), 3, ["name of a source", "transmla convert stories260k"]),
+        (("eval", "nothing-of-this-name"), 3, ["the model was not found"]),
+        (("eval", "stories260k", "--gate", "foo=1"), 2, ["no gate 'foo'", "loops"]),
+        (("eval", "stories260k", "--quantised", "5,2.5"), 10, ["no cache has so many bits", "--coded-source"]),
     ],
 )
 def test_errors_have_their_exit_code(

@@ -9,9 +9,11 @@ from click.testing import CliRunner
 import transmla
 from tests.families import sparse_source
 from transmla.cli import main
+from transmla.conversion.show_lists import _short
 from transmla.errors import RecipeError
 from transmla.families import FAMILIES
 from transmla.recipe import find_recipe, list_recipes, load_recipe
+from transmla.targets.engines import ENGINES
 
 ROWS = {row.name: row for row in transmla.list_recipes()}
 
@@ -38,6 +40,14 @@ def test_a_recipe_is_planned_as_it_is_listed(name: str, tmp_path: Path) -> None:
     )
     layers = recipe.model.num_hidden_layers
     assert planned.cache[0].bytes_per_token == 2 * layers * row.before, "bf16, by hand"
+
+
+def test_engines_of_a_recipe_are_all_or_named() -> None:
+    """As many as half may be left out by name."""
+    every = tuple(ENGINES)
+    missing = [one for one in every if one != "MLX-LM"]
+    assert (_short(every), _short(tuple(missing))) == ("all", "all but MLX-LM")
+    assert _short(("transformers, latent cache", "llama.cpp")) == "transformers, llama.cpp"
 
 
 def test_every_family_is_listed() -> None:

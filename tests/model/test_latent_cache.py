@@ -360,6 +360,10 @@ def test_fewer_bits_than_the_gains_take_are_no_cache(model: Any) -> None:
         model.latent_cache(f"coded{fewest:g}")
 
 
+def test_names_with_and_without_what_generate_wants_before_them(model: Any) -> None:
+    assert [model.latent_cache(kind).kind for kind in ("latent", "latent-int4", "int4")] == ["exact", "int4", "int4"]
+
+
 def test_a_layer_that_no_bit_was_dealt_to(model: Any) -> None:
     layer = {"mean": [1.0] * 4, "deviation": [2.0] * 4, "importance": [1.0] * 4}
     code = TransformCode(layer, [0] * 4, [[0.0]])

@@ -88,6 +88,9 @@ def test_geometries_without_a_kernel() -> None:
     for impossible in (Widths(4, 513, 64, 128, 128), Widths(4, 96, 24, 64, 64), Widths(4, 96, 32, 192, 128)):
         with pytest.raises(GeometryError, match="no GPU kernel"):
             padded_widths(impossible)
+    with pytest.raises(GeometryError, match=r"no GPU kernel is built for 100\+64") as caught:
+        padded_widths(Widths(4, 96, 32, 64, 64), "100+64")
+    assert caught.value.where == "--size" and "256+64, 512+64" in caught.value.why
     with pytest.raises(GeometryError, match="cannot be padded to 256"):
         padded_widths(Widths(4, 257, 32, 64, 64), "256+64")
 

@@ -159,7 +159,7 @@ def test_command_line(converted: Path, prepared: Path, tmp_path: Path) -> None:
     assert texts[0].exit_code == 0 and texts[0].output == texts[1].output
     for words, why in (
         ([*generate, "--cache", "latent-int5"], "no latent cache of kind"),
-        ([*generate, "--cache", "static"], "does not begin with latent"),
+        ([*generate, "--cache", "static"], "no latent cache of kind 'static'"),
         (["generate", "stories260k", "A", "--cache", "latent-int4"], "only converted models"),
     ):
         refused = CliRunner().invoke(main, words)

@@ -16,7 +16,7 @@ from transmla.checkpoint.bin_file import BinStore
 from transmla.checkpoint.destination import clear_finished
 from transmla.checkpoint.fp8 import Fp8Store, block_size
 from transmla.checkpoint.gguf.read import GgufStore
-from transmla.checkpoint.resolve import local
+from transmla.checkpoint.resolve import EMBEDDED_MODELS, local
 from transmla.checkpoint.safetensors_file import SafetensorsStore
 from transmla.checkpoint.store import (
     FLOAT_DTYPES,
@@ -28,6 +28,7 @@ from transmla.checkpoint.store import (
     parsed_json,
 )
 from transmla.errors import SourceError, UnsupportedError
+from transmla.recipe import list_recipes
 
 if TYPE_CHECKING:
     import torch
@@ -174,6 +175,9 @@ def open_source(path: Path, *, sizes_only: bool = False) -> Source:
     sizes_only: the config of a .gguf file may be less than transformers would make of it; see `GgufStore`
     """
     found = local(str(path))
+    if found is None and str(path) in (*EMBEDDED_MODELS, *list_recipes()):
+        why = f"there is no such folder; {path} is the name of a source, which is not converted yet"
+        raise _not_a_model(path, why, f"transmla convert {path}, then pass the folder that it writes")
     if found is None:
         raise _not_a_model(
             path, "no such file" if path.suffix.lower() == ".gguf" else "no such folder", "check the path"

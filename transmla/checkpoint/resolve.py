@@ -132,11 +132,11 @@ def _not_found(name: str, why: str, remedy: str) -> SourceError:
     recipes = list_recipes()
     if any(load_recipe(path).source == name for path in map(find_recipe, recipes) if path):
         # it is what the recipe stands for that was asked for
-        return SourceError("the source model was not found", where=name, why=why, remedy=remedy)
+        return SourceError("the model was not found", where=name, why=why, remedy=remedy)
     known = sorted({*EMBEDDED_MODELS, *recipes})
     near = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=3, cutoff=0.5)
     hints = [remedy]
     if near:
         hints.append(f"did you mean {' or '.join(near)}?")
     hints.append(f"known recipes and models: {', '.join(known)}")
-    return SourceError("the source model was not found", where=name or "''", why=why, remedy="; ".join(hints))
+    return SourceError("the model was not found", where=name or "''", why=why, remedy="; ".join(hints))

@@ -234,11 +234,15 @@ def convert_command(
         sizes(given)
         console = Console()
         if dry_run:
+            import torch
+
             from transmla.conversion.flow import default_destination
+            from transmla.devices import named, usable
 
             planned = transmla.plan(source, **given)
             target = destination or default_destination(planned)
             checked = transmla.plan(source, target, **given)
+            usable(named(device), torch.float64)
             emit(checked.summary, json_file, lambda: show_plan(checked, console))
             if json_file != "-":
                 console.print(f"would write {target}", highlight=False, markup=False)

@@ -207,11 +207,16 @@ def _lists(given: dict[str, Any]) -> dict[str, Any]:
     given["needles"] = integers(given["needles"], "--needles") if given["needles"] else None
     if given["quantised"]:
         given["quantised"] = [number(word, "--quantised", auto=False) for word in given["quantised"].split(",")]
+    from transmla.evaluation.suite import GATES
+
     gates = {}
     for gate in given.pop("gate"):
         name, _, share = gate.partition("=")
         if not share:
             why = f"{gate!r} has no share, as in {name or 'perplexity'}=0.95"
+            raise click.BadParameter(why, param_hint="--gate")
+        if name not in GATES:
+            why = f"there is no gate {name!r}; gates are {', '.join(GATES)}"
             raise click.BadParameter(why, param_hint="--gate")
         gates[name] = number(share, "--gate", auto=False)
     return given | {"gates": gates or None}

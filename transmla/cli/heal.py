@@ -205,7 +205,7 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
     "--top-k",
     type=click.IntRange(min=1),
     metavar="K",
-    help="Compare only SRC's K likeliest tokens. [default: all]",
+    help="Compare only SRC's K likeliest tokens. [default: all, with --cached 64]",
     group="Objective",
 )
 @option(
@@ -272,7 +272,7 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
     "--device",
     type=click.Choice(("cpu", "cuda", "auto")),
     default="auto",
-    help="Where to compute; auto: a GPU if there is one.",
+    help="Where to compute; auto: a GPU if there is one. Of several, CUDA_VISIBLE_DEVICES chooses.",
     group="Machine",
 )
 @option(

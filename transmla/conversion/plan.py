@@ -12,7 +12,7 @@ from rich.console import Console
 
 from transmla.checkpoint.destination import check_destination, named_path
 from transmla.checkpoint.read import Source, open_source, refuse_quantised
-from transmla.checkpoint.resolve import ResolvedSource, local, resolve
+from transmla.checkpoint.resolve import EMBEDDED_MODELS, ResolvedSource, local, resolve
 from transmla.checkpoint.store import understood
 from transmla.conversion.needs import (
     COMPANION_BYTES,
@@ -25,7 +25,7 @@ from transmla.conversion.needs import (
 from transmla.conversion.remarks import remarks
 from transmla.conversion.sizes import as_number, chosen_sizes, divisions, redivided, tried_latents
 from transmla.conversion.target import planned_config, target_config
-from transmla.errors import DataError, GeometryError, RecipeError, SourceError, UnsupportedError
+from transmla.errors import DataError, DestinationError, GeometryError, RecipeError, SourceError, UnsupportedError
 from transmla.families import Family, family_of, rope_parameters, rotary_dim
 from transmla.geometry import (
     CACHE_BITS,
@@ -35,11 +35,12 @@ from transmla.geometry import (
     mla_geometry,
 )
 from transmla.model.outline import Outline, filled, is_tied, outline_of_headers
-from transmla.recipe import Recipe, check_rounded, find_recipe, load_recipe
+from transmla.recipe import Recipe, check_rounded, find_recipe, list_recipes, load_recipe
 from transmla.tables import Shown
 from transmla.targets.engines import EngineVerdict, engine_verdicts
 from transmla.targets.stock import obstacles
-from transmla.text.mixes import parse_mix
+from transmla.text.mixes import SELF, parse_mix
+from transmla.text.sources import check_name
 
 if TYPE_CHECKING:
     from transmla.model.skeleton import AttentionFacts
@@ -226,6 +227,9 @@ def plan(
                 why=f"{settings.context:,} positions, and the source knows {context:,}",
                 remedy=f"give at most --context {context}",
             )
+        for part in parse_mix(settings.mix, "--calibration"):
+            if part.name != SELF:
+                check_name(part.name)
         _check_tokens(settings, context)
         _check_rounding(settings, context)
         known = int(config.get("max_position_embeddings") or 2048)
@@ -240,6 +244,13 @@ def plan(
     weights = weight_bytes(opened, family, gqa, mla, dtype)
     disk = weights + COMPANION_BYTES + journal_bytes(mla, settings)
     if destination is not None:
+        if str(destination) in (*EMBEDDED_MODELS, *list_recipes()):
+            raise DestinationError(
+                "the destination has the name of a source",
+                where=str(destination),
+                why="a folder is looked for first, so the name would stand for the converted model from then on",
+                remedy=f"choose another one, for example {destination}-mla",
+            )
         check_destination(named_path(destination), disk, resumes=True)
     planned = Plan(
         resolved=resolved,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from transmla.tables import columns
+from transmla.targets.engines import ENGINES
 
 if TYPE_CHECKING:
     from transmla.conversion.listing import FamilyRow, RecipeRow
@@ -16,7 +17,7 @@ def show_recipes(rows: tuple[RecipeRow, ...]) -> None:
     """One line for each recipe."""
     table = columns("recipe", "size", "values", "now", "saved", "engines", "state")
     for row in rows:
-        engines = "all" if len(row.engines) > 6 else _short(row.engines)
+        engines = _short(row.engines)
         saved = f"{1 - row.after / row.before:.0%}"
         table.add_row(row.name, row.size, f"{row.before:,}", f"{row.after:,}", saved, engines, row.state)
     console = Console()
@@ -35,6 +36,9 @@ def show_families(rows: tuple[FamilyRow, ...]) -> None:
 
 
 def _short(engines: tuple[str, ...]) -> str:
-    """transformers once, and what is not transformers."""
+    """All, all but a few, or those that are: transformers once, and what is not transformers."""
+    missing = [engine for engine in ENGINES if engine not in engines]
+    if len(missing) < len(engines) / 2:
+        return f"all but {', '.join(missing)}" if missing else "all"
     others = [engine for engine in engines if not engine.startswith("transformers")]
     return ", ".join(["transformers", *others])

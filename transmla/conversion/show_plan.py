@@ -42,7 +42,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print("[dim]values per layer, bytes of all layers[/]", highlight=False)
     console.print(engines_table(plan.engines))
     console.print(
-        f"needs about {size(plan.memory_bytes)} of memory and {size(plan.disk_bytes)} of disk", highlight=False
+        f"needs at least {size(plan.memory_bytes)} of memory and {size(plan.disk_bytes)} of disk", highlight=False
     )
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False)

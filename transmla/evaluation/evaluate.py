@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from transmla.checkpoint.provenance import commit, portable, portable_name, read_provenance, versions
+from transmla.checkpoint.read import open_source
 from transmla.checkpoint.resolve import local
 from transmla.devices import named, usable
 from transmla.errors import RecipeError
@@ -31,6 +32,7 @@ from transmla.evaluation.measure import (
     windows_of,
 )
 from transmla.evaluation.perplexity import Perplexity, Ratio, ratio
+from transmla.evaluation.quantised_cache import GRID_BITS
 from transmla.evaluation.results import FORMAT, perplexity_of, read_results
 from transmla.evaluation.suite import Suite, load_suite
 from transmla.evaluation.tasks import check_tasks
@@ -123,7 +125,8 @@ def evaluate(
     """Measure a model, and its source in the same way.
 
     model:   converted folder, or anything that `transmla.convert` takes as a source
-    against: the source, or any other model with the same tokenizer
+    against: the source, or any other model with the same tokenizer; None: the model alone (the command line then takes
+             the source that the model's provenance names)
     suite:   "quick", "standard", "full" or a TOML file; without one, perplexity and cache bytes alone
     text:    files, dataset ids or shipped texts; default: those of the suite, else the text of the recipe the model was
              made with. The first token of a window is not scored
@@ -185,6 +188,17 @@ def evaluate(
             why="it is measured with the bits of --quantised",
             remedy="add them, as in --quantised 4,3,2",
         )
+    if quantised and not wanted.coded_source and not any(bits in GRID_BITS for bits in quantised):
+        prepared = [
+            name for name in models if is_converted(Path(name)) and open_source(Path(name)).config.get("latent_code")
+        ]
+        if not prepared:
+            raise RecipeError(
+                "no cache has so many bits",
+                where="--quantised",
+                why=f"integers have {', '.join(map(str, GRID_BITS))} bits, and no folder here is prepared for others",
+                remedy="add --coded-source for the source, and name a folder of `transmla quantise` for the model",
+            )
     earlier = None
     if reuse is not None and against is not None:
         earlier = _reused(Path(reuse), str(against), asked, dtype, device, skipped)

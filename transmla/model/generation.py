@@ -134,11 +134,8 @@ def own_cache(loaded: Any, kind: str, model: str, **settings: Any) -> Any:
             why=f"{model} caches keys and values",
             remedy="convert it, or leave out --cache",
         )
-    prefix, _, name = kind.partition("-")
     try:
-        if prefix != "latent":
-            raise ValueError(f"{kind!r} does not begin with latent")
-        return loaded.latent_cache(name or "exact", **settings)
+        return loaded.latent_cache(kind, **settings)
     except ValueError as error:
         raise UnsupportedError(
             f"the model has no cache {kind!r}",

@@ -1088,13 +1088,15 @@ class LatentGeneration:
     config: Any
 
     def latent_cache(self, kind: str = "exact", **settings: Any) -> LatentCache:
-        """An empty cache for this model; settings: sink, recent, max_length"""
+        """An empty cache for this model. kind: with or without the "latent-" that `generate` wants before it; settings:
+        sink, recent, max_length"""
+        kind = "exact" if kind == "latent" else kind.removeprefix("latent-")
         return LatentCache(self.config, kind, **settings)
 
     def generate(self, *args: Any, cache_implementation: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, which would refuse names of caches that it does not know."""
         if cache_implementation is not None and cache_implementation.partition("-")[0] == "latent":
-            kwargs["past_key_values"] = self.latent_cache(cache_implementation.partition("-")[2] or "exact")
+            kwargs["past_key_values"] = self.latent_cache(cache_implementation)
         elif cache_implementation is not None:
             kwargs["cache_implementation"] = cache_implementation
         return super().generate(*args, **kwargs)  # type: ignore[misc]

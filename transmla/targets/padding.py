@@ -44,6 +44,14 @@ def padded_widths(old: Widths, size: str | None = None) -> Widths:
         fits = old.rank <= rank and old.nope <= nope and old.value <= value
         if fits and old.rope <= rope and rope % old.rope == 0 and size in (None, f"{rank}+{rope}"):
             return Widths(old.heads, rank, rope, nope, value)
+    known = [f"{rank}+{rope}" for rank, rope, _, _ in kernels]
+    if size is not None and size not in known:
+        raise GeometryError(
+            f"no GPU kernel is built for {size}",
+            where="--size",
+            why=f"sizes with kernels are {', '.join(dict.fromkeys(known))}",
+            remedy="give one of these, or leave it out: then the smallest that is large enough is taken",
+        )
     sizes = ", ".join(f"{rank}+{rope} with heads of {nope} and {value}" for rank, rope, nope, value in kernels)
     raise GeometryError(
         f"the model cannot be padded to {size}" if size else "no GPU kernel is large enough",

@@ -43,7 +43,19 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
 
     evaluation: the text is only measured on, so the shipped validation texts may be read
     """
+    check_name(name, evaluation=evaluation)
+    if name == maths.NAME:
+        return maths.text(max_characters)
+    if shipped := (SHIPPED | SHIPPED_VALIDATION).get(name):
+        return (resources.files("transmla.data") / shipped).read_text("utf-8")[:max_characters]
     path = local(name)
+    if path is not None and path.suffix.lower() not in TABLES:
+        return _read_plain(path, max_characters)
+    return _read_column(name, max_characters)
+
+
+def check_name(name: str, *, evaluation: bool = False) -> None:
+    """`DataError` for what names no text; nothing is read, and no dataset looked for. evaluation: see `read_text`"""
     if name in SHIPPED_VALIDATION and not evaluation:
         raise DataError(
             f"{name} is a validation text",
@@ -51,14 +63,13 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
             why="what a model was calibrated on cannot be used to measure it",
             remedy="calibrate with another text, for example wikitext or self",
         )
-    if name == maths.NAME:
-        return maths.text(max_characters)
-    if shipped := (SHIPPED | SHIPPED_VALIDATION).get(name):
-        return (resources.files("transmla.data") / shipped).read_text("utf-8")[:max_characters]
-    if path is not None and path.is_file() and path.suffix.lower() not in TABLES:
-        return _read_plain(path, max_characters)
-    if (path is None and "/" in name) or (path is not None and path.is_file()):
-        return _read_column(name, max_characters)
+    if name == maths.NAME or name in SHIPPED or name in SHIPPED_VALIDATION:
+        return
+    path, dataset = local(name), name.partition(":")[0]
+    if (path is not None and path.is_file()) or (path is None and "/" in name and not looks_like_path(dataset)):
+        return
+    if path is None and "/" in name:
+        raise _no_such_file(name)
     known = (maths.NAME, *SHIPPED, *(SHIPPED_VALIDATION if evaluation else ("self",)))
     raise DataError(
         f"no text {name!r}",
@@ -66,6 +77,10 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
         why=f"it is neither a file, nor a dataset id (owner/name), nor one of: {', '.join(known)}",
         remedy="pass a file (.txt, .jsonl, .parquet, .csv), a dataset id or one of these names",
     )
+
+
+def _no_such_file(name: str) -> DataError:
+    return DataError("the text was not found", where=name, why="no such file", remedy="check the path")
 
 
 def is_table(name: str) -> bool:
@@ -88,8 +103,8 @@ def place_of(name: str) -> Path | None:
 def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table file, or of the train split of a dataset, streamed; raises `DataError`."""
     path, dataset = local(name), name.partition(":")[0]
-    if path is None and looks_like_path(dataset):
-        raise DataError("the text was not found", where=name, why="no such file", remedy="check the path")
+    if path is None and local(dataset) is None and looks_like_path(dataset):
+        raise _no_such_file(name)
     needs("data", "text from a table or a dataset")
     import datasets
 
