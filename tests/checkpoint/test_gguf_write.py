@@ -157,7 +157,9 @@ def sentencepiece(text: str, reader: GGUFReader) -> list[int]:
 @pytest.mark.parametrize(
     "text", ["Once upon a time, there was a little girl named Lily.", "  two spaces\nand a line", "Ünïcode 🚀 4711", ""]
 )
-def test_text_is_cut_as_the_folder_cuts_it(converted: Path, tmp_path: Path, text: str) -> None:
+def test_text_is_cut_as_the_folder_cuts_it(
+    converted: Path, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     transmla.export(converted, tmp_path / "model.gguf")
     reader = GGUFReader(tmp_path / "model.gguf")
     if text:  # of nothing, SentencePiece makes nothing, not even the leading space
@@ -169,6 +171,7 @@ def test_text_is_cut_as_the_folder_cuts_it(converted: Path, tmp_path: Path, text
         gguf.TokenType.BYTE,
     ]
     assert value(reader, "tokenizer.ggml.eos_token_id") == 2
+    assert not caplog.records
 
 
 def byte_level(*steps: dict[str, Any]) -> dict[str, Any]:

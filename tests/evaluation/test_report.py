@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import transmla
 from transmla.cli import main
-from transmla.errors import DataError, DestinationError
+from transmla.errors import DataError, DestinationError, UnsupportedError
 from transmla.evaluation.report.plots import frontier
 from transmla.evaluation.results import frontier_rows, frontier_table, read_results
 
@@ -252,6 +252,14 @@ def test_a_folder_for_pictures_that_cannot_be_one(
         with pytest.raises(DestinationError, match=f"{result.name} is no folder"):
             transmla.report([result], tmp_path / "page.html", pictures=folder)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_what_is_not_installed_is_named(result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transmla.extras.find_spec", lambda module: None if module == "matplotlib" else module)
+    with pytest.raises(UnsupportedError, match=r"pip install 'transmla\[report\]'"):
+        transmla.report([result], tmp_path / "page.html")
+    # whose files are read where [eval] is installed, which has no figures
+    assert read_results([result])
 
 
 def test_command_line(result: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def _content(path: Path) -> Any:
 
 
 def _checked(path: Path, content: Any, schema: str) -> Result:
-    needs("report", "reading result files")
+    if find_spec("jsonschema") is None:  # [eval] brings it as well
+        needs("report", "reading result files")
     import jsonschema
 
     wanted = json.loads((resources.files("transmla.evaluation") / f"{schema}.schema.json").read_text("utf-8"))

@@ -7,8 +7,10 @@ is read off its pre-tokenizer, not guessed from the model's name.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,8 @@ def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab: GgufVocab) -> None:
         writer.add_token_scores(vocab.scores)
     if vocab.add_space_prefix is not None:
         writer.add_add_space_prefix(vocab.add_space_prefix)
-    special = _SpecialVocab(folder, load_merges=vocab.kind == "gpt2", n_vocab=len(vocab.tokens))
+    with _silent():
+        special = _SpecialVocab(folder, load_merges=vocab.kind == "gpt2", n_vocab=len(vocab.tokens))
     special.add_special_token["bos"] = vocab.add_begin
     # it reads files in another order than transformers
     special.special_token_ids |= vocab.special
@@ -106,6 +109,17 @@ def add_vocab(writer: gguf.GGUFWriter, folder: Path, vocab: GgufVocab) -> None:
     elif vocab.template is not None:
         special.chat_template = vocab.template
     special.add_to_gguf(writer, quiet=True)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without warnings of the gguf package about templates of pairs of texts, which models that write do not have."""
+    logger = logging.getLogger("gguf.vocab")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _tokens(content: Mapping[str, Any], vocab_size: int, where: Path, tokenizer: Any) -> tuple[list[str], list[int]]:

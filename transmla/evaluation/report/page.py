@@ -13,6 +13,7 @@ from transmla.errors import DataError
 from transmla.evaluation.report import plots, sections
 from transmla.evaluation.report.sections import Picture
 from transmla.evaluation.results import Result, frontier_rows, read_published, read_results_and_timings
+from transmla.extras import needs
 
 
 def report(
@@ -29,6 +30,7 @@ def report(
     published: JSON file with rows of other methods for the frontier: name, bytes_per_token, ratio
     Raises `DataError` for other files, `DestinationError`.
     """
+    needs("report", "a report")
     check_file(out)  # before the figures, which take a while
     if pictures is not None:
         check_folder(pictures)
