@@ -122,8 +122,10 @@ def test_evaluation(tmp_path: Path) -> None:
     assert list(rows) == ["KIVI 3 bits", "rotated 3 bits", "KVTC-like 3 bits", "KVTC-like 1.5 bits"]
     assert rows["KVTC-like 3 bits"]["bytes_per_token"] == pytest.approx(120, rel=0.1) and not report.skipped
     assert rows["KVTC-like 1.5 bits"]["bytes_per_token"] == pytest.approx(60, rel=0.1)
-    (left_out,) = transmla.evaluate("stories260k", quantised=[5], **settings).skipped
-    assert "--coded-source" in left_out.why
+    (left_out,) = transmla.evaluate("stories260k", quantised=[8, 5], **settings).skipped
+    assert "--coded-source" in left_out.why and "5 bits" in left_out.part
+    with pytest.raises(RecipeError, match="no cache has so many bits"):
+        transmla.evaluate("stories260k", quantised=[5], **settings)
     with pytest.raises(RecipeError, match="--quantised"):
         transmla.evaluate("stories260k", coded_source=True, **settings)
     refused = CliRunner().invoke(main, ["eval", "stories260k", "--coded-source", "-q"])
