@@ -437,11 +437,12 @@ class LatentLayer(CacheLayerMixin):
         seen_BTS = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).flatten(1, 2)
         seen_BS = seen_BTS.any(1)
         first_B = torch.where(seen_BS.any(1), seen_BS.int().argmax(-1), seen_BS.shape[1])
-        # texts that have begun stay where they are: what a window no longer shows is not padding
-        self.first = torch.where(self.first < self.get_seq_length(), self.first, first_B) if self.waiting else first_B
-        self.unpadded = False
+        if self.waiting and self.first is not None:
+            # texts that have begun stay where they are: what a window no longer shows is not padding
+            first_B = torch.where(self.first < self.get_seq_length(), self.first, first_B)
+        self.first, self.unpadded = first_B, False
         if self.code is not None and self.sink and not torch.compiler.is_compiling():
-            self.waiting = bool((self.first >= seen_BS.shape[1]).any())
+            self.waiting = bool((first_B >= seen_BS.shape[1]).any())
 
     def append(self, key_B1Tk: torch.Tensor) -> None:
         """Add tokens, exact for now."""
