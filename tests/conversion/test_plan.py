@@ -48,6 +48,7 @@ def libraries(*words: str) -> set[str]:
 def test_headers_are_enough(tmp_path: Path) -> None:
     """A plan takes a third of a second because nothing that takes longer is imported; where there is a doubt, it is."""
     assert libraries("plan", "stories260k", "--latent", "24") == set()
+    assert libraries("doctor", "stories260k") == libraries("recipes") == libraries("families") == set()
     folder = tmp_path / "llama"
     shutil.copytree(str(resources.files("transmla.data") / "stories260k"), folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))

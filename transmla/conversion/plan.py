@@ -296,16 +296,17 @@ def _opened(resolved: ResolvedSource, *, sizes_only: bool) -> Source:
 def _name_as_the_class(source: Source, family: Family) -> None:
     """Give tensors the names that the class with a head has for them, as transformers does when it loads what was saved
     from the class without one, or where the tied embeddings are only there as the head."""
-    from transmla.model.skeleton import complete_config
-
     table, head = f"{family.embed_tokens}.weight", f"{family.lm_head}.weight"
     prefix = f"{family.embed_tokens.partition('.')[0]}."
     if table in source.tensors:
         return
     if table.removeprefix(prefix) in source.tensors:
         source.rename({prefix + name: name for name in source.tensors if name != head})
-    elif head in source.tensors and is_tied(complete_config(source.config)):
-        source.rename({table: head, head: head})
+    elif head in source.tensors:
+        from transmla.model.skeleton import complete_config
+
+        if is_tied(complete_config(source.config)):
+            source.rename({table: head, head: head})
 
 
 def _ask_class(source: Source, family: Family) -> Outline:

@@ -15,7 +15,6 @@ from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import local
 from transmla.checkpoint.store import understood
 from transmla.errors import TransmlaError, UnsupportedError
-from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.tables import Shown
 from transmla.targets.engines import (
     ENGINES,
@@ -25,6 +24,7 @@ from transmla.targets.engines import (
     OWN_MODEL_TYPE,
     REFUSES,
     RUNS,
+    UNFOLDED_MODEL_TYPE,
     WRONG,
     EngineVerdict,
     Finding,
@@ -79,11 +79,11 @@ def doctor(model: str | Path) -> Diagnosis:
         return _of_gguf(path)
     source = open_source(path)
     config = source.config
-    if config.get("model_type") == UnfoldedConfig.model_type:
+    if config.get("model_type") == UNFOLDED_MODEL_TYPE:
         raise UnsupportedError(
             "this is not a converted folder, but its form for training",
             where=source.config_where,
-            why=f"no engine runs model_type {UnfoldedConfig.model_type!r}",
+            why=f"no engine runs model_type {UNFOLDED_MODEL_TYPE!r}",
             remedy=f"make a converted folder of it: transmla fold {shlex.quote(str(path))} OUT2",
         )
     if config.get("model_type") not in ("deepseek_v3", OWN_MODEL_TYPE) or not config.get("kv_lora_rank"):

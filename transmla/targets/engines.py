@@ -15,6 +15,8 @@ from transmla.geometry import GPU_KERNELS, MlaGeometry
 
 # of folders in the own form, as `TransmlaConfig` has it
 OWN_MODEL_TYPE = "transmla"
+# of the form for training, as `UnfoldedConfig` has it, whose file takes seconds to load
+UNFOLDED_MODEL_TYPE = "deepseek_v3_unfolded"
 
 RUNS, REFUSES, WRONG = "runs", "refuses", "computes something else"
 
