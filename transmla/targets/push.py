@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 from transmla.checkpoint.companions import TEMPLATES, TOKENIZER_FILES
+from transmla.checkpoint.destination import named_path
 from transmla.checkpoint.provenance import FILE_NAME, read_provenance
-from transmla.checkpoint.resolve import local
 from transmla.errors import DestinationError, SourceError, UnsupportedError
 
 # what is part of a model; everything else stays here
@@ -49,7 +49,7 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.errors import HTTPError as ConnectionFailed  # type: ignore[attr-defined]
 
-    folder = local(str(model)) or Path(model)
+    folder = named_path(model)
     read_provenance(folder)  # refuses what is not ours
     operations = []
     for file in files_of(folder):
