@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ if (narrow := os.environ.get("TRANSMLA_TEST_NARROW")) is not None:
 
 
 @pytest.fixture(
-    params=[
+    params=["pretended"]
+    if "TRANSMLA_TEST_PRETENDED" in os.environ
+    else [
         "cpu",
         pytest.param(
             "cuda",
@@ -31,9 +34,15 @@ if (narrow := os.environ.get("TRANSMLA_TEST_NARROW")) is not None:
         ),
     ]
 )
-def device(request: pytest.FixtureRequest) -> torch.device:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Each device that there is. What a test compares with is computed in float64 on the CPU."""
-    return torch.device(request.param)
+    if request.param != "pretended":
+        yield torch.device(request.param)
+        return
+    from tests.pretended import Pretended
+
+    with Pretended():
+        yield torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

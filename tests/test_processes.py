@@ -13,7 +13,7 @@ import torch
 
 from tests.families import MakeSource
 from tests.maths.weights import relative
-from transmla.conversion import run
+from transmla.conversion import levels, run
 from transmla.conversion.flow import convert as convert_here
 from transmla.errors import TransmlaError
 from transmla.model.loading import load
@@ -25,11 +25,12 @@ TOLERANCE = 1e-3
 PROGRAM = """
 import json, sys
 import torch
-from transmla.conversion import run
+from transmla.conversion import levels, run
 from transmla.conversion.flow import convert
 from transmla.conversion.levels import Descent, Refinement
 torch.set_num_threads(1)
 run.narrow_dtype = lambda device: None  # rounding to bfloat16 would hide what is tested
+levels.LEAST_PER_FEATURE = 1  # so that the closed form sees ten of the sixteen windows
 refinement = Refinement(Descent(4.0, 2, 3e-3), closed_form_tokens=640)
 report = convert(
     sys.argv[1], sys.argv[2], latent=12, rope=8, theta="auto" if sys.argv[6:] else 10000.0, calibration=sys.argv[3],
@@ -49,6 +50,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def convert(folder: Path, *arguments: str) -> dict[str, Any]:
         monkeypatch.setattr(run, "narrow_dtype", run.narrow_dtype)  # which is then put back
+        monkeypatch.setattr(levels, "LEAST_PER_FEATURE", levels.LEAST_PER_FEATURE)
         monkeypatch.setattr(sys, "argv", ["", arguments[0], str(folder), *arguments[1:]])
         exec(PROGRAM, {})
         found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conversion.made import check
 from tests.families import MakeSource
+from transmla.conversion import measure as measuring
 from transmla.conversion.flow import convert
 from transmla.conversion.plan import plan
 from transmla.errors import (
@@ -235,3 +237,37 @@ def test_values_too_large_for_the_wanted_dtype(
     # an enormous o_proj makes the rest of its block enormous, too
     check(caught.value, name.rpartition(".o_proj")[0] or name, ("bfloat16", "6.55e+04"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_changes_while_it_is_converted(
+    broken: Callable[[Change], Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Nobody could tell later what the folder was made from."""
+    folder = broken(lambda folder: None)
+
+    def change(at: str, done: int, total: int, _: str) -> None:
+        if (at, done) == ("write", total):
+            stored = load_file(folder / "model.safetensors")
+            save_file(stored, folder / "again", metadata={"format": "pt", "of": "another day"})
+            (folder / "again").rename(folder / "model.safetensors")
+
+    settings: dict[str, Any] = {"calibration": str(text_file), "tokens": 128, "window": 64, "theta": 1e4}
+    with pytest.raises(SourceError, match="has changed") as caught:
+        convert(str(folder), tmp_path / "out", refine="off", progress=change, **settings)
+    check(caught.value, str(folder), ("another SHA-256", "--restart"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("whose", [0, 1])
+def test_losses_that_are_not_finite(bad: float, whose: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = [torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5])]
+    losses[whose][1] = bad
+    monkeypatch.setattr(measuring, "_part", lambda run, streams: None)
+    monkeypatch.setattr(measuring, "_ids", lambda text, part: None)
+    monkeypatch.setattr(measuring, "next_token_losses", lambda *_: losses)
+    no_layers = SimpleNamespace(mla=SimpleNamespace(num_hidden_layers=0))
+    ends = SimpleNamespace(ends=lambda _: SimpleNamespace(logits=None))
+    run: Any = SimpleNamespace(plan=no_layers, model=ends, compute=None, text=None)
+    with pytest.raises(VerificationError, match="NaN or infinity"):
+        measuring.measure(run, None)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Adam on attention weights: batches, rates, saved states."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,3 +130,20 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_the_end(bad: float | None) -
     assert run(whole, 2) == found
     for left, expected in zip(leaves(weights), leaves(whole[1]), strict=True):
         assert left.isfinite().all() and torch.equal(left, expected)
+
+
+@pytest.mark.parametrize("q_rank", [None, 7])
+def test_matrices_are_trained_and_biases_and_norms_are_not(q_rank: int | None) -> None:
+    biases = {"q_nope_bias_Hn": (4, 8), "q_rope_bias_He": (4, 6), "k_rope_bias_e": (6,), "o_bias_D": (24,)}
+    mla = replace(mla_weights(q_rank=q_rank), **{name: torch.ones(size) for name, size in biases.items()})
+    matrices = {name for name, value in vars(mla).items() if isinstance(value, torch.Tensor)} - {"inv_freq_M", *biases}
+
+    def found(weights: Any) -> set[str]:
+        named = vars(weights) | (weights.encoder or {})
+        return {name for name, value in named.items() if getattr(value, "requires_grad", False)}
+
+    assert found(trainable(mla, CPU)) == matrices and len(leaves([mla])) == len(matrices) == 7 + bool(q_rank)
+    # behind an encoder, the queries are the identity
+    encoder = {"q_proj.weight": torch.ones(32, 24), "q_norm.weight": torch.ones(8)}
+    encoded = trainable(replace(mla, encoder=encoder), CPU)
+    assert found(encoded) == matrices - {"q_nope_HnD"} | {"q_proj.weight"}

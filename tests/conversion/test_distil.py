@@ -90,6 +90,19 @@ def test_layers_that_fit_count_the_windows_of_a_step(monkeypatch: pytest.MonkeyP
     assert 2 * found(1, latent_bits=2) > found(1) > 1.1 * found(1, latent_bits=2)
 
 
+@pytest.mark.parametrize(("free", "found"), [(2000, 7), (2199, 7), (2200, 8), (700, 1), (0, 1)])
+def test_layers_behind_which_a_head_fits_into_half_of_the_memory(
+    free: int, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is tried however little there is."""
+    monkeypatch.setattr(distilling, "free_bytes", lambda device: free)
+    monkeypatch.setattr(distilling, "refined_bytes", lambda *_: (100, 300))
+    run: Any = SimpleNamespace(
+        plan=plan("stories260k"), refinement=LEVELS["fast"], device=torch.device("cpu"), compute=torch.float32
+    )
+    assert layers_that_fit(run, SimpleNamespace(source_NTD=torch.empty(2, 64, 1))) == found  # type: ignore[arg-type]
+
+
 def test_a_wide_model_needs_more_windows() -> None:
     """32 tokens for each feature of a regression, of those that there are."""
     fast = LEVELS["fast"]

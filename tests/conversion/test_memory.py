@@ -4,6 +4,7 @@ import errno
 import os
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from tests.conversion.made import QUICK, Convert, digest, weights
 from tests.families import THETA, MakeSource
 from transmla.checkpoint.read import Source
+from transmla.conversion import flow
 from transmla.conversion import run as run_module
 from transmla.errors import DestinationError
 from transmla.model import source as source_module
+from transmla.processes import Processes
 
 
 class LiveBytes:
@@ -103,6 +106,33 @@ def test_activations_in_a_file_or_in_memory_give_the_same_bytes(
     outside = run(lively(), "outside", offload=0, **settings).destination
     assert digest(inside) == digest(outside)
     assert places and all(isinstance(place, Path) and place.name == "outside.partial" for place in places)
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "processes", "free", "kept_in"),
+    # a gibibyte of activations; free: GiB on the GPU and in memory
+    [
+        ("cpu", None, 1, (0, 2.0), "cpu"),
+        ("cpu", None, 1, (0, 1.9), "out.partial"),
+        ("cpu", None, 2, (0, 1.9), "cpu"),
+        ("cpu", 1.0, 1, (0, 0.1), "cpu"),
+        ("cpu", 0.9, 1, (0, 9.0), "out.partial"),
+        ("cuda", None, 1, (4.1, 0.1), "cuda"),
+        ("cuda", None, 1, (4.0, 2.0), "cpu"),
+        ("cuda", 1.0, 1, (9.0, 9.0), "cpu"),
+    ],
+)
+def test_where_activations_are_kept(
+    device: str, offload: float | None, processes: int, free: tuple[float, float], kept_in: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On a GPU of which they take less than a quarter, else in half of the free memory, else in a file."""
+    monkeypatch.setattr(flow, "free_bytes", lambda device: int(2**30 * free[device.type == "cpu"]))
+    sizes = SimpleNamespace(hidden_size=100, num_attention_heads=2, v_head_dim=28)
+    planned: Any = SimpleNamespace(mla=sizes)
+    text: Any = SimpleNamespace(ids_NT=torch.empty(1024, 1024, device="meta"))
+    found = flow._activations(planned, text, Processes(0, processes), Path("out"), torch.device(device), offload)
+    assert (found.name if isinstance(found, Path) else found.type) == kept_in
 
 
 def test_a_disk_too_small_for_the_activations(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.conversion.pieces import model_and_layer, random_streams
 from tests.maths.weights import relative
-from transmla.conversion.moments import attended, observe
+from transmla.conversion.moments import _spread, attended, observe
 from transmla.maths.attention import GqaWeights, rotate
 from transmla.maths.closed_form import Moments
 from transmla.model.layer import SourceLayer
@@ -187,11 +187,23 @@ def test_equal_streams_have_one_moment(layer: SourceLayer) -> None:
 
 
 def test_attended_windows_are_spread(layer: SourceLayer) -> None:
-    """Of nine fitted windows and three attended ones, every third is looked at."""
+    """Of nine fitted windows and three attended ones, one of each third is looked at."""
     streams = random_streams(windows=10)
     before = observe(layer, streams, num_attended=3)
-    for unseen in (1, 2, 4, 5, 7, 8):
+    for unseen in (1, 2, 3, 5, 6, 7):
         streams.source_NTD[unseen] = torch.randn(10, 48)
     after = observe(layer, streams, num_attended=3)
     assert torch.equal(before.importance_H, after.importance_H)
     assert not torch.equal(before.cross_DD, after.cross_DD)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_processes_share_the_attended_windows(size: int) -> None:
+    """Which take every n-th window: 32 of 128 are those of a model of 4,096 features."""
+    for wanted, available in ((32, 128), (32, 160), (3, 9), (7, 7), (40, 9)):
+        places = _spread(wanted, available)
+        assert len(places) == min(wanted, available) and max(places) < available and min(places) == 0
+    places = _spread(32, 128)
+    assert all(sum(place // 4 == part for place in places) == 1 for part in range(32))
+    share = [sum(place % size == rank for place in places) for rank in range(size)]
+    assert max(share) - min(share) <= 4, share

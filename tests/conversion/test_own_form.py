@@ -195,6 +195,25 @@ def test_refinement_trains_what_the_form_has(lively: MakeSource, run: Convert, m
     assert cache.layers[-1].keys.shape[-1] == 20 and cache.layers[-1].values.shape[-1] == 0
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe", "gemma3_text", "olmo2", "phi3"])
+def test_on_every_device(lively: MakeSource, run: Convert, model_type: str, device: torch.device) -> None:
+    """Converted there, where it is the same model as on the CPU, also with a packed cache."""
+    settings: dict[str, Any] = {"tokens": 2048, "refine": "fast", "refinement": QUICK, "format": "transmla"}
+    folder = run(lively(model_type=model_type), latent=12, rope=8, device=device.type, **settings).destination
+    here, there = (load(folder, dtype=torch.float32, device=one) for one in ("cpu", device))
+    with torch.no_grad():
+        assert relative(there(IDS.to(device)).logits.cpu(), here(IDS).logits) < 1e-4
+        found = []
+        for model in (here, there):
+            cache = model.latent_cache("int8", sink=2, recent=4)
+            parts = [part.to(model.device) for part in (IDS[:, :30], IDS[:, 30:31], IDS[:, 31:])]
+            found.append(torch.cat([model(part, past_key_values=cache).logits.cpu() for part in parts], dim=1))
+        # a value between two levels may go either way
+        assert relative(found[1], found[0]) < 0.02
+    texts = [model.generate(IDS.to(model.device), max_new_tokens=8, do_sample=False).cpu() for model in (here, there)]
+    assert torch.equal(*texts)
+
+
 def test_padded_texts_are_the_texts_alone(lively: MakeSource, run: Convert) -> None:
     report = run(lively(model_type="qwen3"), latent=12, rope=8)
     model = load(report.destination, dtype=torch.float32)

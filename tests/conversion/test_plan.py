@@ -109,7 +109,9 @@ def test_notes(lively: MakeSource) -> None:
     assert "tensor parallel" in notes() and "tensor parallel" not in notes(kv_heads=1)
     assert "6 turn, so 2 of the rotary key stay empty: --latent 18 --rope 6" in notes(model_type="glm4")
     assert "stay empty" not in notes()
-    assert "llama3 rope scaling" in notes(rope=LLAMA3) and "rope scaling" not in notes()
+    assert "rope scaling" not in notes()
+    assert "llama3 rope scaling becomes plain frequencies of a rope_theta" in notes(rope=LLAMA3)
+    assert "llama3 rope scaling becomes frequencies that each layer keeps" in notes(rope=LLAMA3, model_type="qwen3")
     assert "max_position_embeddings becomes 32" in notes(model_type="mistral", sliding_window=32)
     assert "becomes" not in notes(model_type="mistral", sliding_window=4096)
 

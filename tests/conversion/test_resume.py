@@ -3,16 +3,20 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.conversion.made import QUICK, Convert, digest
 from tests.families import THETA, MakeSource
 from transmla.conversion import calibration, fit
 from transmla.conversion import distil as distilling
+from transmla.conversion.levels import Descent
 from transmla.errors import DestinationError
+from transmla.maths.closed_form import ClosedForm
 
 
 @pytest.mark.parametrize("stage", ["tokens", "choose theta"])
@@ -229,3 +233,54 @@ def test_a_text_that_has_changed_is_another_setting(lively: MakeSource, run: Con
     paths[0].write_text("Once there was a cat. And then? " * 300, encoding="utf-8")
     with pytest.raises(DestinationError, match="differs in texts"):
         run(lively(), **settings)
+
+
+def test_layers_that_were_fitted_to_some_windows_go_on(
+    lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of eight windows, one of them held out; the others only pass through the source."""
+    monkeypatch.setattr("transmla.conversion.levels.LEAST_PER_FEATURE", 1)
+    refinement = replace(QUICK, closed_form_tokens=128)
+    settings: dict[str, Any] = {"refine": "fast", "refinement": refinement, "latent": 12, "rope": 8, "theta": THETA}
+    whole = run(lively(), "whole", **settings)
+
+    def interrupt(at: str, done: int, *_: Any) -> None:
+        if at == "convert layers" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lively(), progress=interrupt, **settings)
+    again = run(lively(), **settings)
+    assert again.layers == whole.layers and digest(again.destination) == digest(whole.destination)
+
+
+def test_what_a_journal_was_made_with(lively: MakeSource, run: Convert, tmp_path: Path) -> None:
+    """Everything that a finished step depends on is a setting of it."""
+    source = Path(shutil.copytree(lively(), tmp_path / "source"))
+    settings: dict[str, Any] = {"theta": THETA, "refine": "fast", "refinement": QUICK}
+
+    def interrupt(at: str, *_: Any) -> None:
+        if at == "convert layers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, progress=interrupt, **settings)
+    others: dict[str, dict[str, Any]] = {
+        "window": {"window": 32},
+        "begin": {"begin": "all"},
+        "calibration": {"calibration": "stories"},
+        "method.key_weight": {"method": ClosedForm(key_weight=1.0)},
+        "refinement.distil.rate": {"refinement": replace(QUICK, distil=Descent(2.0, 2, 2e-2))},
+    }
+    for name, changed in others.items():
+        with pytest.raises(DestinationError, match=f"differs in .*{name}"):
+            run(source, **settings | changed)
+    for name, file in (("tokenizer", "tokenizer.json"), ("files", "model.safetensors")):
+        before = (source / file).read_bytes()
+        if name == "tokenizer":
+            (source / file).write_bytes(before + b"\n")
+        else:
+            save_file(load_file(source / file), source / file, metadata={"format": "pt", "of": "another day"})
+        with pytest.raises(DestinationError, match=f"differs in {name}"):
+            run(source, **settings)
+        (source / file).write_bytes(before)

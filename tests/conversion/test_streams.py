@@ -120,6 +120,26 @@ def test_a_repair_is_the_weighted_ridge_regression(model_type: str) -> None:
         assert relative(found.o_bias_D, expected_DF[:, -1]) < 1e-4
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("zero", ["tokens", "o_proj", "v_proj"])
+def test_a_repair_where_there_is_nothing(model_type: str, zero: str) -> None:
+    """Layers without an effect, and tokens without an embedding, also where a norm stands behind the attention."""
+    _, layer = model_and_layer(heads=4, head_dim=16, model_type=model_type)
+    streams = random_streams(windows=10, tokens=16, heldout=2)
+    streams.source_NTD[3, 0] = streams.converted_NTD[3, 0] = 0.0 if zero == "tokens" else 1.0
+    mla = layer.complete(fitted(layer, streams, 12))
+    if zero == "v_proj":
+        mla = replace(mla, v_up_Hvr=torch.zeros_like(mla.v_up_Hvr))
+    elif zero == "o_proj":
+        layer.o_proj.weight.data.zero_()
+        mla = replace(mla, o_DHv=torch.zeros_like(mla.o_DHv))
+    heads_NTF = converted_heads(layer, mla, streams)
+    found = repaired(layer, mla, heads_NTF, streams, 1e-2)[0]
+    assert found.o_DHv.isfinite().all() and (zero != "v_proj" or relative(found.o_DHv, mla.o_DHv) < 1e-6)
+    advance_converted(layer, found, heads_NTF, streams)
+    assert zero == "v_proj" or stream_loss(streams).fitted < 1
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_a_repair_of_few_tokens_is_held_back(model_type: str) -> None:
     """With fewer tokens than features, the smallest ridge fits them alone; the chosen one does no harm to others."""

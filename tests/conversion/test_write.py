@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoTokenizer
 from tests.conversion.made import EXACT, Convert, digest, logits, weights
 from tests.families import MakeSource
 from tests.maths.weights import relative
+from transmla.conversion import card
 from transmla.conversion.flow import default_destination
 from transmla.conversion.plan import plan
 from transmla.maths.closed_form import ClosedForm
@@ -51,13 +54,13 @@ def test_the_output_explains_itself(lively: MakeSource, run: Convert) -> None:
     assert made["layers"][1]["latent_loss"] == report.layers[1].latent_loss
     assert [layer["latent_scale"] for layer in made["layers"]] == list(report.latent_scales)
     assert made["heldout"]["source"] == report.heldout.source
-    card = (report.destination / "README.md").read_text("utf-8")
-    assert "16 + 8" in card and "for inference" in card.lower() and "no gradient steps" in card
-    head, body = yaml.safe_load(card.split("---\n")[1]), card.split("---\n", 2)[2]
+    text = (report.destination / "README.md").read_text("utf-8")
+    assert "16 + 8" in text and "for inference" in text.lower() and "no gradient steps" in text
+    head, body = yaml.safe_load(text.split("---\n")[1]), text.split("---\n", 2)[2]
     assert head["library_name"] == "transformers" and "transmla" in head["tags"] and "base_model" not in head
     assert body.index("Do not train") < body.index("## Use"), "said first"
-    assert "llama-server -m OUT.gguf" in card and "vllm serve" not in card, "only what runs this size"
-    assert "4-bit" in card and "Not run by vLLM (GPU)" in card and str(report.destination.parent) not in card
+    assert "llama-server -m OUT.gguf" in text and "vllm serve" not in text, "only what runs this size"
+    assert "4-bit" in text and "Not run by vLLM (GPU)" in text and str(report.destination.parent) not in text
 
 
 def test_everything_that_goes_along(lively: MakeSource, run: Convert, text_file: Path) -> None:
@@ -76,3 +79,22 @@ def test_default_destination(lively: MakeSource, monkeypatch: pytest.MonkeyPatch
     assert default_destination(plan(str(lively()), latent=24, rope=4)) == Path("model-mla-24-4")
     monkeypatch.chdir(lively())
     assert default_destination(plan(".", latent=24, rope=4)) == Path("model-mla-24-4")
+
+
+def test_what_the_hub_reads_of_a_card(tmp_path: Path) -> None:
+    """The source's name where it has one there, its licence as its own card says it, and public texts."""
+
+    def front(**resolved: Any) -> dict[str, Any]:
+        planned: Any = SimpleNamespace(
+            resolved=SimpleNamespace(path=tmp_path, **resolved), recipe=SimpleNamespace(mix="wikitext:3+me/texts+self")
+        )
+        found: dict[str, Any] = yaml.safe_load(card._front_matter(planned).strip("-"))
+        return found
+
+    here = front(name="a", revision=None)
+    assert (here["license"], here["license_name"]) == ("other", "that-of-the-source-model")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlicense_link: LICENSE\n---\nlicense: none\n")
+    there = front(name="me/model", revision="main")
+    assert (there["license"], there["license_link"]) == ("mit", "LICENSE") and "license_name" not in there
+    assert (there["base_model"], there["base_model_relation"]) == ("me/model", "finetune")
+    assert there["datasets"] == ["Salesforce/wikitext", "me/texts"]

@@ -20,6 +20,7 @@ from transmla.cli import main as command_line
 from transmla.errors import DataError, RecipeError, UnsupportedError
 from transmla.evaluation import measure as measure_module
 from transmla.evaluation import tasks as tasks_module
+from transmla.evaluation.agreement import agreement, predictions
 from transmla.evaluation.compare import judged
 from transmla.evaluation.smoke import PROMPTS, smoke
 from transmla.evaluation.suite import Suite
@@ -91,6 +92,12 @@ def test_all_parts_and_their_comparison(converted: Path, suite: str) -> None:
     assert plain["model"]["positions"]["edges"] == [0, 512]
     agreed = plain["comparison"]["agreement"]
     assert 0 < agreed["kl"]["value"] < 1 and 0.5 < agreed["top1"]["value"] < 1
+    pair = [load_any(name, dtype="float32") for name in (converted, "stories260k")]
+    ids_NT = measure_module.windows_of(SETTINGS["text"][0], load_tokenizer(converted), 64, 3)
+    own, base = (predictions(one, ids_NT) for one in pair)
+    assert agreed["kl"]["value"] == pytest.approx(agreement(own, base).kl.value, rel=1e-4)
+    assert agreed["kl"]["value"] != pytest.approx(agreement(base, own).kl.value, rel=1e-3)
+    assert plain["comparison"]["acceptance"]["greedy"]["value"] < 0.99, "every model accepts its own likeliest tokens"
     assert plain["comparison"]["texts"]["tinystories-valid"]["ratio"] == pytest.approx(report.ratio.value)
     assert [gate["name"] for gate in plain["gates"]] == ["perplexity tinystories-valid", "perplexity wikitext-valid"]
     assert all(gate["passed"] == (gate["found"] >= 0.5) for gate in plain["gates"])

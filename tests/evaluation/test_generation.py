@@ -125,6 +125,26 @@ def test_the_gate_on_loops() -> None:
     assert not gate.passed
 
 
+def test_the_gates_on_needles_and_tasks() -> None:
+    """Each length by itself; a task by its first metric."""
+    suite = Suite(gates={"needles": 0.9, "tasks": 0.9}, needles=(64, 128), tasks=("piqa",))
+
+    def made(needles: list[float], *tasks: float) -> dict[str, Any]:
+        rows = [
+            {"task": "piqa", "metric": f"metric {number}", "value": value, "standard_error": 0.1,
+             "higher_is_better": True, "values": []}
+            for number, value in enumerate(tasks)
+        ]  # fmt: skip
+        found = {str(size): {"found": share} for size, share in zip((64, 128), needles, strict=True)}
+        return {"texts": {}, "needles": found, "tasks": rows}
+
+    gates = judged(suite, made([0.5, 0.95], 0.6, 0.9), made([1.0, 1.0], 0.8, 0.5), [])
+    assert {gate.name: gate.found for gate in gates} == {
+        "needles 64": 0.5, "needles 128": 0.95, "tasks piqa": pytest.approx(0.75),
+    }  # fmt: skip
+    assert [gate.passed for gate in gates] == [False, True, False]
+
+
 def _repeating(share: float) -> dict[str, Any]:
     return {
         "repeated_2": [share] * 3, "repeated_4": [share] * 3, "ended": [0.0] * 3, "length": [4.0] * 3,

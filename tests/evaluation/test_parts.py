@@ -83,6 +83,9 @@ def test_positions_average_to_the_perplexity(model: Any, monkeypatch: pytest.Mon
     logits = model(IDS).logits.detach()
     second = torch.nn.functional.cross_entropy(logits[:, 16:32].flatten(0, 1), IDS[:, 17:33].flatten())
     assert found.perplexities[1] == pytest.approx(math.exp(second), rel=1e-5)
+    later = by_position(model, IDS, unscored=3)
+    first = torch.nn.functional.cross_entropy(logits[:, 2:16].flatten(0, 1), IDS[:, 3:17].flatten())
+    assert later.perplexities == (pytest.approx(math.exp(first), rel=1e-5), *found.perplexities[1:])
 
 
 def test_ranges_double_up_to_the_context() -> None:

@@ -178,10 +178,11 @@ def test_frontier_rows(result: Path) -> None:
 def test_sources_are_kept_apart(result: Path, tmp_path: Path) -> None:
     """Each ratio is to its own source, no row replaces another, no line joins what is not comparable."""
     paths = [result]
-    (tmp_path / "b").mkdir()
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
     given = (
-        ("again", "<source>", 320.0, [2.2, 2.4]), ("other", "big", 80.0, [2.5, 2.6]),
-        ("b/other", "<source>", 200.0, [2.7, 2.8]),
+        ("again", "<source>", 320.0, [2.2, 2.4]), ("a/other", "big", 80.0, [2.5, 2.6]),
+        ("b/other", "<source>", 200.0, [2.7, 2.8]), ("c/other", "<source>", 100.0, [2.9, 3.0]),
     )  # fmt: skip
     for name, source, size, nats in given:
         content = json.loads(result.read_text())
@@ -192,15 +193,16 @@ def test_sources_are_kept_apart(result: Path, tmp_path: Path) -> None:
     rows = frontier_rows(read_results(paths))
     stored = [(row.name, row.source) for row in rows if "stored" in row.name]
     assert sorted(stored) == [
-        ("<source>, as stored", "<source>"), ("again, as stored (<source>)", "<source>"), ("big, as stored", "big"),
-        ("mla-24-8, as stored (<source>)", "<source>"), ("other, as stored (<source>)", "<source>"),
-        ("other, as stored (big)", "big"),
+        ("<source>, as stored", "<source>"), ("a/other, as stored (big)", "big"),
+        ("again, as stored (<source>)", "<source>"), ("b/other, as stored (<source>)", "<source>"),
+        ("big, as stored", "big"), ("c/other, as stored (<source>)", "<source>"),
+        ("mla-24-8, as stored (<source>)", "<source>"),
     ]  # fmt: skip
     (axes,) = frontier(rows).axes
     joined = [list(zip(*line.get_data(), strict=True)) for line in axes.lines if line.get_linestyle() == "-"]
     converted = {row.name: (row.bytes_per_token, row.ratio) for row in rows if row.group == "converted"}
-    assert [converted[f"{name}, as stored (<source>)"] for name in ("mla-24-8", "other")] in joined
-    assert [converted["other, as stored (big)"]] in joined
+    assert [converted[f"{name}, as stored (<source>)"] for name in ("mla-24-8", "b/other", "c/other")] in joined
+    assert [converted["a/other, as stored (big)"]] in joined
     # there is a better one of that size
     assert not any(converted["again, as stored (<source>)"] in line for line in joined)
     drawn = [(bars[0].get_color(), bars[0].get_marker()) for bars in axes.containers]

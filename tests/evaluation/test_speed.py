@@ -134,6 +134,39 @@ def test_speeds_within_a_budget_are_those_of_the_same_turns() -> None:
     assert (base.row(base).tokens_per_second, base.row(base).speed_ratio) == (1.5, 1.0)
 
 
+class Queue:
+    """A device on which calls return at once, and what they gave it takes a second each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.queued = 0.0, 0.0
+        for module in (steps, roofline, speed):
+            monkeypatch.setattr(module, "wait", self.wait)
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def wait(self, device: torch.device) -> None:
+        self.now, self.queued = self.now + self.queued, 0.0
+
+    def give(self, *_: Any, **__: Any) -> None:
+        self.queued += 1.0
+
+
+def test_times_are_those_until_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of what was asked for alone, not of what was given to it before."""
+    queue, device = Queue(monkeypatch), torch.device("cuda")
+    queue.queued = 50.0
+    cache: Any = None
+    assert steps.decode(queue.give, cache, torch.zeros(2, 3), device) == 3.0
+    queue.queued = 50.0
+    assert roofline.seconds(queue.give, device) == 1.0
+
+
+def test_the_first_token_is_there_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, model = Queue(monkeypatch), AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    model.register_forward_hook(queue.give)
+    rows = speed._measured({"m": model}, {"m": None}, 1, 8, 2, 1, torch.device("cpu"), roofline.Rates(1.0, 1.0))
+    assert rows[0].first_token_seconds == 1.0 and rows[0].tokens_per_second == 1.0
+
+
 def test_a_budget_that_no_text_fits_into(converted: Path, tmp_path: Path) -> None:
     out = tmp_path / "budget.json"
     words = ["bench", str(converted), "--against", "stories260k", "--steps", "2", "--repeats", "1", "-q"]

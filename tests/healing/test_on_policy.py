@@ -144,6 +144,32 @@ def test_prompts_stop_before_the_end_of_a_document(model: Any, tmp_path: Path) -
         own(model, Windows(tmp_path / "none.npy"), tmp_path / "own")._prompt(draw)
 
 
+def test_of_turns_that_are_too_long_the_last_ones_are_kept(model: Any, tmp_path: Path) -> None:
+    """What asks for the answer stands at their end."""
+    write_windows(
+        tmp_path / "turns.npy", pack([Answered(range(100, 132), [False] * 28 + [True] * 4)] * 2, 32), 2, 32, silent, ""
+    )  # fmt: skip
+    policy = own(model, Windows(tmp_path / "turns.npy"), tmp_path / "own")
+    assert policy._prompt(np.random.default_rng(0)) == list(range(108, 128))
+
+
+def test_every_text_draws_numbers_of_its_own(
+    model: Any, train: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it takes several rounds to fill the windows; another seed is another text."""
+    drawn: list[tuple[int, int]] = []
+
+    def short(_: Any, prompts: list[list[int]], new_tokens: int, *, seed: int, first: int) -> list[list[int]]:
+        drawn.extend((seed, first + number) for number in range(len(prompts)))
+        return [[7]] * len(prompts)
+
+    monkeypatch.setattr("transmla.healing.on_policy.write", short)
+    for seed in (0, 1):
+        batches(own(model, train, tmp_path / str(seed), seed=seed), train, range(6), 1)
+    seeds = [seed for seed, _ in drawn]
+    assert len(set(drawn)) == len(drawn) > 50 and len(set(seeds)) == 4
+
+
 @pytest.fixture(scope="module")
 def source(lively: MakeSource) -> str:
     return str(lively())

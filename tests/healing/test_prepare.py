@@ -1,19 +1,24 @@
 """What is measured on is never trained on: texts that are watched as well, and rows in long windows."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.families import lively_config, lively_model
 from tests.text.test_documents import Letters
 from transmla.healing.flow import _hashes_of
 from transmla.healing.prepare import Preparation, _identity
-from transmla.healing.windows import Windows
+from transmla.healing.windows import Windows, write_windows
 from transmla.processes import ALONE
 from transmla.progress import silent
 from transmla.recipe import Healing
+from transmla.text.packing import pack
+from transmla.train.losses import TopK, top_k
 
 # letters that stand once in all texts begin here
 FIRST = 1000
@@ -66,6 +71,38 @@ def test_rows_that_are_held_out_are_in_no_long_window(tmp_path: Path, monkeypatc
     kept = letters(heldout)
     assert len(kept) > 4 and letters(train) and letters(long)
     assert not kept & letters(train) and not kept & letters(long)
+
+
+def test_pieces_that_are_held_out_are_in_no_long_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long piece that holds some of them is left out whole; what is behind is not."""
+    path = tmp_path / "a.txt"
+    path.write_text("".join(map(chr, range(FIRST, FIRST + 400))), "utf-8")
+    options: dict[str, Any] = {"data": str(path), "heldout": 5, "long_share": 0.5, "long_window": 32}
+    _, (heldout,), long = windows(tmp_path / "work", Letters(), monkeypatch, 8, **options)
+    assert letters(heldout) == set(range(FIRST, FIRST + 40))
+    assert letters(long) == set(range(FIRST + 64, FIRST + 64 + 8 * 32))
+
+
+def test_kept_predictions_are_the_teacher_s_in_training_and_the_source_s_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {name: lively_model(lively_config(layers=1), seed) for seed, name in enumerate(("source", "larger"))}
+    monkeypatch.setattr(Preparation, "_model", lambda self, checkpoint: models[checkpoint])
+    files = []
+    for number, name in enumerate(("train", "heldout")):
+        rows = pack([list(range(3 + number, 3 + number + 16))], 16)
+        write_windows(tmp_path / f"{name}.npy", rows, 1, 16, silent, "pack")
+        files.append(Windows(tmp_path / f"{name}.npy", number))
+    given: Any = (SimpleNamespace(config={"vocab_size": 512}), "source", Healing(cached=True, top_k=5, temperature=2.0))
+    made = Preparation(*given, 1, ALONE, torch.device("cpu"), silent, larger="larger")  # type: ignore[arg-type]
+    teacher = made.teacher(tmp_path, files[0], files[1:], contextlib.nullcontext)
+    for one, name, heat in zip(files, ("larger", "source"), (2.0, 1.0), strict=True):
+        row = one[0]
+        found = teacher(row["input_ids"][None], row["position_ids"][None], row["index"][None]).predictions(slice(0, 16))
+        with torch.no_grad():
+            wanted = top_k(models[name](row["input_ids"][None]).logits[0], 5, heat)
+        assert isinstance(found, TopK) and torch.equal(found.ids_NK, wanted.ids_NK)
+        assert torch.allclose(found.probabilities_NK, wanted.probabilities_NK, rtol=2e-3, atol=1e-6)
 
 
 def test_a_text_is_known_by_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ import torch
 
 from tests.families import lively_config, lively_model
 from transmla.errors import DestinationError
+from transmla.healing.prepare import Preparation
 from transmla.healing.student import halve_frozen, select_trained, share_frozen, teach
 from transmla.healing.teacher import CachedTeacher, OnlineTeacher, record
 from transmla.healing.train import autocast
 from transmla.healing.windows import Windows, write_windows
 from transmla.model.modeling_transmla import UnfoldedConfig, UnfoldedForCausalLM
+from transmla.processes import ALONE
+from transmla.progress import silent
+from transmla.recipe import Healing
 from transmla.text.packing import pack
 from transmla.train.losses import Objective
 
@@ -114,6 +119,28 @@ def test_a_state_that_predicts_nothing_has_no_finite_loss(source: Any, windows: 
         assert student(**batch(windows))["loss"] == torch.inf
 
 
+@pytest.mark.parametrize("k", [None, 300])
+def test_what_is_measured_has_no_temperature(
+    k: int | None, source: Any, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States are compared by it, and runs with each other; what is learned from has one."""
+    monkeypatch.setattr(Preparation, "_model", lambda *_: source)
+    settings = Healing(temperature=2.0, top_k=k, precision="float32")
+    converted: Any = SimpleNamespace(config={"vocab_size": source.config.vocab_size})
+    made = Preparation(converted, converted, settings, 1, ALONE, CPU, silent)
+    teacher = made.teacher(tmp_path, windows, [], autocast("float32", CPU))
+    assert len(teacher.models) == 1
+    student = teach(unfolded(source.config), teacher, Objective(settings.temperature))
+    plain, given = OnlineTeacher(source, autocast("float32", CPU), k=k), batch(windows)
+    with torch.no_grad():
+        wanted = teach(unfolded(source.config), plain, Objective())(**given)
+        found = student(**given)
+    assert torch.equal(found["divergence"], wanted["divergence"]) and found["loss"] == wanted["loss"]
+    softer = OnlineTeacher(source, autocast("float32", CPU), k=k, temperature=2.0)
+    learned = teach(unfolded(source.config), softer, Objective(2.0))(**given)["loss"]
+    assert student(**given)["loss"] == learned != found["loss"]
+
+
 def test_the_source_is_no_part_of_the_student(source: Any, windows: Windows) -> None:
     model = unfolded(source.config)
     names = list(model.state_dict())
@@ -142,6 +169,8 @@ def test_frozen_matrices_are_halved_and_trained_ones_are_not(source: Any) -> Non
 
 def test_frozen_experts_are_halved(device: torch.device) -> None:
     """Most of a model of experts, and no linear layers; the products run in bfloat16, and gradients pass."""
+    if device.type == "pretended":
+        pytest.skip("it has no autocast")
     model: Any = lively_model(lively_config(model_type="qwen3_moe", layers=2)).to(device)
     select_trained(model, "all")
     halve_frozen(model)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import EvalPrediction
 
 from transmla.healing.choice import with_mix
 from transmla.healing.curves import healing_curve, write_curve
@@ -64,6 +65,40 @@ def test_a_single_step_has_a_rate(tmp_path: Path, tokens: int, steps: int, warmu
     assert (plan.steps, given.warmup_steps) == (steps, warmup)
 
 
+def test_each_process_exchanges_its_share(tmp_path: Path) -> None:
+    """Of the windows of a step that it has itself."""
+    settings = Healing(tokens=400_000, window=256, batch=8, on_policy=0.25, resample=4)
+    plan = schedule(settings, 2)
+    student: Any = SimpleNamespace(layerwise=None)
+    train: Any = None
+    batches = Batches(student, settings, plan, train, None, tmp_path, Processes(1, 2), silent)
+    own = batches._own
+    assert own is not None
+    written: Any = [{"input_ids": torch.full((256,), 7)}] * 4
+    own._windows = lambda block: written  # type: ignore[method-assign]
+    given = {"input_ids": torch.zeros(1, 256, dtype=torch.long)}
+    for step in range(4):
+        found = [batches.batch(step, given)["input_ids"][0, 0].item() for _ in range(plan.accumulated)]
+        assert found == [0, 0, 0, 7]
+
+
+def test_rates_rise_and_fall(tmp_path: Path) -> None:
+    """From nothing to the whole rate in the first steps, then along a cosine to nothing."""
+    settings = Healing(tokens=100 * 1024, window=1024, batch=1, warmup=0.1)
+    plan = schedule(settings, 1)
+    model = torch.nn.Linear(8, 8, bias=False)
+    trainer = Healer(model=model, args=arguments(settings, plan, 0.01, tmp_path, "cpu"), eval_dataset=[])
+    trainer.create_optimizer_and_scheduler(plan.steps)
+    rates = []
+    for _ in range(plan.steps):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert plan.steps == 100 and rates[:11] == pytest.approx([number / 1000 for number in range(11)])
+    assert rates[55] == pytest.approx(0.005) and rates[32] == pytest.approx(0.005 * (1 + math.cos(math.pi * 22 / 90)))
+    assert 0 < rates[99] < 1e-5
+
+
 def test_steps_are_shares_of_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(3, 64, generator=generator, dtype=torch.float64) * torch.tensor([[10.0], [0.1], [0.0]])
@@ -86,6 +121,19 @@ def test_steps_are_shares_of_rows() -> None:
             plain.grad = gradient[row].clone()
             adam.step()
             assert torch.allclose(relative[row], plain, rtol=1e-9, atol=1e-12)
+
+
+def test_steps_are_shares_of_what_a_matrix_was_at_first() -> None:
+    start = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    relative, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = RelativeAdam([relative], lr=0.3, each="matrix")
+    adam = torch.optim.Adam([plain], lr=0.3 * float(start.square().mean().sqrt()), betas=(0.9, 0.95), eps=1e-12)
+    for _ in range(5):
+        for one, step in ((relative, optimizer), (plain, adam)):
+            one.grad = one.detach() - 1
+            step.step()
+    assert torch.allclose(relative, plain, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(start.square().mean(), plain.square().mean(), rtol=0.2)
 
 
 @pytest.mark.parametrize("each", ["row", "matrix"])
@@ -116,7 +164,7 @@ def test_what_is_loaded_lies_where_the_parameter_does(device: torch.device, each
 
 def test_recovery_of_each_text_and_its_error() -> None:
     nats, source = np.array([2.0, 2.2, 3.0, 3.0]), np.array([1.9, 2.0, 2.5, 2.5])
-    found: Any = SimpleNamespace(predictions=(nats - source, nats, source))
+    found = EvalPrediction((nats - source, nats, source), None)  # type: ignore[arg-type]
     metrics = by_text(found, [2, 2], ["a", "b"])
     assert metrics["a/recovery"] == pytest.approx(math.exp(-0.15))
     assert metrics["b/recovery"] == pytest.approx(math.exp(-0.5)) and metrics["b/recovery_error"] == 0
@@ -130,8 +178,9 @@ def test_a_state_that_is_further_on_one_text_is_not_the_best(tmp_path: Path) -> 
     nats = np.zeros(4)
     start = np.array([0.5, 0.7, 1.0, 1.2])
 
-    def score(after: list[float], **kwargs: Any) -> tuple[float, float, float]:
-        found: Any = SimpleNamespace(predictions=(np.array(after), nats + 2, nats + 1))
+    def score(after: list[float], last: float = 1.0, **kwargs: Any) -> tuple[float, float, float]:
+        losses = np.array([1.0, 1.0, 1.0, last])
+        found = EvalPrediction((np.array(after), nats + 2, nats + 1), None, losses=losses)  # type: ignore[arg-type]
         metrics = by_text(found, [2, 2], ["a", "b"], start, **kwargs)
         return metrics["score"], metrics["a/raised"], metrics["b/raised"]
 
@@ -142,7 +191,7 @@ def test_a_state_that_is_further_on_one_text_is_not_the_best(tmp_path: Path) -> 
     assert score([0.1, 0.1, 1.5, 1.22]) == (math.inf, 0, 1)  # by 0.26 ± 0.24
     assert score([0.1, 0.1, 1.45, 1.15]) == (pytest.approx(0.7), 0, 0)  # by 0.2 ± 0.25
     assert score([0.3, 0.5, 1.0, 1.2], cross_entropy=0.5)[0] == pytest.approx((0.75 + 2) / 2)
-    assert score([math.nan, 0.5, 1.0, 1.2])[0] == math.inf
+    assert score([math.nan, 0.5, 1.0, 1.2])[0] == score([0.1, 0.1, 0.1, 0.1], last=math.inf)[0] == math.inf
     path = tmp_path / "start.npy"
     assert divergence_at_start(path, start, is_start=True, writes=True) is start
     # a resumed run measures another state first

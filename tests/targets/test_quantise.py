@@ -43,6 +43,22 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def test_on_every_device(converted: Path, tmp_path: Path, device: torch.device) -> None:
+    """Prepared there; coded caches are there what they are on the CPU, and hold as many bytes."""
+    folder = transmla.quantise(converted, tmp_path / "coded", text="stories", tokens=2048, device=device.type).path
+    here, there = (transmla.load(folder, dtype=torch.float32, device=one) for one in ("cpu", device))
+    wanted = logits(here)
+    for kind, error in (("coded8", 0.05), ("coded3", 0.5)):
+        found = []
+        for model in (here, there):
+            cache = model.latent_cache(kind, sink=2, recent=16)
+            parts = [part.to(model.device) for part in (IDS[:, :100], IDS[:, 100:101], IDS[:, 101:])]
+            with torch.no_grad():
+                found.append(torch.cat([model(part, past_key_values=cache).logits.cpu() for part in parts], dim=1))
+        assert relative(found[1], found[0]) < 0.1 * relative(found[0], wanted) + 1e-4
+        assert 0 < relative(found[0], wanted) < error
+
+
 def test_the_function_stays(converted: Path, prepared: Path, tmp_path: Path) -> None:
     wanted = logits(transmla.load(converted, dtype=torch.float32))
     assert relative(logits(AutoModelForCausalLM.from_pretrained(prepared, dtype=torch.float32)), wanted) < 1e-3

@@ -195,6 +195,15 @@ def test_too_little_to_hold_out_and_train(count: int) -> None:
         numbered("a", 1000, count).hold_out(2, 8)
 
 
+def test_what_is_watched_alone_may_end_with_its_windows() -> None:
+    with pytest.raises(DataError, match="the text is too short") as caught:
+        numbered("a", 1000, 2).hold_out(2, 8, is_trained_on=False)
+    assert "train on" not in caught.value.why
+    text = numbered("a", 1000, 3)
+    text.hold_out(2, 8, is_trained_on=False)
+    assert len(text.heldout) == 2 and text.skipped == 3
+
+
 def test_weights_are_shares_of_tokens_not_of_documents() -> None:
     texts = [numbered("short", 0, 5, length=4, weight=3), numbered("long", 10000, 5, length=90)]
     for text in texts:

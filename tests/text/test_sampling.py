@@ -26,6 +26,13 @@ def test_texts_end_at_their_end_token_and_nowhere_else() -> None:
     assert any(len(text) == 16 for text in texts) and all(text[0] == 1 for text in texts[::2])
 
 
+def test_no_text_is_written_twice() -> None:
+    """Batches that begin alike draw other numbers."""
+    model = lively_model(lively_config(layers=1, vocab=20))
+    begun = [tuple(text) for text in sample_texts(model, 800, 16, seed=0, batch=4)[::2] if len(text) > 8]
+    assert len(set(begun)) == len(begun) > 15
+
+
 def test_samples_follow_the_models_distribution() -> None:
     """One step from one prompt, many times: frequencies are the probabilities."""
     model = lively_model(lively_config(layers=1, vocab=6))

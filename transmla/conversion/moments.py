@@ -121,9 +121,12 @@ def _add(product_DD: Tensor, *sums: Tensor | None) -> None:
 
 
 def _spread(wanted: int, available: int) -> set[int]:
-    """At most `wanted` of `available` indices, evenly spread."""
+    """At most `wanted` of `available` indices, evenly spread, and over the processes, which take every n-th index."""
+    if not available:
+        return set()
     wanted = min(max(1, wanted), available)
-    return {place * available // wanted for place in range(wanted)}
+    apart = available // wanted
+    return {place * available // wanted + (place + place // apart) % apart for place in range(wanted)}
 
 
 def attended(

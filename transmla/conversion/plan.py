@@ -219,7 +219,7 @@ def plan(
             )
         _check_tensors(opened, family, outline)
         dtype = _output_dtype(opened, family, settings.dtype)
-        context, notes = _context(opened, config, form)
+        context, notes = _context(opened, config, form, form == "deepseek_v3" or settings.theta != "auto")
         if settings.context and settings.context > context:
             raise RecipeError(
                 "the calibration would leave the source's context",
@@ -424,7 +424,8 @@ def _check_frequencies(planned: Plan) -> None:
         source_frequencies(config, planned.gqa, planned.family, index)
 
 
-def _context(source: Source, config: Mapping[str, Any], form: str) -> tuple[int, list[str]]:
+def _context(source: Source, config: Mapping[str, Any], form: str, of_a_theta: bool) -> tuple[int, list[str]]:
+    """The context of the result, and notes; `of_a_theta`: its frequencies are those of one rope_theta."""
     context = int(config.get("max_position_embeddings") or 2048)
     notes = []
     window = config.get("sliding_window")
@@ -438,5 +439,6 @@ def _context(source: Source, config: Mapping[str, Any], form: str) -> tuple[int,
     if source.rope_frequency_factors is not None:
         types = {"llama3"}
     for rope_type in sorted(types - {"default"}):
-        notes.append(f"{rope_type} rope scaling becomes plain frequencies of a rope_theta of its own")
+        became = "plain frequencies of a rope_theta of its own" if of_a_theta else "frequencies that each layer keeps"
+        notes.append(f"{rope_type} rope scaling becomes {became}")
     return context, notes

@@ -31,6 +31,8 @@ CPU = torch.device("cpu")
 TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 32768
 # of them whose logits are there at once
 ROWS_OF_LOGITS = 256
+# mean square that an output counts with at least behind a norm, which divides by no less either: its epsilon
+LEAST_BEHIND_A_NORM = 1e-6
 
 
 @dataclass
@@ -214,13 +216,13 @@ class Repair:
         if self._norm is None:
             multiplier = self._layer.residual_multiplier
             wanted_BTD, read_BTD = out_BTD + missing_BTD / multiplier, stream_BTD + multiplier * out_BTD
-            weight_BT = 1 / energy(read_BTD)
+            root_BT1 = energy(read_BTD).rsqrt()[..., None]
         else:
             # behind the norm, an output counts by its direction: what is missing is asked for at the output's own size
-            read_BTD, size_BT = stream_BTD + self._norm(out_BTD), energy(out_BTD)
+            read_BTD, size_BT = stream_BTD + self._norm(out_BTD), out_BTD.square().mean(-1) + LEAST_BEHIND_A_NORM
             wanted_BTD = out_BTD + missing_BTD * self._against_gain_D * size_BT.sqrt()[..., None]
-            weight_BT = 1 / (energy(read_BTD) * size_BT)
-        root_BT1 = weight_BT.sqrt()[..., None]
+            # root by root: the product may be too small for float32
+            root_BT1 = (energy(read_BTD).rsqrt() * size_BT.rsqrt())[..., None]
         weighted_NF, weighted_ND = (heads_BTF * root_BT1).flatten(0, 1), (wanted_BTD * root_BT1).flatten(0, 1)
         self._grams[part] += second_moment(weighted_NF)
         self._wanted[part] += weighted_NF.T @ weighted_ND

@@ -131,7 +131,7 @@ def held_within(
         base, others = _Turn(kinds[0], ids_1S, steps, budget), []
         for place, kind in enumerate(kinds[1:], 1):
             progress("bench", number * len(kinds) + place, len(contexts) * len(kinds), f"{kind.cache}, {context:,}")
-            one = _Turn(kind, ids_1S, steps, budget)
+            one = _Turn(kind, ids_1S, steps, budget, "the weights, the source's cache")
             _take_turns(base, one, repeats, device)
             others.append(one.row(base))
             del one
@@ -142,9 +142,13 @@ def held_within(
 
 
 class _Turn:
-    """A cache that fills the budget, and the times of decoding with it; `paired` are the source's beside them."""
+    """A cache that fills the budget, and the times of decoding with it; `paired` are the source's beside them.
 
-    def __init__(self, kind: Kind, ids_1S: Tensor, steps: int, budget: int) -> None:
+    beside: what else is in memory
+    """
+
+    def __init__(self, kind: Kind, ids_1S: Tensor, steps: int, budget: int, beside: str = "the weights") -> None:
+        self._beside = beside
         self.kind, self.steps, self.context = kind, steps, ids_1S.shape[1]
         self.seconds: list[float] = []
         self.paired: list[float] = []
@@ -192,7 +196,11 @@ class _Turn:
         except (MemoryError, RuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
-            what = "it fits, but not beside the weights and a step" if self.texts else "one text beside the weights"
+            what = (
+                f"it fits, but not beside {self._beside} and a step"
+                if self.texts
+                else f"one text beside {self._beside}"
+            )
             self.cache, self.remark = None, f"out of memory: {what}"
             return None
 

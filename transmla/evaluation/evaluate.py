@@ -11,7 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from transmla.checkpoint.provenance import commit, portable, portable_name, read_provenance, versions
+from transmla.checkpoint.provenance import (
+    commit,
+    computing_versions,
+    portable,
+    portable_name,
+    read_provenance,
+    versions,
+)
 from transmla.checkpoint.read import open_source
 from transmla.checkpoint.resolve import local
 from transmla.devices import named, usable
@@ -172,6 +179,7 @@ def evaluate(
     length = window_length(wanted, *(models if reuse is None else models[:1]))
     asked, wanted = wanted, replace(wanted, length=length)
     settings: dict[str, Any] = {"suite": wanted.plain(), "dtype": dtype, "device": device}
+    settings["versions"] = computing_versions()
     settings |= {identity(name): _files(name) for name in models}
     settings["tasks"] = _files(wanted.include_path, "rglob") if wanted.include_path else []
     if gates and against is None:

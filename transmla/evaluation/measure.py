@@ -241,7 +241,8 @@ def measure(subject: Subject, suite: Suite, kept: Kept, skipped: list[Skipped], 
 
     def positions() -> dict[str, Any]:
         context = int(subject.model.config.max_position_embeddings)
-        found = by_position(subject.model, windows_of(suite.texts[0], tokenizer, context, suite.positions, begin))
+        ids_NT = windows_of(suite.texts[0], tokenizer, context, suite.positions, begin)
+        found = by_position(subject.model, ids_NT, unscored)
         return {"edges": list(found.edges), "nats": [list(row) for row in found.nats_NR]}
 
     def tasks(task: str) -> list[dict[str, Any]]:

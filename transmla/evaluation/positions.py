@@ -36,13 +36,17 @@ def edges_up_to(length: int) -> tuple[int, ...]:
     return (*(edge for edge in EDGES if edge < length), length)
 
 
-def by_position(model: Any, ids_NT: Tensor) -> ByPosition:
-    """Teacher-forced loss of a transformers causal language model, averaged over ranges of positions."""
+def by_position(model: Any, ids_NT: Tensor, unscored: int = 1) -> ByPosition:
+    """Teacher-forced loss of a transformers causal language model, averaged over ranges of positions.
+
+    unscored: how many of the first tokens count nowhere, as in `perplexity`
+    """
     edges = edges_up_to(ids_NT.shape[1])
     rows = []
     for ids_T in ids_NT:
         made = predictions(model, ids_T[None])
         read_TD, labels_T = (x_T.to(model.device) for x_T in (made.hidden_NTD[0, :-1], ids_T[1:]))
         nats_T, _ = text_nats(read_TD, made.head.logits, labels_T, len(made.head.weight_VD))
-        rows.append(tuple(float(nats_T[start:end].mean()) for start, end in itertools.pairwise(edges)))
+        ranges = itertools.pairwise((unscored - 1, *edges[1:]))
+        rows.append(tuple(float(nats_T[start:end].mean()) for start, end in ranges))
     return ByPosition(edges, tuple(rows))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Result:
-    """name: of the file, without its ending;  content: see results.schema.json, of `bench` bench.schema.json"""
+    """name: of the file, without its ending, and with its folder where several files have the name
+    content: see results.schema.json, of `bench` bench.schema.json"""
 
     name: str
     content: dict[str, Any]
@@ -47,7 +49,7 @@ class FrontierRow:
 
 def read_results(paths: Iterable[Path]) -> list[Result]:
     """Result files; `DataError` for anything else."""
-    return [_checked(path, _content(path), "results") for path in paths]
+    return _told_apart([(path, _checked(path, _content(path), "results")) for path in paths])
 
 
 def read_results_and_timings(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
@@ -56,10 +58,23 @@ def read_results_and_timings(paths: Iterable[Path]) -> tuple[list[Result], list[
     for path in paths:
         content = _content(path)
         if isinstance(content, dict) and "rows" in content:
-            timings.append(_checked(path, content, "bench"))
+            timings.append((path, _checked(path, content, "bench")))
         else:
-            results.append(_checked(path, content, "results"))
-    return results, timings
+            results.append((path, _checked(path, content, "results")))
+    return _told_apart(results), _told_apart(timings)
+
+
+def _told_apart(found: list[tuple[Path, Result]]) -> list[Result]:
+    """The results; those of files of one name are called by their folders as well, or by all of the path."""
+    results = [result for _, result in found]
+    names = ([path.resolve().parent.name + "/" + path.stem for path, _ in found], [str(path) for path, _ in found])
+    for longer in names:
+        taken = Counter(result.name for result in results)
+        results = [
+            result if taken[result.name] == 1 else replace(result, name=name)
+            for result, name in zip(results, longer, strict=True)
+        ]
+    return results
 
 
 def _content(path: Path) -> Any:

@@ -120,7 +120,7 @@ class Preparation:
         texts = [opened(part, evaluation=False) for part in parts]
         watched = [opened(part, evaluation=True) for part in self.texts[1:]]
         for text in watched:
-            text.hold_out(settings.heldout, settings.window)
+            text.hold_out(settings.heldout, settings.window, is_trained_on=False)
         heldout_of_each = -(-settings.heldout // len(texts))
         watched_names = {_identity(text.part.name) for text in watched}
         for text in texts:
@@ -173,7 +173,8 @@ class Preparation:
     def teacher(self, work: Path, train: Windows, heldout: list[Windows], precision: Precision) -> Teacher:
         """A teacher for all windows: the source model itself or, with `cached`, its predictions stored in `work`.
 
-        With a larger model, that is the teacher of training, and the source that of held-out windows. Stored
+        With a larger model, that is the teacher of training, and the source that of held-out windows, where nothing is
+        softened by a temperature. Stored
         predictions are computed now unless an earlier run has finished them. Every process calls this.
         precision: makes the context in which the source is run, see `transmla.healing.train.autocast`
         """
@@ -184,17 +185,17 @@ class Preparation:
             return CachedTeacher(folder, self.device)
         streams = settings.hidden > 0 or settings.layerwise > 0
 
-        def online(checkpoint: Source) -> OnlineTeacher:
-            model = self._model(checkpoint)
-            vocabulary = int(self.converted.config.get("text_config", self.converted.config)["vocab_size"])
-            return OnlineTeacher(
-                model, precision, k=k, temperature=settings.temperature, streams=streams, vocabulary=vocabulary
-            )
+        vocabulary = int(self.converted.config.get("text_config", self.converted.config)["vocab_size"])
 
-        judge = online(self.source_checkpoint)
-        teacher = judge if self.larger is None else online(self.larger)
+        def online(model: Any, temperature: float) -> OnlineTeacher:
+            return OnlineTeacher(model, precision, k=k, temperature=temperature, streams=streams, vocabulary=vocabulary)
+
+        source = self._model(self.source_checkpoint)
+        judge, teacher = online(source, 1.0), online(source, settings.temperature)
+        if self.larger is not None:
+            teacher = online(self._model(self.larger), settings.temperature)
         if not settings.cached:
-            return judge if self.larger is None else Judged(teacher, judge)
+            return judge if self.larger is None and settings.temperature == 1 else Judged(teacher, judge)
         for windows, by in ((train, teacher), *((windows, judge) for windows in heldout)):
             record(by, windows, folder, self.processes.mine(len(windows)), self.device, self.tell)
         self.processes.wait()

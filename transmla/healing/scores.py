@@ -27,13 +27,14 @@ def by_text(
 ) -> dict[str, float]:
     """`METRICS` over all held-out windows, and over those of each text with the key prefixed "NAME/"; and `score`.
 
-    evaluation:    divergence, nats and source_nats of each window, in the order of the texts
+    evaluation:    divergence, nats and source_nats of each window, in the order of the texts, and the losses
     counts:        number of windows of each text;  names: names of the texts
     start_N:       divergence of each window before training
     cross_entropy: share of the loss that is the text's own
 
     score: what the best state has least of: the mean over texts of the divergence, or of the mix with the loss on the
-    text that is trained on; infinite if any text is "NAME/raised": 1.0 where its divergence rose by more than its error
+    text that is trained on; infinite if a loss is, and if any text is "NAME/raised": 1.0 where its divergence rose by
+    more than its error
     """
     divergence, nats, source_nats = (np.asarray(part, dtype=np.float64) for part in evaluation.predictions)
     metrics: dict[str, float] = {}
@@ -55,7 +56,8 @@ def by_text(
             metrics[f"{name}raised"] = float(start_N is not None and _has_risen(divergence[part] - start_N[part]))
     is_raised = any(metrics[f"{name}/raised"] for name in names)
     score = float(np.mean(scores))
-    metrics["score"] = score if math.isfinite(score) and not is_raised else math.inf
+    is_finite = math.isfinite(score) and (evaluation.losses is None or np.isfinite(evaluation.losses).all())
+    metrics["score"] = score if is_finite and not is_raised else math.inf
     return metrics
 
 

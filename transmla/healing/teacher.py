@@ -108,9 +108,9 @@ def resized(logits_NV: Tensor, vocabulary: int) -> Tensor:
 
 
 class Judged:
-    """A larger model teaches, and the source says how near to it the result is.
+    """One teaches, a larger model or the source at a temperature, and the source says how near to it the result is.
 
-    model: the larger one;  judge: the source
+    model: that of the teacher;  judge: the source
     """
 
     def __init__(self, teacher: OnlineTeacher, judge: OnlineTeacher) -> None:
@@ -120,10 +120,10 @@ class Judged:
     @property
     def models(self) -> tuple[Any, ...]:
         """All that it runs."""
-        return (*self._teacher.models, *self.judge.models)
+        return tuple(dict.fromkeys((*self._teacher.models, *self.judge.models)))
 
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor, index_B: Tensor) -> Lesson:
-        """The larger model's predictions in training, the source's where nothing is learned."""
+        """The teacher's predictions in training, the source's where nothing is learned."""
         who = self._teacher if torch.is_grad_enabled() else self.judge
         return who(ids_BT, positions_BT, index_B)
 

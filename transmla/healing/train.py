@@ -80,6 +80,7 @@ def arguments(settings: Healing, plan: Schedule, rate: float, folder: Path, devi
         load_best_model_at_end=True,
         metric_for_best_model="eval_score",
         greater_is_better=False,
+        include_for_metrics=["loss"],
         logging_strategy="steps",
         logging_nan_inf_filter=False,  # it would show the mean of the finite ones instead
         logging_steps=max(1, plan.steps // 100),

@@ -34,7 +34,7 @@ def refit(weight_KF: Tensor, gram_FF: Tensor, wanted_FK: Tensor, ridge: float) -
     gram_FF:     sum of w f f^T over tokens;  wanted_FK: sum of w f target^T
     ridge:       relative to the mean diagonal of gram
     """
-    strength = ridge * gram_FF.diagonal().mean()
+    strength = ridge * gram_FF.diagonal().mean() + 1e-300  # of features that are all zero, the weights stay
     residual_FK = torch.addmm(wanted_FK, gram_FF, weight_KF.T, alpha=-1)
     factors = torch.linalg.lu_factor(raised(gram_FF, strength))
     moved_FK: Tensor = torch.linalg.lu_solve(*factors, residual_FK)

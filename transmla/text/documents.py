@@ -45,8 +45,11 @@ class Text:
     drawn: int = 0
     begun: int = 0
 
-    def hold_out(self, num_windows: int, length: int) -> None:
-        """Pack the first windows' worth of documents and skip these documents from now on."""
+    def hold_out(self, num_windows: int, length: int, *, is_trained_on: bool = True) -> None:
+        """Pack the first windows' worth of documents and skip these documents from now on.
+
+        is_trained_on: so something must be left; `DataError` if it is not, and if there are fewer windows
+        """
 
         def counted() -> Iterator[list[int]]:
             for document in self.documents():
@@ -55,10 +58,11 @@ class Text:
 
         self.heldout = list(islice(pack(counted(), length), num_windows))
         # what has nothing to learn makes no windows, however often it is read
-        left = any(map(_teaches, islice(self.documents(), self.skipped, None)))
+        left = not is_trained_on or any(map(_teaches, islice(self.documents(), self.skipped, None)))
         if len(self.heldout) < num_windows or not left:
             answered = any(isinstance(document, Answered) for document in self.documents())
-            needed = f"{num_windows} windows of {length:,} tokens are held out, and something must be left to train on"
+            needed = f"{num_windows} windows of {length:,} tokens are held out"
+            needed += ", and something must be left to train on" if is_trained_on else ""
             raise DataError(
                 "the text is too short",
                 where=self.part.name,
