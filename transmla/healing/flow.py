@@ -247,7 +247,9 @@ def _train(
     per_token = multiply_adds(plain(model), getattr(teacher, "model", None))
     of_floor = times_floor(trained.clock, per_token, dtype, own_device, processes.size) if trained.clock else 0.0
     _require_gain(trained, target, processes)
-    return trained, {name: one["passes"] for name, one in packed_texts(work).items()}, of_floor
+    passes = {name: one["passes"] for name, one in packed_texts(work).items()}
+    processes.wait()  # until all have read it: process 0 goes on to write the folder, and then there is no journal
+    return trained, passes, of_floor
 
 
 def _has_no_step(work: Path) -> bool:
