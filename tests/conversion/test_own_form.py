@@ -195,7 +195,7 @@ def test_refinement_trains_what_the_form_has(lively: MakeSource, run: Convert, m
     assert cache.layers[-1].keys.shape[-1] == 20 and cache.layers[-1].values.shape[-1] == 0
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe", "gemma3_text", "olmo2", "phi3"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe", "gemma3_text"])
 def test_on_every_device(lively: MakeSource, run: Convert, model_type: str, device: torch.device) -> None:
     """Converted there, where it is the same model as on the CPU, also with a packed cache."""
     settings: dict[str, Any] = {"tokens": 2048, "refine": "fast", "refinement": QUICK, "format": "transmla"}
