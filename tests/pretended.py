@@ -107,13 +107,6 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten.histc.default:  # of whole numbers, which the CPU has not
         given = (given[0].double(), *given[1:])
     found = func(*given, **named)
-    if (
-        copies
-        and isinstance(found, Tensor)
-        and any(found is tensor for tensor in given)
-        and func is aten._to_copy.default
-    ):
-        found = found.clone()
     if to_gpu:
         found = pytree.tree_map_only(Tensor, OnGPU, found)
     if not any(is_there):

@@ -174,8 +174,8 @@ class Preparation:
         """A teacher for all windows: the source model itself or, with `cached`, its predictions stored in `work`.
 
         With a larger model, that is the teacher of training, and the source that of held-out windows, where nothing is
-        softened by a temperature. Stored
-        predictions are computed now unless an earlier run has finished them. Every process calls this.
+        softened by a temperature. Stored predictions are computed now unless an earlier run has finished them. Every
+        process calls this.
         precision: makes the context in which the source is run, see `transmla.healing.train.autocast`
         """
         settings = self.settings
