@@ -84,7 +84,10 @@ class Pretended(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _computed(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if OnGPU not in types and kwargs.get("device") is None:  # all of it is on the CPU
+            return func(*args, **kwargs)
+        return _computed(func, args, kwargs)
 
 
 def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
