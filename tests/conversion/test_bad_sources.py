@@ -269,5 +269,7 @@ def test_losses_that_are_not_finite(bad: float, whose: int, monkeypatch: pytest.
     no_layers = SimpleNamespace(mla=SimpleNamespace(num_hidden_layers=0))
     ends = SimpleNamespace(ends=lambda _: SimpleNamespace(logits=None))
     run: Any = SimpleNamespace(plan=no_layers, model=ends, compute=None, text=None)
-    with pytest.raises(VerificationError, match="NaN or infinity"):
+    message = f"the {('source', 'converted')[whose]} model returns NaN or infinity"
+    with pytest.raises(VerificationError, match=message) as caught:
         measuring.measure(run, None)  # type: ignore[arg-type]
+    assert ("check the source" in caught.value.remedy) == (whose == 0)

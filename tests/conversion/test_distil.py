@@ -103,6 +103,24 @@ def test_layers_behind_which_a_head_fits_into_half_of_the_memory(
     assert layers_that_fit(run, SimpleNamespace(source_NTD=torch.empty(2, 64, 1))) == found  # type: ignore[arg-type]
 
 
+def test_blocks_fit_into_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs of different sizes: the smallest decides, whichever process has it."""
+    monkeypatch.setattr(distilling, "layers_that_fit", lambda *_: 6)
+    saved: list[dict[str, int]] = []
+
+    def division(others: dict[int, int]) -> int:
+        processes = SimpleNamespace(rank=0, gather=lambda mine: mine | others, from_first=lambda value: value)
+        kept = SimpleNamespace(values=lambda name: None, save=lambda name, values: saved.append(values))
+        run: Any = SimpleNamespace(
+            plan=SimpleNamespace(mla=SimpleNamespace(num_hidden_layers=8)), processes=processes, kept=kept,
+            block_layers=None,
+        )  # fmt: skip
+        return distilling._layers_at_once(run, SimpleNamespace())  # type: ignore[arg-type]
+
+    assert [division({}), division({1: 3, 2: 7}), division({1: 9})] == [6, 3, 6]
+    assert saved == [{"at_once": size} for size in (6, 3, 6)]
+
+
 def test_a_wide_model_needs_more_windows() -> None:
     """32 tokens for each feature of a regression, of those that there are."""
     fast = LEVELS["fast"]

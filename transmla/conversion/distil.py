@@ -92,7 +92,7 @@ def _layers_at_once(run: Run, streams: Streams) -> int:
     total = run.plan.mla.num_hidden_layers
     division = run.kept.values("division")
     began = None if division is None else int(division["at_once"])
-    size = run.block_layers or layers_that_fit(run, streams)
+    size = run.block_layers or _layers_that_fit_everywhere(run, streams)
     if began is not None and not run.block_layers:
         done = [run.kept.layer_values(index, DISTILLED) for index in range(total)]
         finished = all(values is not None and values["at_once"] == began for values in done)
@@ -182,6 +182,11 @@ def stretches(losses: Sequence[float], most: int = MOST_STRETCHES) -> list[float
 
 def _state_name(indices: range, at_once: int) -> str:
     return f"layer-{indices[0]:05d}-to-{indices[-1]:05d}-of-{at_once}-state"
+
+
+def _layers_that_fit_everywhere(run: Run, streams: Streams) -> int:
+    """How many layers fit in every process: the memory of their devices may differ."""
+    return int(min(run.processes.gather({run.processes.rank: layers_that_fit(run, streams)}).values()))
 
 
 def layers_that_fit(run: Run, streams: Streams) -> int:

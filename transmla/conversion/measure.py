@@ -42,12 +42,15 @@ def measure(run: Run, streams: Streams) -> HeldoutNats:
         run.progress("measure", index + 1, total, "")
     ends = run.model.ends(run.compute)
     source_N, converted_N = next_token_losses(part, _ids(run.text, part), ends.logits)
-    if not torch.isfinite(source_N).all() or not torch.isfinite(converted_N).all():
+    sound = bool(torch.isfinite(source_N).all())
+    if not sound or not torch.isfinite(converted_N).all():
         raise VerificationError(
-            "the model returns NaN or infinity",
+            f"the {'converted' if sound else 'source'} model returns NaN or infinity",
             where="held-out calibration windows",
             why=f"losses {source_N.tolist()} of the source, {converted_N.tolist()} converted",
-            remedy="check the source with `transmla eval SRC --dtype float32`",
+            remedy="convert with `--refine off`, and please report it: the source is finite on the same text"
+            if sound
+            else "check the source with `transmla eval SRC --dtype float32`",
         )
     return HeldoutNats(float(source_N.mean()), float(converted_N.mean()), len(source_N))
 
