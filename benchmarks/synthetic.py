@@ -5,6 +5,10 @@ Calibration text for whatever an encyclopedia does not contain, and more text li
 It is kept word for word, with the "# TODO" lines that the model writes into its code: what it predicts is the point.
 
     python benchmarks/synthetic.py MODEL [--out transmla/data] [--text transmla/data/wikitext2-train-excerpt.txt]
+    python benchmarks/synthetic.py MODEL --chats FOLDER
+
+The second writes chats instead, the answers to requests that no text that ships has: train.jsonl and
+held-out.txt.
 
 The texts that ship were drawn in another order of batches (the long ones in turns), so a new run writes other texts of
 the same kinds.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -60,6 +65,8 @@ TOPICS = (
 )  # fmt: skip
 DATA = Path(__file__).parents[1] / "transmla/data"
 BATCH = 64
+# requests that the texts that ship have answers to
+SHIPPED = 704
 # tokens of a text: short ones, which show more, and long ones, in which there is more to look back at
 SHORT, LONG = 256, 448
 PROMPT = 64
@@ -122,19 +129,39 @@ def joined(texts: list[str], seed: int) -> str:
     return "\n\n".join(text for text in clean if text) + "\n"
 
 
+def write_chats(requests: list[str], writer: Writer, folder: Path) -> None:
+    """Rows of `messages` to train on; every sixth chat goes through the template into a text that is held out."""
+    answers = writer.answers(requests, LONG)
+    chats = [
+        [{"role": "user", "content": request}, {"role": "assistant", "content": answer.strip()}]
+        for request, answer in zip(requests, answers, strict=True)
+        if answer.strip()
+    ]
+    held_out = [str(writer.tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats[::6]]
+    del chats[::6]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "held-out.txt").write_text("".join(held_out), encoding="utf-8")
+    rows = [json.dumps({"messages": chat}) + "\n" for chat in chats]
+    (folder / "train.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, default=DATA)
     parser.add_argument("--text", type=Path, default=DATA / "wikitext2-train-excerpt.txt")
+    parser.add_argument("--chats", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     writer = Writer(arguments.model)
     requests = [kind.format(topic) for kind, topic in itertools.product(KINDS, TOPICS)]
     random.Random(0).shuffle(requests)
     torch.manual_seed(0)
+    if arguments.chats:
+        write_chats(requests[SHIPPED:], writer, arguments.chats)
+        return
     short = joined(writer.answers(requests[:512], SHORT) + writer.from_random_tokens(64, SHORT), seed=1)
     torch.manual_seed(1)
-    long = joined(writer.answers(requests[512:704], LONG) + writer.from_random_tokens(64, LONG), seed=2)
+    long = joined(writer.answers(requests[512:SHIPPED], LONG) + writer.from_random_tokens(64, LONG), seed=2)
     (arguments.out / "synthetic.txt").write_text(f"{short}\n{long}", encoding="utf-8")
     continued = writer.continuations(arguments.text.read_text(encoding="utf-8"), 320, LONG)
     (arguments.out / "continued.txt").write_text(joined(continued, seed=1), encoding="utf-8")
