@@ -151,6 +151,7 @@ class Recipe:
     context: int | None = None  # positions that half of the windows are spread over; None: the source's, at most 8,192
     dtype: str = "auto"  # of the written weights
     format: str = "auto"  # of the folder: deepseek_v3, or transmla where that cannot express the model
+    lossy: bool = False  # a deepseek_v3 folder without biases, if the source has some: not exact, for all engines
     seed: int = 0
     state: str = "planned"  # measured, or planned
     model: Shape | None = None  # sizes of the source, for lists

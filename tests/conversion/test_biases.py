@@ -1,6 +1,7 @@
 """Biases in the attention, in the stock form: the same model where nothing is lost, and each bias in its place."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import transmla
-from tests.conversion.made import IDS, PLAIN, Convert, logits, weights
+from tests.conversion.made import IDS, PLAIN, Convert, check, logits, weights
 from tests.families import THETA, MakeSource
 from tests.maths.weights import relative
 from transmla.conversion import write
 from transmla.conversion.target import target_config
+from transmla.errors import DestinationError, RecipeError, UnsupportedError
 from transmla.maths.attention import MlaWeights
 from transmla.maths.fold import unfolded_attention
 from transmla.model.loading import load
@@ -135,6 +137,87 @@ def test_refinement_and_bfloat16(lively: MakeSource, run: Convert) -> None:
     down = weights(report.destination)[f"{ATTENTION}.q_a_proj.weight"]
     assert down.dtype == torch.bfloat16
     assert torch.equal(down, torch.cat([torch.eye(48), torch.zeros(1, 48)]).bfloat16() * down[0, 0])
+
+
+@pytest.fixture
+def steady(lively: MakeSource) -> Path:
+    """A source whose stream has a part that all tokens share, as those of real models have."""
+    source = lively(kv_heads=1, model_type="qwen2")
+    tensors = weights(source)
+    tensors["model.embed_tokens.weight"][:, 0] = 3.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def test_lossy_reads_biases_from_the_input(steady: Path, run: Convert, tmp_path: Path) -> None:
+    """Close to the source, which without its biases is another model; and a folder that no engine drops a bias of."""
+    report = whole(run, steady, lossy=True)
+    config = json.loads((report.destination / "config.json").read_text("utf-8"))
+    assert (config["attention_bias"], config["q_lora_rank"], config["biases_left_out"]) == (False, None, True)
+    assert not any(name.endswith("bias") for name in weights(report.destination))
+    assert report.verification.relative_error < 1e-3
+    wanted = of_source(steady, torch.float32)
+    error = relative(logits(report.destination), wanted)
+    bare = tmp_path / "bare"
+    shutil.copytree(steady, bare)
+    unbiased = {name: value * (not name.endswith("bias")) for name, value in weights(steady).items()}
+    save_file(unbiased, bare / "model.safetensors", metadata={"format": "pt"})
+    assert error < 0.03 and relative(of_source(bare, torch.float32), wanted) > 0.3
+
+
+def test_lossy_is_said_wherever_one_looks(steady: Path, run: Convert, tmp_path: Path) -> None:
+    report = run(steady, latent=14, rope=6, lossy=True)
+    (note,) = (note for note in report.plan.notes if "bias" in note)
+    assert note.startswith("--lossy") and "Not exact" in note
+    assert "`--lossy`" in (report.destination / "README.md").read_text("utf-8")
+    provenance = json.loads((report.destination / "transmla.json").read_text("utf-8"))
+    assert provenance["recipe"]["lossy"] is True
+    # the form for training and back, as healing does it
+    transmla.unfold(report.destination, tmp_path / "train")
+    transmla.fold(tmp_path / "train", tmp_path / "again")
+    for folder in (report.destination, tmp_path / "again"):
+        diagnosis = transmla.doctor(folder)
+        assert diagnosis.summary()["notes"] == diagnosis.notes and "--lossy" in diagnosis.notes[0]
+        by_name = {verdict.engine: verdict.accepts for verdict in diagnosis.engines}
+        assert by_name["llama.cpp"] and by_name["MLX-LM"]
+    exact = run(steady, "exact", latent=14, rope=6)
+    diagnosis = transmla.doctor(exact.destination)
+    assert not diagnosis.notes and not {one.engine: one.accepts for one in diagnosis.engines}["llama.cpp"]
+    with pytest.raises(UnsupportedError, match="biases in its attention") as caught:
+        transmla.export(exact.destination, tmp_path / "exact.gguf")
+    assert "--lossy" in caught.value.remedy
+    transmla.export(report.destination, tmp_path / "lossy.gguf", type="f32")
+
+
+def test_lossy_drops_the_bias_of_the_output(lively: MakeSource, run: Convert) -> None:
+    """And the refit of the output makes up for what it can."""
+    report = run(lively(attention_bias=True), latent=14, rope=6, lossy=True)
+    assert not any(name.endswith("bias") for name in weights(report.destination))
+
+
+def test_an_unfinished_exact_conversion_is_not_taken_over(steady: Path, run: Convert) -> None:
+    def interrupt(stage: str, *_: Any) -> None:
+        if stage == "measure":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(steady, latent=14, rope=6, theta=THETA, progress=interrupt)
+    with pytest.raises(DestinationError, match="other settings"):
+        run(steady, latent=14, rope=6, theta=THETA, lossy=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "why"),
+    [
+        ({}, {}, "has no biases"),
+        ({"model_type": "qwen3"}, {}, "is needed: norms on queries and keys"),
+        ({"model_type": "qwen2"}, {"format": "transmla"}, "is asked for"),
+    ],
+)
+def test_nothing_to_lose(lively: MakeSource, model: dict[str, Any], settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(RecipeError, match="nothing to lose") as caught:
+        transmla.plan(str(lively(**model)), lossy=True, **settings)
+    check(caught.value, "--lossy", (why, "leave out --lossy"))
 
 
 def test_the_plan_says_what_it_costs(lively: MakeSource) -> None:

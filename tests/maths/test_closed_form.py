@@ -247,8 +247,9 @@ def biased(groups: int = 1) -> GqaWeights:
     return replace(gqa_weights(groups=groups, hidden=25), biased=True, o_DHd=lively(24, 32, seed=3) / 5)
 
 
-def moments_with_one(gqa: GqaWeights) -> Moments:
-    x_TD = with_one(inputs(500))
+def moments_with_one(gqa: GqaWeights, constant: float | None = None) -> Moments:
+    """constant: the first input of all tokens"""
+    x_TD = with_one(of_constant(inputs(500), constant))
     weights_T = lively(500, seed=3).square()
     weights_T = weights_T / weights_T.mean()
     mean_D = (x_TD * weights_T[:, None]).mean(0)
@@ -262,6 +263,10 @@ def moments_with_one(gqa: GqaWeights) -> Moments:
         attended_DD=moment_DD,
         query_Hdd=gqa.q_HdD @ moment_DD @ gqa.q_HdD.transpose(1, 2),
     )
+
+
+def of_constant(x_TD: Tensor, constant: float | None) -> Tensor:
+    return x_TD if constant is None else torch.cat([torch.full_like(x_TD[:, :1], constant), x_TD[:, 1:]], dim=1)
 
 
 def with_output_bias(mla: MlaWeights) -> Tensor:
@@ -281,6 +286,33 @@ def test_biases_are_kept_exactly(q_rank: int | None) -> None:
         changed = replace(mla, **{name: torch.zeros_like(getattr(mla, name))})
         if name != "q_nope_bias_Hn":  # nothing of the keys is left to the latent here
             assert relative(with_output_bias(changed), wanted) > 1e-2, name
+
+
+@pytest.mark.parametrize("q_rank", [None, 24])
+@pytest.mark.parametrize(("constant", "error"), [(3.0, 1e-6), (None, None)])
+def test_biases_are_read_from_what_is_constant(constant: float | None, error: float | None, q_rank: int | None) -> None:
+    """However large they are: exactly, if the input holds a constant; if it holds none, they are missed."""
+    gqa, x_TD = biased(), of_constant(X_TD, constant)
+    gqa = replace(gqa, k_GdD=torch.cat([gqa.k_GdD[..., :-1], 30 * gqa.k_GdD[..., -1:]], dim=-1))
+    seen = moments_with_one(gqa, constant)
+    # the ridge of the regression is what unseen tokens have
+    mla = fit_layer(gqa, seen, 8, 8, THETA, ClosedForm(unseen=1e-12), q_rank, biases=False).mla
+    assert not any(value is not None for name, value in vars(mla).items() if "_bias_" in name)
+    assert mla.kv_down_rD.shape == (8, 24)
+    found = relative(mla_attention(x_TD, mla) @ mla.o_DHv.T, gqa_naive(x_TD, gqa))
+    assert found > 0.1 if error is None else found < error
+
+
+def test_a_bias_of_unrotated_keys_takes_no_rank() -> None:
+    """The softmax does not see it, so the latent holds nothing of it, nor of what stands for it in the input."""
+    gqa = biased()
+    large = replace(gqa, k_GdD=torch.cat([gqa.k_GdD[..., :-1], 1000 * gqa.k_GdD[..., -1:]], dim=-1))
+    slow = torch.full((4,), 1e-13, dtype=torch.float64)
+    latents = [
+        fit_layer(one, moments_with_one(one), 12, 2, 1e13, ClosedForm(), biases=False).mla.kv_down_rD
+        for one in (replace(gqa, inv_freq_P=slow), replace(large, inv_freq_P=slow))
+    ]
+    assert relative(*latents) < 1e-6
 
 
 def test_a_bias_of_the_values_takes_no_rank() -> None:

@@ -100,6 +100,8 @@ def fit_layer(
     theta: float | None,
     method: ClosedForm,
     q_lora_rank: int | None = None,
+    **settings: bool,
 ) -> FittedLayer:
     """A whole layer as a conversion fits it."""
-    return fit_aimed(aim(gqa, seen, method), seen.of_converted(), rank, rope, theta, method, q_lora_rank)
+    aimed = aim(gqa, seen, method)
+    return fit_aimed(aimed, seen.of_converted(), rank, rope, theta, method, q_lora_rank, **settings)

@@ -164,6 +164,14 @@ def geometry_options(decorated: Any) -> Any:
     "where transmla is installed, vLLM; auto: deepseek_v3 where it can express SRC exactly. [default: auto]",
     group="Result",
 )
+@option(
+    "--lossy",
+    is_flag=True,
+    default=None,
+    help="A deepseek_v3 folder without biases, for engines that have none (llama.cpp, SGLang, vLLM's own class): what "
+    "those of SRC add is read from the input, nearly exactly.",
+    group="Result",
+)
 @device
 @option(
     "--seed",

@@ -133,12 +133,19 @@ _INFERENCE = """> **For inference only.** Do not train this folder, nor a LoRA a
 """
 
 
+_LEFT_OUT = (
+    "- The attention of the source has biases and this model has none (`--lossy`), so that engines without them run\n"
+    "  it. What they add is read from the input, of which one direction is nearly constant: no size makes that exact.\n"
+)
+
+
 def _limits(planned: Plan) -> str:
     if planned.form == "deepseek_v3":
-        return (
+        folded = (
             "- The latent rows of `kv_a_proj_with_mqa` are about 1e-5 in size, because the norm that stock engines\n"
             "  put on the latent has to act as a linear map: so it must not be trained. Prefer bfloat16 to float16.\n"
         )
+        return folded + (_LEFT_OUT if planned.recipe.lossy else "")
     return (
         f"- This is the {planned.family.model_type} class of transformers with latent attention in place of its own\n"
         "  (`modeling_transmla.py`). Engines other than transformers and, with transmla installed, vLLM have no\n"

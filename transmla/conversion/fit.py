@@ -104,7 +104,10 @@ def _factored(run: Run, layer: SourceLayer, closed: Streams, theta: float | None
     moments = observe(layer, closed, num_attended(sizes.widest, closed.source_NTD.shape[1]))
     aimed = aim(layer.gqa, moments, run.method)
     moments = moments.of_converted()
-    fitted = fit_aimed(aimed, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank)
+    fitted = fit_aimed(
+        aimed, moments, sizes.kv_lora_rank, sizes.qk_rope_head_dim, theta, run.method, sizes.q_lora_rank,
+        biases=not run.plan.recipe.lossy,
+    )  # fmt: skip
     return replace(fitted, mla=fitted.mla.to(dtype=torch.float32))
 
 

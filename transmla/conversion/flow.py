@@ -326,6 +326,7 @@ def _fingerprint(planned: Plan, method: ClosedForm, refinement: Refinement, hash
         "seed": recipe.seed,
         "theta": recipe.theta,
         "form": planned.form,
+        "lossy": recipe.lossy,
         "method": asdict(method),
         "refinement": asdict(refinement),
         "latent_bits": None if recipe.latent_bits is None else [recipe.latent_bits, recipe.latent_recent],

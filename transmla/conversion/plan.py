@@ -203,7 +203,9 @@ def plan(
         candidates = tried_latents(gqa, settings)
         latent, rope = chosen_sizes(gqa, settings, candidates)
         divided = divisions(gqa, settings, rotary_dim(config, gqa.head_dim))
-        stock = form == "deepseek_v3"
+        stock = form == "deepseek_v3" and not settings.lossy
+        if settings.lossy:
+            _check_lossy(form, found, outline)
         mla = replace(
             divided[0] if divided else mla_geometry(gqa, latent, rope, settings.q_latent),
             attention_bias=stock and (outline.biased or outline.output_bias),
@@ -353,6 +355,18 @@ def _form(recipe: Recipe, found: tuple[str, ...], where: str) -> str:
     if recipe.format != "auto":
         return recipe.format
     return "transmla" if found else "deepseek_v3"
+
+
+def _check_lossy(form: str, found: tuple[str, ...], outline: Outline) -> None:
+    """`RecipeError` if there are no biases to leave out of a deepseek_v3 folder."""
+    if form != "deepseek_v3":
+        why = f"the form of the source's own class loses nothing, and here it is {'needed' if found else 'asked for'}"
+        why += f": {'; '.join(found)}" if found else ""
+    elif not outline.biased and not outline.output_bias:
+        why = "the attention of this model has no biases, and nothing else can be left out"
+    else:
+        return
+    raise RecipeError("there is nothing to lose", where="--lossy", why=why, remedy="leave out --lossy")
 
 
 def with_latent(planned: Plan, latent: int) -> Plan:

@@ -35,6 +35,11 @@ def remarks(planned: Plan, candidates: tuple[int, ...], num_divisions: int) -> l
     if planned.form != "deepseek_v3" and planned.obstacles:
         missing = ", ".join(planned.obstacles)
         said.append(f"written as {planned.family.model_type} with latent attention: deepseek_v3 has no {missing}")
+    if settings.lossy:
+        said.append(
+            "--lossy: the folder has no biases; what they add is read from the input, of which one direction is nearly "
+            "constant. Not exact at any size, but for engines without biases; `transmla eval` says what it costs"
+        )
     if mla.query_bias:
         said.append(_query_bias(mla))
     turning = rotary_dim(planned.outline.config, gqa.head_dim)

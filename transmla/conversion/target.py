@@ -24,9 +24,10 @@ def target_config(
     """
     if planned.form == "deepseek_v3":
         assert theta is not None
-        return deepseek_v3_config(
+        config = deepseek_v3_config(
             planned.outline.config, planned.mla, theta, planned.max_position_embeddings, planned.dtype
         )
+        return config | {"biases_left_out": True} if planned.recipe.lossy else config
     from transmla.targets.own import own_config
 
     config = dict(planned.config) if tied is None else dict(planned.config) | {"tie_word_embeddings": tied}

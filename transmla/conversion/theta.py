@@ -70,7 +70,7 @@ def survey(
             aimed = aim(layer.gqa, moments, run.method)
             moments = moments.of_converted()
             for (sizes, theta), found in zip(trials, losses, strict=True):
-                fitted = fit_aimed(aimed, moments, *sizes, theta, run.method)
+                fitted = fit_aimed(aimed, moments, *sizes, theta, run.method, biases=not run.plan.recipe.lossy)
                 found.append(output_error(layer, fitted.mla, streams))
             del aimed, moments, fitted
         advance_source(layer, streams)

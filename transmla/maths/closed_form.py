@@ -142,13 +142,21 @@ def fit_aimed(
     theta: float | None,
     method: ClosedForm,
     q_lora_rank: int | None = None,
+    *,
+    biases: bool = True,
 ) -> FittedLayer:
     """Latent attention of the given sizes.
 
     moments: those `of_converted` are enough
     theta:   of the rotary frequencies; None: every layer gets those that suit it best
+    biases:  False: the result has none, where `gqa` is biased; see `without_biases`
     """
     gqa = aimed.gqa
+    # what all tokens share of their unrotated keys, a softmax does not see: of biases only the turning part counts
+    content_GdD = gqa.k_GdD
+    if gqa.biased and not biases:
+        content_GdD = content_GdD[..., :-1]
+        gqa, moments = without_biases(gqa, moments, method)
     k_GdD, v_GdD, groups = gqa.k_GdD, gqa.v_GdD, len(gqa.k_GdD)
     split = rotary_split(
         gqa,
@@ -173,7 +181,7 @@ def fit_aimed(
         _with_unseen(moment_DD, method.unseen, gqa.biased) for moment_DD in (moments.received_DD, attended_DD)
     )
     low = joint_low_rank(
-        Block(k_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), received_DD),
+        Block(content_GdD.flatten(0, 1), method.key_weight * _key_metric(split, moments, gqa.scaling), received_DD),
         Block(v_GdD.flatten(0, 1), _value_metric(gqa.o_DHd, groups, v_GdD.shape[1]), attended_DD),
         kv_lora_rank,
     )
@@ -200,6 +208,37 @@ def fit_aimed(
         mean_value_Hv = (v_GdD @ mean_D).repeat_interleave(len(gqa.q_HdD) // groups, 0)
         mla = _with_biases(mla, mean_D, mean_value_Hv)
     return FittedLayer(mla, low.loss, aimed.stream_ridge, query_loss)
+
+
+def without_biases(gqa: GqaWeights, moments: Moments, method: ClosedForm) -> tuple[GqaWeights, Moments]:
+    """Projections that read their biases from the input, and the moments of that input alone.
+
+    Behind an RMS norm, one direction a of the input has nearly the same product with every token, so W x + b is nearly
+    (W + b a^T) x: a is the regression of the 1 that biased inputs end in on the rest of them. Keys and values take the
+    one that suits the tokens that are attended to. The bias of the output is dropped, for the refit to make up for.
+    """
+    seen_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
+    asking_D, seen_D = (_constant_D(moment_DD, method.unseen) for moment_DD in (moments.converted_DD, seen_DD))
+
+    def read(weight_XdD: Tensor, constant_D: Tensor) -> Tensor:
+        return weight_XdD[..., :-1] + weight_XdD[..., -1:] * constant_D
+
+    gqa = replace(
+        gqa,
+        q_HdD=read(gqa.q_HdD, asking_D),
+        k_GdD=read(gqa.k_GdD, seen_D),
+        v_GdD=read(gqa.v_GdD, seen_D),
+        o_bias_D=None,
+        biased=False,
+    )
+    inner = {name: getattr(moments, name)[:-1, :-1] for name in ("converted_DD", "received_DD", "attended_DD")}
+    return gqa, replace(moments.of_converted(), **inner)
+
+
+def _constant_D(moment_DD: Tensor, unseen: float) -> Tensor:
+    """The a for which a^T x is nearest to 1, of inputs [x; 1] with this second moment; `unseen`: see `ClosedForm`."""
+    inner_DD, mean_D = moment_DD[:-1, :-1], moment_DD[:-1, -1]
+    return torch.linalg.solve(raised(inner_DD, unseen * float(inner_DD.diagonal().mean())), mean_D)
 
 
 def _with_unseen(moment_DD: Tensor, share: float, biased: bool) -> Tensor:

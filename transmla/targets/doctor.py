@@ -45,6 +45,7 @@ class Diagnosis(Shown):
     engines:          one verdict per engine
     form:             "folder", or "gguf"; "source": it is not converted, and this is what `transmla convert` would
                       write with the defaults
+    notes:            what the model lacks in every engine
     """
 
     model: Path
@@ -53,6 +54,7 @@ class Diagnosis(Shown):
     dtype: str
     engines: tuple[EngineVerdict, ...]
     form: str = "folder"
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """The diagnosis as plain values, for JSON."""
@@ -62,6 +64,9 @@ class Diagnosis(Shown):
         from transmla.targets.show_doctor import show_diagnosis
 
         show_diagnosis(self, console)
+
+
+_LEFT_OUT = "converted with --lossy: what the biases of the source add is read from the input, nearly exactly"
 
 
 def doctor(model: str | Path) -> Diagnosis:
@@ -104,7 +109,8 @@ def doctor(model: str | Path) -> Diagnosis:
         geometry = f"{config['kv_lora_rank']}+{config['qk_rope_head_dim']}"
         values = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     stored = next(iter(source.tensors.values())).dtype
-    return Diagnosis(source.path, geometry, values, stored, verdicts)
+    notes = (_LEFT_OUT,) if config.get("biases_left_out") else ()
+    return Diagnosis(source.path, geometry, values, stored, verdicts, notes=notes)
 
 
 def _of_gguf(path: Path) -> Diagnosis:

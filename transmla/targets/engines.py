@@ -241,14 +241,14 @@ RULES: tuple[Rule, ...] = (
         lambda config: bool(config.get("attention_bias")),
         WRONG,
         "its own deepseek_v3 silently drops the biases of the attention",
-        "use transformers, MLX-LM, or vLLM with --model-impl transformers",
+        "use transformers, MLX-LM, or vLLM with --model-impl transformers; or convert with --lossy",
     ),
     Rule(
         (LLAMA_CPP,),
         lambda config: bool(config.get("attention_bias")),
         REFUSES,
         "its deepseek2 architecture has no biases",
-        "use transformers or MLX-LM",
+        "use transformers or MLX-LM; or convert with --lossy",
     ),
     Rule(
         (VLLM_GPU, VLLM_CPU, SGLANG, MLX),

@@ -99,7 +99,8 @@ def export(
             "this model has biases in its attention",
             where=source.config_where,
             why="llama.cpp's deepseek2 has no place for them, and the deepseek_v3 of vLLM and SGLang drops them",
-            remedy="run the folder as it is with transformers, MLX-LM or vLLM's --model-impl transformers",
+            remedy="run the folder as it is with transformers, MLX-LM or vLLM's --model-impl transformers, or convert "
+            "the source with --lossy, which does without biases",
         )
     update = progress or silent
     return _to_gguf(source, target, gguf_type, update) if to == "gguf" else _to_vllm(source, target, size, update)

@@ -27,6 +27,8 @@ def show_diagnosis(found: Diagnosis, console: Console) -> None:
         f"layer, {found.dtype}",
         highlight=False,
     )
+    for note in found.notes:
+        console.print(note, highlight=False, markup=False)
     console.print(engines_table(found.engines, remedies=True) if not is_narrow(console) else _narrow(found.engines))
 
 
