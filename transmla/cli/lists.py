@@ -24,9 +24,10 @@ def families_command(json_file: str | None) -> None:
     """List the model families that can be converted, and the form that each of them gets.
 
     deepseek_v3 runs in all engines, but with biases in the attention, as Qwen2 has them, in transformers, MLX-LM and
-    vLLM --model-impl transformers alone; transmla is the family's own class with latent attention, for transformers
-    and, where this program is installed, vLLM. Listed is what a family gets by the defaults of its class. Other
-    settings, as Granite's multipliers, can change the form: `transmla plan` says it of a model.
+    vLLM --model-impl transformers alone (`convert --lossy` leaves them out); transmla is the family's own class with
+    latent attention, for transformers and, where this program is installed, vLLM. Listed is what a family gets by the
+    defaults of its class. Other settings, as Granite's multipliers, can change the form: `transmla plan` says it of a
+    model.
     """
     _listed("families", json_file)
 

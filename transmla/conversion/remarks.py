@@ -81,7 +81,8 @@ def _query_bias(mla: MlaGeometry) -> str:
     constant, fitted = mla.stock_attention_weights - mla.attention_weights, mla.attention_weights
     return (
         f"deepseek_v3 has no bias for queries: q_lora_rank {mla.stock_q_lora_rank} with a constant in it takes "
-        f"{constant:,} weights a layer beside the attention's {fitted:,}, and no cache; --format transmla needs none"
+        f"{constant:,} weights a layer beside the attention's {fitted:,}, and no cache; --format transmla needs none, "
+        "and convert --lossy makes a folder without biases, for all engines"
     )
 
 
