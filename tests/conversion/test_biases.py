@@ -140,9 +140,10 @@ def test_refinement_and_bfloat16(lively: MakeSource, run: Convert) -> None:
 
 
 @pytest.fixture
-def steady(lively: MakeSource) -> Path:
+def steady(lively: MakeSource, tmp_path: Path) -> Path:
     """A source whose stream has a part that all tokens share, as those of real models have."""
-    source = lively(kv_heads=1, model_type="qwen2")
+    source = tmp_path / "steady"
+    shutil.copytree(lively(kv_heads=1, model_type="qwen2"), source)
     tensors = weights(source)
     tensors["model.embed_tokens.weight"][:, 0] = 3.0
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})

@@ -18,12 +18,13 @@ from transmla.geometry import mla_geometry
 from transmla.maths.closed_form import ClosedForm
 from transmla.model.layer import SourceLayer
 from transmla.processes import ALONE
+from transmla.recipe import Recipe
 
 
 def fitted(layer: SourceLayer, streams: Streams, closed: Streams) -> Any:
     method = ClosedForm(stream_ridge=0.5, output_ridge=0.25, ridge_steps=(1.0,))
-    sizes = SimpleNamespace(mla=mla_geometry(layer.geometry, 12, 4))
-    run: Any = SimpleNamespace(plan=sizes, method=method, processes=ALONE, device=CPU)
+    planned = SimpleNamespace(mla=mla_geometry(layer.geometry, 12, 4), recipe=Recipe())
+    run: Any = SimpleNamespace(plan=planned, method=method, processes=ALONE, device=CPU)
     return _fit(run, layer, streams, closed, 10000.0)
 
 
