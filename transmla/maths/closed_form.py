@@ -15,7 +15,7 @@ from transmla.maths.attention import GqaWeights, MlaWeights
 from transmla.maths.low_rank import Block, joint_low_rank
 from transmla.maths.moment import raised
 from transmla.maths.refit import chosen_ridge, stream_map
-from transmla.maths.rotary_split import RANK_PRESSURE, RotarySplit, rotary_split, unit_keys
+from transmla.maths.rotary_split import RANK_PRESSURE, RotarySplit, mean_turn, rotary_split, unit_keys
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def fit_aimed(
     biases:  False: the result has none, where `gqa` is biased; see `without_biases`
     """
     gqa = aimed.gqa
-    # what all tokens share of their unrotated keys, a softmax does not see: of biases only the turning part counts
+    # what all tokens share of unrotated keys, a softmax does not see: only biases that turn count
     content_GdD = gqa.k_GdD
     if gqa.biased and not biases:
         content_GdD = content_GdD[..., :-1]
@@ -215,18 +215,25 @@ def without_biases(gqa: GqaWeights, moments: Moments, method: ClosedForm) -> tup
 
     Behind an RMS norm, one direction a of the input has nearly the same product with every token, so W x + b is nearly
     (W + b a^T) x: a is the regression of the 1 that biased inputs end in on the rest of them. Keys and values take the
-    one that suits the tokens that are attended to. The bias of the output is dropped, for the refit to make up for.
+    one that suits the tokens that are attended to. Biases of keys are largest in pairs that hardly turn, where nobody
+    sees them, and anything read from the input would vary: see `_seen_of_constants`. The bias of the output is dropped,
+    for the refit to make up for.
     """
     seen_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
-    asking_D, seen_D = (_constant_D(moment_DD, method.unseen) for moment_DD in (moments.converted_DD, seen_DD))
+    (asking_D, _), (seen_D, missed) = (
+        _constant_D(moment_DD, method.unseen) for moment_DD in (moments.converted_DD, seen_DD)
+    )
 
-    def read(weight_XdD: Tensor, constant_D: Tensor) -> Tensor:
-        return weight_XdD[..., :-1] + weight_XdD[..., -1:] * constant_D
+    def read(weight_XdD: Tensor, constant_D: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        return weight_XdD[..., :-1] + share * weight_XdD[..., -1:] * constant_D
 
+    turning_GP = _seen_of_constants(gqa, moments)
+    # the share of a bias with the smallest error: what is left out turns, what is read varies
+    share_GP = turning_GP / (turning_GP + missed).clamp_min(1e-300)
     gqa = replace(
         gqa,
         q_HdD=read(gqa.q_HdD, asking_D),
-        k_GdD=read(gqa.k_GdD, seen_D),
+        k_GdD=read(gqa.k_GdD, seen_D, share_GP.repeat(1, 2)[..., None]),
         v_GdD=read(gqa.v_GdD, seen_D),
         o_bias_D=None,
         biased=False,
@@ -235,10 +242,25 @@ def without_biases(gqa: GqaWeights, moments: Moments, method: ClosedForm) -> tup
     return gqa, replace(moments.of_converted(), **inner)
 
 
-def _constant_D(moment_DD: Tensor, unseen: float) -> Tensor:
-    """The a for which a^T x is nearest to 1, of inputs [x; 1] with this second moment; `unseen`: see `ClosedForm`."""
+def _constant_D(moment_DD: Tensor, unseen: float) -> tuple[Tensor, float]:
+    """The a for which a^T x is nearest to 1, of inputs [x; 1] with this second moment, and E[(a^T x - 1)^2].
+
+    unseen: see `ClosedForm`
+    """
+    moment_DD = moment_DD / moment_DD[-1, -1]
     inner_DD, mean_D = moment_DD[:-1, :-1], moment_DD[:-1, -1]
-    return torch.linalg.solve(raised(inner_DD, unseen * float(inner_DD.diagonal().mean())), mean_D)
+    a_D = torch.linalg.solve(raised(inner_DD, unseen * float(inner_DD.diagonal().mean())), mean_D)
+    return a_D, max(0.0, float(1 - 2 * a_D @ mean_D + a_D @ inner_DD @ a_D))
+
+
+def _seen_of_constants(gqa: GqaWeights, moments: Moments) -> Tensor:
+    """The share of the energy of a constant in a pair of the keys that scores vary by, [G, P]: 1 - |E[exp(-i f D)]|^2
+    over attended distances D, mean over the heads of a group by what their queries bring of the pair to the output."""
+    still_HP = mean_turn(moments.distance_HS, gqa.inv_freq_P)
+    energy_HP = moments.query_Hdd.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(1) * moments.importance_H[:, None]
+    weight_GRP, varied_GRP = (x_HP.unflatten(0, (len(gqa.k_GdD), -1)) for x_HP in (energy_HP, 1 - still_HP.abs() ** 2))
+    total_GP = weight_GRP.sum(1).clamp_min(1e-300)
+    return ((weight_GRP * varied_GRP).sum(1) / total_GP).clamp_min(0)
 
 
 def _with_unseen(moment_DD: Tensor, share: float, biased: bool) -> Tensor:
