@@ -19,7 +19,15 @@ from transmla.maths.attention import (
     over_features,
     with_one,
 )
-from transmla.maths.closed_form import ClosedForm, Moments, _with_unseen, aim, fit_aimed
+from transmla.maths.closed_form import (
+    ClosedForm,
+    Moments,
+    _constant_D,
+    _seen_of_constants,
+    _with_unseen,
+    aim,
+    fit_aimed,
+)
 from transmla.maths.moment import raised
 from transmla.maths.reference import gqa_naive
 from transmla.maths.rotary_split import rotary_split
@@ -319,6 +327,32 @@ def test_a_bias_of_keys_that_hardly_turn_is_left_out() -> None:
     gqa = replace(gqa, inv_freq_P=inverse_frequencies(THETA, 8))
     mla = fit_layer(gqa, moments_with_one(gqa), 16, 8, THETA, ClosedForm(), biases=False).mla
     assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, gqa_naive(X_TD, gqa)) > 0.1
+
+
+def test_what_scores_see_of_a_constant_in_the_keys() -> None:
+    gqa = gqa_weights(groups=2)
+    seen = moments(gqa)
+    found_GP = _seen_of_constants(gqa, seen)
+    distances = torch.arange(30, dtype=torch.float64)
+    for group, heads in ((0, (0, 1)), (1, (2, 3))):
+        for pair, frequency in enumerate(gqa.inv_freq_P):
+            turn_HS = torch.exp(-1j * frequency * distances).expand(4, -1)
+            varied_H = 1 - (seen.distance_HS * turn_HS).sum(1).abs().square()
+            energy_H = seen.query_Hdd[:, pair, pair] + seen.query_Hdd[:, pair + 4, pair + 4]
+            weight_H = energy_H * seen.importance_H
+            expected = sum(weight_H[head] * varied_H[head] for head in heads) / sum(weight_H[head] for head in heads)
+            assert float(found_GP[group, pair]) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_the_constant_of_an_input() -> None:
+    """The regression, and what it misses on other tokens with the same moment."""
+    x_TD = of_constant(inputs(500), None) + torch.linspace(1, 2, 24).double()
+    one_TD = with_one(x_TD)
+    a_D, missed = _constant_D(one_TD.T @ one_TD / 500 * 7, 0.0)
+    assert relative(a_D, torch.linalg.lstsq(x_TD, torch.ones(500, 1).double()).solution[:, 0]) < 1e-8
+    assert missed == pytest.approx(float((x_TD @ a_D - 1).square().mean()), rel=1e-6) and missed > 1e-4
+    held, more = _constant_D(one_TD.T @ one_TD / 500, 0.1)
+    assert held.norm() < a_D.norm() and more > missed
 
 
 def test_a_bias_of_the_values_takes_no_rank() -> None:
