@@ -169,7 +169,7 @@ def geometry_options(decorated: Any) -> Any:
     is_flag=True,
     default=None,
     help="A deepseek_v3 folder without biases, for engines that have none (llama.cpp, SGLang, vLLM's own class): what "
-    "those of SRC add is read from the input, nearly exactly.",
+    "those of SRC add is read from the input, approximately.",
     group="Result",
 )
 @device

@@ -66,7 +66,7 @@ class Diagnosis(Shown):
         show_diagnosis(self, console)
 
 
-_LEFT_OUT = "converted with --lossy: what the biases of the source add is read from the input, nearly exactly"
+_LEFT_OUT = "converted with --lossy: what the biases of the source add is read from the input, approximately"
 
 
 def doctor(model: str | Path) -> Diagnosis:
