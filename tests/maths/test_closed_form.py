@@ -329,6 +329,14 @@ def test_a_bias_of_keys_that_hardly_turn_is_left_out() -> None:
     assert relative(mla_attention(X_TD, mla) @ mla.o_DHv.T, gqa_naive(X_TD, gqa)) > 0.1
 
 
+@pytest.mark.parametrize("gqa", [gqa_weights(), biased(2)], ids=["alone", "beside others"])
+def test_a_bias_of_the_output_is_dropped(gqa: GqaWeights) -> None:
+    gqa = replace(gqa, o_bias_D=torch.ones(24, dtype=torch.float64))
+    seen = moments_with_one(gqa) if gqa.biased else moments(gqa)
+    assert fit_layer(gqa, seen, 8, 8, THETA, ClosedForm()).mla.o_bias_D is not None
+    assert fit_layer(gqa, seen, 8, 8, THETA, ClosedForm(), biases=False).mla.o_bias_D is None
+
+
 def test_what_scores_see_of_a_constant_in_the_keys() -> None:
     gqa = gqa_weights(groups=2)
     seen = moments(gqa)

@@ -149,7 +149,7 @@ def fit_aimed(
 
     moments: those `of_converted` are enough
     theta:   of the rotary frequencies; None: every layer gets those that suit it best
-    biases:  False: the result has none, where `gqa` is biased; see `without_biases`
+    biases:  False: the result has none, whatever `gqa` has; see `without_biases`
     """
     gqa = aimed.gqa
     # what all tokens share of unrotated keys, a softmax does not see: only biases that turn count
@@ -197,7 +197,7 @@ def fit_aimed(
         o_DHv=gqa.o_DHd,
         inv_freq_M=split.inv_freq_M,
         scaling=gqa.scaling,
-        o_bias_D=gqa.o_bias_D,
+        o_bias_D=gqa.o_bias_D if biases else None,  # for the refit to make up for
         window=gqa.window,
         softcap=gqa.softcap,
     )
@@ -216,8 +216,7 @@ def without_biases(gqa: GqaWeights, moments: Moments, method: ClosedForm) -> tup
     Behind an RMS norm, one direction a of the input has nearly the same product with every token, so W x + b is nearly
     (W + b a^T) x: a is the regression of the 1 that biased inputs end in on the rest of them. Keys and values take the
     one that suits the tokens that are attended to. Biases of keys are largest in pairs that hardly turn, where nobody
-    sees them, and anything read from the input would vary: see `_seen_of_constants`. The bias of the output is dropped,
-    for the refit to make up for.
+    sees them, and anything read from the input would vary: see `_seen_of_constants`.
     """
     seen_DD = torch.lerp(moments.attended_DD, moments.converted_DD, method.plain_share)
     (asking_D, _), (seen_D, missed) = (
@@ -235,7 +234,6 @@ def without_biases(gqa: GqaWeights, moments: Moments, method: ClosedForm) -> tup
         q_HdD=read(gqa.q_HdD, asking_D),
         k_GdD=read(gqa.k_GdD, seen_D, share_GP.repeat(1, 2)[..., None]),
         v_GdD=read(gqa.v_GdD, seen_D),
-        o_bias_D=None,
         biased=False,
     )
     inner = {name: getattr(moments, name)[:-1, :-1] for name in ("converted_DD", "received_DD", "attended_DD")}
