@@ -22,10 +22,11 @@ from transmla.conversion.needs import (
     memory_bytes,
     weight_bytes,
 )
+from transmla.conversion.refusals import check_lossy, check_rounding, check_tokens, chosen_form
 from transmla.conversion.remarks import remarks
 from transmla.conversion.sizes import as_number, chosen_sizes, divisions, redivided, tried_latents
 from transmla.conversion.target import planned_config, target_config
-from transmla.errors import DataError, DestinationError, GeometryError, RecipeError, SourceError, UnsupportedError
+from transmla.errors import DestinationError, GeometryError, RecipeError, SourceError
 from transmla.families import Family, family_of, rope_parameters, rotary_dim
 from transmla.geometry import (
     CACHE_BITS,
@@ -35,7 +36,7 @@ from transmla.geometry import (
     mla_geometry,
 )
 from transmla.model.outline import Outline, filled, is_tied, outline_of_headers
-from transmla.recipe import Recipe, check_rounded, find_recipe, list_recipes, load_recipe
+from transmla.recipe import Recipe, find_recipe, list_recipes, load_recipe
 from transmla.tables import Shown
 from transmla.targets.engines import EngineVerdict, engine_verdicts
 from transmla.targets.stock import obstacles
@@ -199,13 +200,13 @@ def plan(
         config = outline.config
         gqa = gqa_geometry(filled(opened.config, config), where)
         found = obstacles(config, family, encoded=outline.encoded)
-        form = _form(settings, found, where)
+        form = chosen_form(settings, found, where)
         candidates = tried_latents(gqa, settings)
         latent, rope = chosen_sizes(gqa, settings, candidates)
         divided = divisions(gqa, settings, rotary_dim(config, gqa.head_dim))
         stock = form == "deepseek_v3" and not settings.lossy
         if settings.lossy:
-            _check_lossy(form, found, outline)
+            check_lossy(form, found, outline)
         mla = replace(
             divided[0] if divided else mla_geometry(gqa, latent, rope, settings.q_latent),
             attention_bias=stock and (outline.biased or outline.output_bias),
@@ -232,8 +233,8 @@ def plan(
         for part in parse_mix(settings.mix, "--calibration"):
             if part.name != SELF:
                 check_name(part.name)
-        _check_tokens(settings, context)
-        _check_rounding(settings, context)
+        check_tokens(settings, context)
+        check_rounding(settings, context)
         known = int(config.get("max_position_embeddings") or 2048)
         # that of a recipe is for models of all lengths, and is shortened; so is any to a sliding window
         if (overrides.get("window") or 0) > known:
@@ -315,58 +316,6 @@ def _ask_class(source: Source, family: Family) -> Outline:
     from transmla.model.skeleton import outline_of_class
 
     return outline_of_class(source.config, family, source.config_where)
-
-
-def _check_tokens(recipe: Recipe, context: int) -> None:
-    """`DataError` if the tokens are too few for what calibration and its held-out check need."""
-    window, texts = min(recipe.window, context), len(parse_mix(recipe.mix, "--calibration"))
-    least = 2 * window * texts
-    if recipe.num_tokens < least:
-        raise DataError(
-            f"{recipe.num_tokens:,} calibration tokens are too few",
-            where="--tokens",
-            why=f"two windows of {window:,} tokens of each text are the least, one to fit to and one held out"
-            + (f"; there are {texts} texts" if texts > 1 else ""),
-            remedy=f"give at least --tokens {least}, or shorter windows (--window)",
-        )
-
-
-def _check_rounding(recipe: Recipe, context: int) -> None:
-    """`RecipeError` if latents are to be rounded where nothing is trained, or nothing is rounded."""
-    if recipe.latent_bits is not None and recipe.refine == "off":
-        raise RecipeError(
-            "no weight would learn from rounded latents",
-            where="--latent-bits and --refine off",
-            why="the refinement alone trains, and it is off",
-            remedy="use --refine fast or full; or leave out --latent-bits: every folder can keep its cache packed",
-        )
-    check_rounded(recipe, min(recipe.window, context))
-
-
-def _form(recipe: Recipe, found: tuple[str, ...], where: str) -> str:
-    """The form of the folder; `UnsupportedError` if the one that was asked for cannot express the model."""
-    if recipe.format == "deepseek_v3" and found:
-        raise UnsupportedError(
-            "stock deepseek_v3 cannot express this model",
-            where=where,
-            why="; ".join(found),
-            remedy="leave out --format, which writes the form of the source's own class",
-        )
-    if recipe.format != "auto":
-        return recipe.format
-    return "transmla" if found else "deepseek_v3"
-
-
-def _check_lossy(form: str, found: tuple[str, ...], outline: Outline) -> None:
-    """`RecipeError` if there are no biases to leave out of a deepseek_v3 folder."""
-    if form != "deepseek_v3":
-        why = f"the form of the source's own class loses nothing, and here it is {'needed' if found else 'asked for'}"
-        why += f": {'; '.join(found)}" if found else ""
-    elif not outline.biased and not outline.output_bias:
-        why = "the attention of this model has no biases, and nothing else can be left out"
-    else:
-        return
-    raise RecipeError("there is nothing to lose", where="--lossy", why=why, remedy="leave out --lossy")
 
 
 def with_latent(planned: Plan, latent: int) -> Plan:
