@@ -131,6 +131,13 @@ def test_plan_prints_the_same_numbers_in_both_forms() -> None:
         assert verdict.engine in text
 
 
+def test_plan_is_of_the_form_that_is_asked_for() -> None:
+    for asked in ("deepseek_v3", "transmla"):
+        assert json.loads(run("plan", "stories260k", "--format", asked, "--json").stdout)["format"] == asked
+    refused = run("plan", "stories260k", "--lossy")
+    assert refused.exit_code == 10 and "has no biases" in refused.output
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("convert", "stories260k", "--dry-run")

@@ -188,6 +188,7 @@ def test_lossy_is_said_wherever_one_looks(steady: Path, run: Convert, tmp_path: 
         transmla.export(exact.destination, tmp_path / "exact.gguf")
     assert "--lossy" in caught.value.remedy
     transmla.export(report.destination, tmp_path / "lossy.gguf", type="f32")
+    assert transmla.doctor(tmp_path / "lossy.gguf").notes == transmla.doctor(report.destination).notes
 
 
 def test_lossy_drops_the_bias_of_the_output(lively: MakeSource, run: Convert) -> None:

@@ -71,6 +71,29 @@ def geometry_options(decorated: Any) -> Any:
     return decorated
 
 
+def form_options(decorated: Any) -> Any:
+    for decorate in (
+        option(
+            "--lossy",
+            is_flag=True,
+            default=None,
+            help="A deepseek_v3 folder without biases, for engines that have none (llama.cpp, SGLang, vLLM's own "
+            "class): what those of SRC add is read from the input, approximately.",
+            group="Result",
+        ),
+        option(
+            "--format",
+            type=click.Choice(FORMATS),
+            help="deepseek_v3: for stock engines; transmla: the class of SRC with latent attention, for transformers "
+            "and, where transmla is installed, vLLM; auto: deepseek_v3 where it can express SRC exactly. "
+            "[default: auto]",
+            group="Result",
+        ),
+    ):
+        decorated = decorate(decorated)
+    return decorated
+
+
 @command(
     "convert",
     "transmla convert stories260k",
@@ -157,21 +180,7 @@ def geometry_options(decorated: Any) -> Any:
     help="Dtype of the written weights; auto: that of SRC. [default: auto]",
     group="Result",
 )
-@option(
-    "--format",
-    type=click.Choice(FORMATS),
-    help="deepseek_v3: for stock engines; transmla: the class of SRC with latent attention, for transformers and, "
-    "where transmla is installed, vLLM; auto: deepseek_v3 where it can express SRC exactly. [default: auto]",
-    group="Result",
-)
-@option(
-    "--lossy",
-    is_flag=True,
-    default=None,
-    help="A deepseek_v3 folder without biases, for engines that have none (llama.cpp, SGLang, vLLM's own class): what "
-    "those of SRC add is read from the input, approximately.",
-    group="Result",
-)
+@form_options
 @device
 @option(
     "--seed",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from transmla.cli.convert import geometry_options, sizes
+from transmla.cli.convert import form_options, geometry_options, sizes
 from transmla.cli.frame import as_json, command, emit, errors, quiet_libraries
 
 
@@ -18,6 +18,7 @@ from transmla.cli.frame import as_json, command, emit, errors, quiet_libraries
 )
 @click.argument("source", metavar="SRC")
 @geometry_options
+@form_options
 @as_json
 def plan_command(source: str, json_file: str | None, **given: Any) -> None:
     """Say what `convert` would do, from file headers alone: geometry, cache, memory, disk, engines.

@@ -133,7 +133,8 @@ def _of_gguf(path: Path) -> Diagnosis:
         for engine, note in ENGINES.items()
     )  # fmt: skip
     geometry = f"{described.kv_lora_rank}+{described.rope}"
-    return Diagnosis(path, geometry, values, described.types, tuple(verdicts), "gguf")
+    notes = (_LEFT_OUT,) if described.biases_left_out else ()
+    return Diagnosis(path, geometry, values, described.types, tuple(verdicts), "gguf", notes)
 
 
 def _with_folder(verdict: EngineVerdict, source: Source) -> EngineVerdict:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transmla.checkpoint.gguf.describe import BIASES_LEFT_OUT
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -89,7 +91,13 @@ def gguf_settings(config: Mapping[str, Any], name: str) -> dict[str, int | float
         "expert_weights_norm": bool(config["norm_topk_prob"]),
         "expert_gating_func": _SIGMOID,
     }
-    return {"general.name": name} | {f"{ARCHITECTURE}.{key}": value for key, value in of_model.items()}
+    of_file: dict[str, int | float | bool | str] = {
+        "general.name": name,
+        "general.description": f"multi-head latent attention, {rank} + {rope} cached values per token and layer",
+    }
+    if config.get("biases_left_out"):
+        of_file[BIASES_LEFT_OUT] = True
+    return of_file | {f"{ARCHITECTURE}.{key}": value for key, value in of_model.items()}
 
 
 def gguf_tensors(config: Mapping[str, Any]) -> Iterator[GgufTensor]:

@@ -9,15 +9,23 @@ from pathlib import Path
 from transmla.checkpoint.gguf.read import open_gguf
 from transmla.errors import SourceError
 
+# a key of this program's own, which llama.cpp does not read
+BIASES_LEFT_OUT = "transmla.biases_left_out"
+
 
 @dataclass(frozen=True)
 class GgufDescription:
-    """kv_lora_rank: None without latent attention;  rope: rotary values that are cached;  types: the commonest"""
+    """What `describe_gguf` found.
+
+    kv_lora_rank:    None without latent attention;  rope: rotary values that are cached;  types: the commonest
+    biases_left_out: the file was made of a folder that was converted with --lossy
+    """
 
     architecture: str
     kv_lora_rank: int | None
     rope: int
     types: str
+    biases_left_out: bool
 
 
 def describe_gguf(path: Path) -> GgufDescription:
@@ -38,4 +46,5 @@ def describe_gguf(path: Path) -> GgufDescription:
         int(rank) if isinstance(rank, int) else None,
         int(rope) if isinstance(rope, int) else 0,
         weights.most_common(1)[0][0] if weights else "no weights",
+        value(BIASES_LEFT_OUT) is True,
     )
