@@ -137,6 +137,23 @@ assert torch.distributed.is_initialized()
     assert started(["-c", program], free_port) == ["False", "False"]
 
 
+def test_tensors_come_from_process_0(free_port: int) -> None:
+    """Of every dtype and shape, and not as one object."""
+    program = """
+import torch
+from transmla.processes import Processes
+processes = Processes.current("cpu")
+kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int16, torch.bool)
+sent = {f"{kind}": (torch.arange(6).reshape(2, 3) % 2 + 1).to(kind) for kind in kinds}
+sent |= {"number": torch.tensor(3.5, dtype=torch.float64), "empty": torch.empty(0, 4)}
+found = processes.tensors_from_first(sent if processes.first else {"other": torch.ones(1)})
+assert list(found) == list(sent)
+assert all(torch.equal(found[name], sent[name]) and found[name].dtype == sent[name].dtype for name in sent)
+print(len(found))
+"""
+    assert started(["-c", program], free_port) == ["9", "9"]
+
+
 def logits(folder: Path) -> torch.Tensor:
     """The weights themselves may differ: a latent has no preferred basis."""
     model = load(folder)
@@ -156,6 +173,7 @@ def test_alone_there_is_nothing_to_wait_for() -> None:
     ALONE.sum_([total])
     ALONE.wait()
     assert torch.equal(total, torch.ones(2)) and ALONE.from_first("x") == "x"
+    assert ALONE.tensors_from_first({"x": total})["x"] is total
     assert ALONE.gather({2: "b", 1: "a"}) == {1: "a", 2: "b"}
 
 

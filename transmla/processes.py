@@ -100,6 +100,20 @@ class Processes:
             value = broadcast[0]
         return value
 
+    def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that process 0 has passed, in every process, on the CPU; one after the other, since several of
+        them as one object would be several times as large in every process while they are on their way."""
+        if self.size == 1:
+            return tensors
+        forms = self.from_first({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        found = (
+            tensors if self.first else {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in forms.items()}
+        )
+        for tensor in found.values():
+            if tensor.numel():  # as bytes, since gloo does not know every dtype
+                torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self._objects)
+        return found
+
     def wait(self) -> None:
         """Wait until all processes have called this."""
         if self.size > 1:

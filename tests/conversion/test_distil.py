@@ -109,8 +109,11 @@ def test_blocks_fit_into_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[dict[str, int]] = []
 
     def division(others: dict[int, int]) -> int:
-        processes = SimpleNamespace(rank=0, gather=lambda mine: mine | others, from_first=lambda value: value)
-        kept = SimpleNamespace(values=lambda name: None, save=lambda name, values: saved.append(values))
+        gathered = {rank: (size, size + 1) for rank, size in others.items()}
+        processes = SimpleNamespace(rank=0, gather=lambda mine: mine | gathered, from_first=lambda value: value)
+        kept = SimpleNamespace(
+            values=lambda name: None, save=lambda name, values: saved.append(values), drop=lambda name: None
+        )
         run: Any = SimpleNamespace(
             plan=SimpleNamespace(mla=SimpleNamespace(num_hidden_layers=8)), processes=processes, kept=kept,
             block_layers=None,

@@ -157,6 +157,37 @@ def test_blocks_stay_as_they_began(
     assert trained == (set() if stage == "measure" else {"distil layers 1-1", "distil layers 2-2"})
 
 
+@pytest.mark.parametrize(("less", "again"), [(0.95, False), (0.5, True)])
+def test_a_little_less_memory_is_no_reason_to_train_blocks_again(
+    lively: MakeSource, run: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, less: float, again: bool
+) -> None:
+    """Half of what is free when a conversion begins; three quarters when it goes on: no two moments are alike."""
+    settings: dict[str, Any] = {"refine": "fast", "refinement": QUICK, "theta": THETA}
+    monkeypatch.setattr(distilling, "refined_bytes", lambda *_: (100, 0))
+    monkeypatch.setattr(distilling, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(distilling, "free_bytes", lambda device: 400)
+
+    def interrupt(at: str, done: int, *_: Any) -> None:
+        if at == "distil layers 2-2" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lively(), progress=interrupt, **settings)
+    monkeypatch.setattr(distilling, "free_bytes", lambda device: round(400 * less))
+    seen: list[str] = []
+    journals: list[set[str]] = []
+
+    def watch(at: str, *_: Any) -> None:
+        seen.append(at)
+        if at.startswith("distil"):
+            journals.append({file.name for file in tmp_path.rglob("*-state.safetensors")})
+
+    report = run(lively(), progress=watch, **settings)
+    assert [block.last_layer for block in report.blocks] == ([0, 1, 2] if again else [1, 2])
+    assert ("distil layers 0-1" in seen, "distil layers 0-0" in seen) == (False, again)
+    assert any("of-2" in name for names in journals for name in names) == (not again)
+
+
 def test_distillation_goes_on_with_the_step_it_was_at(
     lively: MakeSource, run: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,6 +200,7 @@ def open_source(path: Path, *, sizes_only: bool = False) -> Source:
 def _weights_in(folder: Path) -> tuple[Path, str]:
     for name, format in _WEIGHT_FILES:
         if (folder / name).is_file():
+            _refuse_adapter_beside(folder)
             return folder / name, format
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
@@ -211,6 +212,18 @@ def _weights_in(folder: Path) -> tuple[Path, str]:
     found = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     why = f"none of {', '.join(name for name, _ in _WEIGHT_FILES)}" + (f"; found {first_few(found)}" if found else "")
     raise _not_a_model(folder, why, "pass the folder that holds config.json and the weights")
+
+
+def _refuse_adapter_beside(folder: Path) -> None:
+    """Which model a folder with weights and an adapter is depends on whether peft is installed."""
+    if (folder / "adapter_config.json").is_file():
+        raise SourceError(
+            "the folder holds a model and an adapter",
+            where=str(folder / "adapter_config.json"),
+            why="where peft is installed transformers adds the adapter to the weights, elsewhere it does not",
+            remedy="merge the adapter (merge_and_unload of peft) and save the model in another folder; or, if it is "
+            "merged already or not wanted, pass a copy of the folder without adapter_config.json",
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -26,6 +26,9 @@ from transmla.train import bytes_of_logits
 
 # points of the curve of training losses that is kept
 MOST_STRETCHES = 32
+# of the free memory, what a division into blocks may take: when it is made, and when an unfinished conversion goes on
+# with it (free memory is never the same twice, and other blocks would be trained anew)
+NEW_SHARE, BEGUN_SHARE = 0.5, 0.75
 # seconds between two saved states: a killed run loses at most this much
 SAVE_EVERY = 120.0
 
@@ -87,18 +90,20 @@ def distil_layers(run: Run, streams: Streams) -> tuple[BlockReport, ...]:
 def _layers_at_once(run: Run, streams: Streams) -> int:
     """Layers per block: as asked for, else as an unfinished conversion began, else all that fit.
 
-    Blocks of an unfinished conversion that are larger than what fits now are only kept if all of them are finished.
+    Blocks of an unfinished conversion that do not fit any more are only kept if all of them are finished.
     """
     total = run.plan.mla.num_hidden_layers
     division = run.kept.values("division")
     began = None if division is None else int(division["at_once"])
-    size = run.block_layers or _layers_that_fit_everywhere(run, streams)
+    size, most = _layers_that_fit_everywhere(run, streams)
+    size = run.block_layers or size
     if began is not None and not run.block_layers:
         done = [run.kept.layer_values(index, DISTILLED) for index in range(total)]
         finished = all(values is not None and values["at_once"] == began for values in done)
-        size = began if finished else min(size, began)
+        size = began if finished or began <= min(total, most) else min(size, began)
     size = run.processes.from_first(min(total, size))
     if began != size:
+        run.kept.drop("layer-*-state")  # of a block that is not made any more
         run.kept.save("division", {"at_once": size})
     return size
 
@@ -184,13 +189,15 @@ def _state_name(indices: range, at_once: int) -> str:
     return f"layer-{indices[0]:05d}-to-{indices[-1]:05d}-of-{at_once}-state"
 
 
-def _layers_that_fit_everywhere(run: Run, streams: Streams) -> int:
-    """How many layers fit in every process: the memory of their devices may differ."""
-    return int(min(run.processes.gather({run.processes.rank: layers_that_fit(run, streams)}).values()))
+def _layers_that_fit_everywhere(run: Run, streams: Streams) -> tuple[int, int]:
+    """How many layers fit in every process, in a new division and in one that has begun: devices may differ."""
+    mine = [layers_that_fit(run, streams, share) for share in (NEW_SHARE, BEGUN_SHARE)]
+    new, begun = zip(*run.processes.gather({run.processes.rank: mine}).values(), strict=True)
+    return min(new), min(begun)
 
 
-def layers_that_fit(run: Run, streams: Streams) -> int:
-    """How many layers can be trained at once in half of the memory that is free."""
+def layers_that_fit(run: Run, streams: Streams, share: float = NEW_SHARE) -> int:
+    """How many layers can be trained at once in that share of the memory that is free."""
     recipe, descent = run.plan.recipe, run.refinement.distil
     window, compute = streams.source_NTD.shape[1], torch.empty((), dtype=run.compute).element_size()
     tokens = descent.tokens_at_once(window, tokens_per_pass(run.device)) if descent else window
@@ -198,4 +205,4 @@ def layers_that_fit(run: Run, streams: Streams) -> int:
     vocabulary = int(run.plan.config["vocab_size"])
     logits = bytes_of_logits(run.device.type, vocabulary, compute, torch.get_num_threads())
     layer, head = refined_bytes(run.plan.config, run.plan.mla, values, tokens, window, compute, rounded, logits)
-    return max(1, int((free_bytes(run.device) / 2 - head) // layer))
+    return max(1, int((share * free_bytes(run.device) - head) // layer))

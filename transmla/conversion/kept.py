@@ -41,10 +41,11 @@ class KeptLayers:
 
     def load(self, step: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors on the CPU and values of a step, or None if it is not finished."""
-        found: tuple[dict[str, Tensor], dict[str, Any]] | None = self.processes.from_first(
-            self.journal.load(self._name(step)) if self.processes.first else None
-        )
-        return found
+        kept = self.journal.load(self._name(step)) if self.processes.first else None
+        values: dict[str, Any] | None = self.processes.from_first(None if kept is None else kept[1])
+        if values is None:
+            return None
+        return self.processes.tensors_from_first({} if kept is None else kept[0]), values
 
     def values(self, step: str) -> dict[str, Any] | None:
         """The values of a step alone, or None if it is not finished."""

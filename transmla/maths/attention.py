@@ -280,6 +280,9 @@ def causal(
     if q.shape[-1] > width:
         # fused kernels on CPUs want keys and values of one width; the zeros cost less than the fallback
         v = torch.nn.functional.pad(v, (0, q.shape[-1] - width))
+    if q.device.type != "cpu":
+        # with a mask, or in float32, no fused kernel on GPUs takes grouped heads: what is left writes all scores down
+        k, v = _one_per_query_head(k, v, q.shape[1])
     out_BHTv = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=seen_BTS, is_causal=seen_BTS is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )[..., :width]
@@ -290,13 +293,20 @@ def _capped(
     q_BHTk: Tensor, k_BGSk: Tensor, v_BGSv: Tensor, scaling: float, seen_BTS: Tensor | None, softcap: float
 ) -> Tensor:
     """Attention with capped scores (Gemma 2, 2408.00118, section 2), for which there is no fused kernel."""
-    repeated = q_BHTk.shape[1] // k_BGSk.shape[1]
-    k_BHSk, v_BHSv = (x.repeat_interleave(repeated, 1) for x in (k_BGSk, v_BGSv))
+    k_BHSk, v_BHSv = _one_per_query_head(k_BGSk, v_BGSv, q_BHTk.shape[1])
     if seen_BTS is None:
         seen_BTS = _up_to_its_own(q_BHTk.shape[-2], q_BHTk.device)
     scores_BHTS = softcap * torch.tanh((q_BHTk @ k_BHSk.mT) * (scaling / softcap))
     p_BHTS = scores_BHTS.masked_fill(~seen_BTS, float("-inf")).softmax(-1).to(v_BHSv.dtype)
     return p_BHTS @ v_BHSv
+
+
+def _one_per_query_head(k_BGSk: Tensor, v_BGSv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated for every query head of their group."""
+    repeated = heads // k_BGSk.shape[1]
+    if repeated == 1:
+        return k_BGSk, v_BGSv
+    return k_BGSk.repeat_interleave(repeated, 1), v_BGSv.repeat_interleave(repeated, 1)
 
 
 def _up_to_its_own(tokens: int, device: torch.device) -> Tensor:
