@@ -230,6 +230,8 @@ def test_static_cache_and_one_graph(lively: MakeSource, run: Convert, model_type
     model = load(folder, dtype=torch.float32)
     wanted = model.generate(IDS, max_new_tokens=8, do_sample=False)
     assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False, cache_implementation="static"), wanted)
+    in_pieces = {"cache_implementation": "static", "prefill_chunk_size": 5, "disable_compile": True}
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False, **in_pieces), wanted)
     assert model.generate(IDS, max_new_tokens=8, do_sample=False, num_beams=3).shape == wanted.shape
     whole = torch.compile(model, backend="eager", fullgraph=True)
     roomy = StaticCache(config=model.config, max_cache_len=IDS.shape[1] + 9)

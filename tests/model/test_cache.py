@@ -52,6 +52,8 @@ def test_greedy_equals_generation_without_cache(ours: Load, ids: torch.Tensor, d
 def test_static_cache_equals_dynamic(ours: Load, ids: torch.Tensor) -> None:
     model = ours()
     assert torch.equal(generate(model, ids, cache_implementation="static", disable_compile=True), generate(model, ids))
+    chunked = generate(model, ids, cache_implementation="static", disable_compile=True, prefill_chunk_size=7)
+    assert torch.equal(chunked, generate(model, ids))
     cache = StaticCache(config=model.config, max_cache_len=32)
     full_mask = torch.ones_like(ids)
     with torch.no_grad():

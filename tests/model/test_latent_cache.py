@@ -444,6 +444,35 @@ def test_an_emptied_cache_learns_where_texts_begin_anew(model: Any) -> None:
     assert torch.equal(*found)
 
 
+@torch.no_grad()
+def test_an_emptied_cache_forgets_padding(model: Any) -> None:
+    """The first tokens, which stay exact, are then those of texts without padding, however many there are."""
+    ids = torch.randint(3, VOCAB, (2, 60), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    used, fresh = (model.latent_cache("int2", sink=3, recent=0) for _ in range(2))
+    for layer in used.layers:
+        layer.recent, layer.step = 60, 60
+    model(ids, past_key_values=used, attention_mask=mask)
+    assert used.layers[0].first.tolist() == [0, 7]
+    used.crop(-60)
+    for layer in used.layers:
+        layer.recent, layer.step = 0, 1
+    found = []
+    for cache in (used, fresh):
+        model(ids[:, :50], past_key_values=cache)
+        found.append(model(ids[:, 50:], past_key_values=cache).logits)
+    assert used.layers[0].first.tolist() == [0, 0] and torch.equal(*found)
+
+
+def test_generate_takes_one_cache(model: Any) -> None:
+    ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(3))
+    with pytest.raises(ValueError, match="leave one of them out"):
+        greedy(model, ids, past_key_values=model.latent_cache(), cache_implementation="latent-int4")
+    with pytest.raises(ValueError, match='use cache_implementation="latent-int8"'):
+        greedy(model, ids, cache_implementation="quantized", cache_config={"backend": "quanto"})
+
+
 def test_padding_changes_nothing(model: Any) -> None:
     """With no newest tokens exact, a padded text has the same tokens packed as the text alone."""
     ids = torch.randint(3, VOCAB, (1, 30), generator=torch.Generator().manual_seed(8))

@@ -432,7 +432,11 @@ class LatentLayer(CacheLayerMixin):
     def begin(self, mask: torch.Tensor | None) -> None:
         """Learn from the masks [B or 1, ., T, S] where each text begins, behind the padding on its left: from the first
         one, and from later ones as long as some text has been padding alone."""
-        if mask is None or mask.dim() != 4 or not (self.waiting or self.get_seq_length() == 0):
+        empty = self.get_seq_length() == 0
+        if mask is None and empty and self.first is not None:
+            # emptied, and the texts that come have no padding
+            self.first, self.unpadded, self.waiting = torch.zeros_like(self.first[:1]), True, False
+        if mask is None or mask.dim() != 4 or not (self.waiting or empty):
             return
         seen_BTS = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).flatten(1, 2)
         seen_BS = seen_BTS.any(1)
@@ -1096,11 +1100,24 @@ class LatentGeneration:
 
     def generate(self, *args: Any, cache_implementation: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, which would refuse names of caches that it does not know."""
+        if cache_implementation == "quantized":
+            raise ValueError(
+                "the quantised caches of transformers hold keys and values, and a latent is both: "
+                'use cache_implementation="latent-int8", "latent-int4" or, once prepared, "latent-coded3"'
+            )
         if cache_implementation is not None and cache_implementation.partition("-")[0] == "latent":
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError(
+                    f"past_key_values is a cache already, and cache_implementation={cache_implementation!r} would make "
+                    "a new one: leave one of them out"
+                )
             kwargs["past_key_values"] = self.latent_cache(cache_implementation)
         elif cache_implementation is not None:
             kwargs["cache_implementation"] = cache_implementation
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Static caches get their shape from the first tokens: the heads of a config say nothing of a latent."""
 
 
 class DeepseekV3ForCausalLM(LatentGeneration, stock.DeepseekV3ForCausalLM):
