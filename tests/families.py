@@ -6,16 +6,19 @@ rotation moves the logits by less than a percent), so weights have deviation 0.2
 
 import json
 import math
+import re
 import shutil
 import struct
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from transmla.checkpoint.language_model import language_model
 from transmla.families import FAMILIES
 from transmla.model.skeleton import checkpoint_tensors, skeleton, source_config
 
@@ -162,12 +165,20 @@ def add_tokenizer(folder: Path) -> None:
 def sparse_source(folder: Path, config: dict[str, Any]) -> Path:
     """A checkpoint of any size of which only config and headers are there; its values are a hole in the file.
 
-    Of a model that no row of the table names, it has one small tensor.
+    Of a model that no row of the table names, it has one small tensor; of a multimodal one, such a tensor beside its
+    language model.
     """
     shapes: dict[str, tuple[int, ...]] = {"unknown.weight": (1,)}
-    if config["model_type"] in FAMILIES:
-        model, tied = skeleton(source_config(config)), bool(config.get("tie_word_embeddings"))
-        shapes = checkpoint_tensors(FAMILIES[config["model_type"]], model, tied)
+    # as the folder of a whole is read if it has a head
+    named: Any = SimpleNamespace(tensors={"lm_head.weight": None, "model.language_model.norm.weight": None})
+    inner, _, whole = language_model(config, named)
+    if inner["model_type"] in FAMILIES:
+        model, tied = skeleton(source_config(inner)), bool(inner.get("tie_word_embeddings"))
+        found = checkpoint_tensors(FAMILIES[inner["model_type"]], model, tied)
+        if whole is not None:
+            found = {re.sub("^model[.]", "model.language_model.", name): shape for name, shape in found.items()}
+            found["model.visual.weight"] = (1,)
+        shapes = found
     header: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():

@@ -156,6 +156,23 @@ REFUSED = {
 }  # fmt: skip
 
 
+# Multimodal models whose language model, given text alone, computes what one of these families does; it is converted
+# alone, see checkpoint/language_model.py. Around other families the whole scales or caps logits as the family does not.
+WRAPPERS: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "mistral3": ("mistral",),
+    "llava": ("llama", "mistral", "qwen2"),
+    "llava_next": ("llama", "mistral", "qwen2"),
+    "llava_onevision": ("qwen2",),
+    "idefics3": ("llama",),
+    "smolvlm": ("llama",),
+    "internvl": ("llama", "qwen2", "qwen3"),
+    "qwen3_vl": ("qwen3",),
+}
+# Their language models that have a name of their own -> the family that computes the same from text.
+INNER = {"qwen3_vl_text": "qwen3"}
+
+
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The row of the table for a parsed config.json.
 
@@ -194,7 +211,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{model_type} is a multimodal model",
             where=where,
             why=f"its language model, {inner.get('model_type', 'of an unnamed type')}, is a part of it (text_config)",
-            remedy="load it with transformers, save its language model alone, and convert that",
+            remedy="load it with transformers, save its language model alone, and convert that"
+            if inner.get("model_type") in FAMILIES
+            else f"the language models inside that are converted: {', '.join(sorted(WRAPPERS))}",
         )
     if model_type in NON_ROTARY_MODEL_TYPES:
         raise _without_rotary(model_type, where)

@@ -16,6 +16,7 @@ from transmla.checkpoint.bin_file import BinStore
 from transmla.checkpoint.destination import clear_finished
 from transmla.checkpoint.fp8 import Fp8Store, block_size
 from transmla.checkpoint.gguf.read import GgufStore
+from transmla.checkpoint.language_model import Whole, language_model
 from transmla.checkpoint.resolve import EMBEDDED_MODELS, local
 from transmla.checkpoint.safetensors_file import SafetensorsStore
 from transmla.checkpoint.store import (
@@ -57,13 +58,15 @@ class Source:
 
     path: Path  # the folder, or the .gguf file
     format: str  # "safetensors", "bin" or "gguf"
-    config: dict[str, Any]  # the parsed config.json
+    config: dict[str, Any]  # the parsed config.json, of a multimodal model that of its language model
     config_where: str  # where it is, for messages
     tensors: Mapping[str, TensorInfo]  # by Hugging Face names, for GGUF too
+    whole: Whole | None  # the multimodal model that this is the language model of
     # per pair of dimensions, dividing the frequency; the llama3 scaling of a GGUF file, else None
     rope_frequency_factors: list[float] | None
 
     def __init__(self, path: Path, format: str, config: dict[str, Any], config_where: str, store: WeightStore) -> None:
+        config, store, self.whole = language_model(config, store)
         self.path, self.format, self.config, self.config_where = path, format, config, config_where
         self.tensors = store.tensors
         self.rope_frequency_factors = getattr(store, "rope_frequency_factors", None)

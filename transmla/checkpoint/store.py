@@ -51,13 +51,13 @@ class WeightStore(Protocol):
 class RenamedStore:
     """`WeightStore` of another one's tensors, some under other names.
 
-    stored: new name -> name in the file
+    stored: new name -> name in the file;  others: whether tensors that keep their names are there, too
     """
 
-    def __init__(self, store: WeightStore, stored: Mapping[str, str]) -> None:
+    def __init__(self, store: WeightStore, stored: Mapping[str, str], *, others: bool = True) -> None:
         self._store, self._stored = store, stored
         gone = set(stored.values()) - set(stored)
-        kept = {name: info for name, info in store.tensors.items() if name not in gone}
+        kept = {name: info for name, info in store.tensors.items() if others and name not in gone}
         self.tensors: Mapping[str, TensorInfo] = kept | {new: store.tensors[name] for new, name in stored.items()}
 
     def files(self) -> list[Path]:

@@ -49,8 +49,8 @@ Converted by transmla from {name}. {_refined(sections)}{_rounded(planned)} The l
 
 ## Limits
 
-{_limits(planned)}{_begin(sections)}- Perplexity on calibration windows says little of tasks, other texts and long \
-contexts: `transmla eval` measures them.
+{_limits(planned)}{_whole(planned)}{_begin(sections)}- Perplexity on calibration windows says little of tasks, other \
+texts and long contexts: `transmla eval` measures them.
 - `transmla.json` says what this was made from, with which text, and the loss of every layer.
 """
 
@@ -171,6 +171,13 @@ def _rounded(planned: Plan) -> str:
     if bits is None:
         return ""
     return f" Latents were rounded as in a cache `latent-int{bits}`, in the refinement and in the perplexity below."
+
+
+def _whole(planned: Plan) -> str:
+    whole = planned.source.whole
+    if whole is None:
+        return ""
+    return f"- This is the language model of a {whole.model_type} alone, which takes text and no pictures or sound.\n"
 
 
 def _begin(sections: dict[str, Any]) -> str:

@@ -22,6 +22,11 @@ def remarks(planned: Plan, candidates: tuple[int, ...], num_divisions: int) -> l
     settings, gqa, mla = planned.recipe, planned.gqa, planned.mla
     wanted = LEAST_PER_FEATURE * mla.widest
     said: list[str] = []
+    if (whole := planned.source.whole) is not None:
+        said.append(
+            f"of {whole.model_type} the language model alone is converted, and the result takes text alone; left out: "
+            + (", ".join(whole.left_out) or "nothing that has weights")
+        )
     if candidates:
         said.append(
             f"--latent auto: the smallest of {len(candidates)} sizes, {candidates[0]} to {candidates[-1]}, whose "

@@ -114,6 +114,7 @@ def write_companions(
             "name": planned.resolved.name,
             "revision": planned.resolved.revision,
             "files": source_hashes,
+            **({} if (whole := planned.source.whole) is None else {"language_model_of": whole.model_type}),
         },
         "recipe": planned.recipe.resolved | {"source": planned.resolved.name, "dtype": planned.dtype},
         "geometry": {"gqa": asdict(planned.gqa), "mla": asdict(planned.mla)},

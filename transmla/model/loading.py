@@ -4,6 +4,7 @@ Code that lies in a folder is never run.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 
 from transmla.checkpoint.companions import tokenizer
 from transmla.checkpoint.fp8 import block_size
+from transmla.checkpoint.language_model import PREFIXES
 from transmla.checkpoint.provenance import FILE_NAME
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.resolve import local, resolve
@@ -35,7 +37,7 @@ from transmla.model.modeling_transmla import (
     UnfoldedConfig,
     UnfoldedForCausalLM,
 )
-from transmla.model.skeleton import complete_config, corrections
+from transmla.model.skeleton import complete_config, corrections, source_config
 from transmla.recipe import Recipe, find_recipe, load_recipe
 
 # model_type -> class of a converted folder
@@ -103,7 +105,12 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
         options["quantization_config"] = FineGrainedFP8Config.from_dict(settings)
     if source.format != "gguf":
         with loadable(source):
-            model = AutoModelForCausalLM.from_pretrained(str(source.path), **options, **corrections(source.config))
+            if source.whole is None:
+                options |= corrections(source.config)
+            else:
+                names = {f"^{re.escape(inside)}": alone for inside, alone in PREFIXES}
+                options |= {"config": source_config(source.config), "key_mapping": names}
+            model = AutoModelForCausalLM.from_pretrained(str(source.path), **options)
         return model.to(device).eval()
     with loadable(source):
         model = AutoModelForCausalLM.from_pretrained(str(source.path.parent), gguf_file=source.path.name, **options)
