@@ -154,6 +154,29 @@ print(len(found))
     assert started(["-c", program], free_port) == ["9", "9"]
 
 
+def test_layers_of_a_sharded_source_are_whole_one_at_a_time(free_port: int) -> None:
+    """Whatever comes before or behind a layer: its weights are in parts again as soon as it has been used."""
+    program = """
+import torch
+from types import SimpleNamespace
+from torch.distributed.tensor import DTensor
+from transmla.healing.prepare import _shard
+from transmla.processes import Processes
+Processes.current("cpu").wait()
+layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(2)).requires_grad_(False)
+_shard(SimpleNamespace(get_decoder=lambda: SimpleNamespace(layers=layers)))
+seen = [isinstance(weight, DTensor) for weight in layers.parameters()]
+with torch.no_grad():
+    for _ in range(2):
+        x = torch.ones(1, 8)
+        for layer in layers:
+            x = layer(x)
+        seen += [isinstance(weight, DTensor) for weight in layers.parameters()]
+print(all(seen), len(seen))
+"""
+    assert started(["-c", program], free_port) == ["True 12"] * 2
+
+
 def logits(folder: Path) -> torch.Tensor:
     """The weights themselves may differ: a latent has no preferred basis."""
     model = load(folder)

@@ -7,21 +7,23 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerControl
 
 import transmla
 from tests.families import MakeSource
 from transmla.checkpoint.destination import JOURNAL, lock_partial
-from transmla.errors import DataError, DestinationError, GateError
+from transmla.errors import DataError, DestinationError, GateError, UnsupportedError, VerificationError
 from transmla.healing.curves import healing_curve
 from transmla.healing.flow import _has_no_step
 from transmla.healing.needs import disk_bytes
 from transmla.healing.prepare import packed_texts
-from transmla.healing.train import Healer, Told, Trained, distil, last_checkpoint
+from transmla.healing.train import Healer, Told, Trained, distil, last_checkpoint, whole_tensors
 from transmla.healing.weights import open_trainable
 from transmla.healing.windows import Windows
 from transmla.recipe import Healing
@@ -264,11 +266,73 @@ def test_a_loss_that_is_not_finite_ends_it() -> None:
 
     class State:
         global_step = 7
+        best_model_checkpoint: str | None = None
 
     told.on_log(None, State, None, logs={"loss": 1.0})
     with pytest.raises(GateError, match="healing did not help") as caught:
         told.on_log(None, State, None, logs={"loss": float("nan")})
     assert caught.value.where == "step 7" and "lower --rate" in caught.value.remedy
+    control = TrainerControl(should_evaluate=True, should_save=True)
+    State.best_model_checkpoint = "checkpoint-5"
+    told.on_log(None, State, control, logs={"loss": float("nan")})
+    assert control.should_training_stop and not control.should_evaluate and not control.should_save
+
+
+def test_a_state_that_was_better_is_kept_when_the_loss_is_lost_later(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Healer.training_step
+    whole = heal(inputs, tmp_path / "whole", tokens=6144)
+    every = json.loads((tmp_path / "whole" / "healing.json").read_text("utf-8"))["heldout"][1]["step"]
+
+    def lost(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = step(self, *args, **kwargs)
+        return found * torch.nan if self.state.global_step >= every + 1 else found
+
+    monkeypatch.setattr("transmla.healing.train.Healer.training_step", lost)
+    report = heal(inputs, tmp_path / "out", tokens=6144)
+    assert report.best_step == every <= whole.best_step
+    written = json.loads((tmp_path / "out" / "healing.json").read_text("utf-8"))
+    assert [entry["step"] for entry in written["heldout"]] == [0, every]
+    assert all(math.isfinite(entry["loss"]) for entry in written["train"])
+
+
+@pytest.mark.parametrize("name", ["eval_text.txt", "eval_eval_text.txt"])
+def test_texts_may_be_called_as_the_trainer_calls_its_numbers(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(inputs / "text.txt", name)
+    assert set(heal(inputs, tmp_path / "out", watch=name).texts) == {str(inputs / "text.txt"), name}
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "what"),
+    [
+        (None, {}, "FSDP1 is not supported"),
+        ("1", {}, "FSDP1 is not supported"),
+        ("2", {"cached": True}, "does not store its predictions"),
+        ("2", {"on_policy": 0.5}, "does not write"),
+    ],
+)
+def test_what_a_sharded_model_cannot_do_is_said_at_once(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, settings: Any, what: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    if version is not None:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(UnsupportedError, match=what):
+        heal(inputs, tmp_path / "out", on_policy_tokens=8, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_that_were_renamed_are_not_lost_silently() -> None:
+    model = torch.nn.Linear(3, 3)
+    trainer: Any = SimpleNamespace(is_deepspeed_enabled=False, model=model)
+    assert set(whole_tensors(trainer, {"weight"})) == {"weight"}
+    with pytest.raises(VerificationError, match="cannot be found"):
+        whole_tensors(trainer, {"weight", "module.weight"})
 
 
 def test_nothing_is_left_of_a_run_that_ends_so(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

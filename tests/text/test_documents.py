@@ -1,5 +1,6 @@
 """Texts to windows: mixes, documents, held-out windows that are never trained on, files that are mapped."""
 
+import csv
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -220,6 +221,37 @@ def test_seeds_are_orders() -> None:
         return [document[0] for document in islice(mixed(texts, seed), 8)]
 
     assert order(0) == order(0) and len({tuple(order(seed)) for seed in range(8)}) > 1
+
+
+@pytest.mark.parametrize("answer", ["hello", "<hello", "<think>no"])
+def test_a_thought_that_is_asked_for_need_not_be_there(answer: str) -> None:
+    """As with DeepSeek-R1's distilled models: the prompt opens a thought, and what was said before has none."""
+
+    class Thinks(Letters):
+        chat_template = "something"
+
+        def apply_chat_template(self, messages: Any, *args: Any, add_generation_prompt: bool = False, **_: Any) -> str:
+            text = "".join(f"[{one['role'][0]}]{one['content']}" for one in messages)
+            return text + ("[a]<think>\n" if add_generation_prompt else "")
+
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}] * 2
+    found = rendered({"messages": messages}, Thinks(), "chats")
+    assert found.answers is not None and len(found.answers) == 2
+    for start, end in found.answers:
+        # what an answer has in common with the thought that was asked for is not told from it
+        missed = len(found.text[:end].rpartition("[a]")[2]) - (end - start)
+        assert found.text[:end].endswith(answer) and 0 <= missed <= len("<think>")
+
+
+def test_chats_in_a_file_of_strings(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages"], [json.dumps(messages)]])
+    tokenizer = Letters()
+    tokenizer.chat_template = "something"
+    (found,) = documents(str(tmp_path / "a.csv"), tokenizer)
+    assert found == [*map(ord, "<user>hi<assistant>ho"), END]
 
 
 def test_windows_survive_the_disk(tmp_path: Path) -> None:

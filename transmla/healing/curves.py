@@ -30,7 +30,7 @@ def healing_curve(log: list[dict[str, Any]], tokens: Callable[[int], int], texts
     train = [
         {key: entry[key] for key in ("step", "loss", "grad_norm") if key in entry} | {"tokens": tokens(entry["step"])}
         for entry in log
-        if "loss" in entry
+        if math.isfinite(entry.get("loss", math.nan))
     ]
     heldout = [
         {"step": entry["step"], "tokens": tokens(entry["step"])}

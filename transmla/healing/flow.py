@@ -6,6 +6,7 @@ Unfinished work lies in a journal beside the destination, so an interrupted run 
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -156,13 +157,8 @@ def heal(
         check_teacher(larger, source_checkpoint)
     check_destination(target, disk_bytes(converted, options, is_sharded()), resumes=True)
     processes = Processes.current(device)
-    if options.on_policy and is_sharded():
-        raise UnsupportedError(
-            "a sharded model does not write",
-            where="on_policy",
-            why="processes would wait for each other: their texts end at different steps",
-            remedy="use DDP, where every process has the whole model, or leave on_policy out",
-        )
+    if is_sharded():
+        _check_sharded(options)
     # numpy takes no others
     options = options.with_overrides(seed=options.seed % 2**32)
     set_seed(options.seed)
@@ -196,6 +192,24 @@ def heal(
         _raised(trained), time.monotonic() - started, trained.clock.rate if trained.clock else 0.0, of_floor,
         options.latent_bits,
     )  # fmt: skip
+
+
+def _check_sharded(options: Healing) -> None:
+    """`UnsupportedError` for what cannot be done with a model in parts."""
+    version = os.environ.get("FSDP_VERSION", "1")
+    for is_there, where, what, why, remedy in (
+        (version != "2", "the launcher", f"FSDP{version} is not supported",
+         "it renames the parameters that are trained, which would not be found again",
+         "use FSDP2: accelerate launch --use_fsdp --fsdp_version 2"),
+        (options.on_policy, "on_policy", "a sharded model does not write",
+         "processes would wait for each other: their texts end at different steps",
+         "use DDP, where every process has the whole model, or leave on_policy out"),
+        (options.cached, "cached", "a sharded source does not store its predictions",
+         "processes would wait for each other: each stores its own windows, and has no need of the others'",
+         "use DDP, where every process has the whole source, or leave cached out"),
+    ):  # fmt: skip
+        if is_there:
+            raise UnsupportedError(what, where=where, why=why, remedy=remedy)
 
 
 def _train(

@@ -234,5 +234,6 @@ def _shard(model: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.get_decoder().layers:
-        fully_shard(layer)
+        # each layer is a root of its own, and by default roots stay whole after their first forward
+        fully_shard(layer, reshard_after_forward=True)
     return model

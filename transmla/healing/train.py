@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from transmla.checkpoint.destination import disk_errors
-from transmla.errors import GateError
+from transmla.checkpoint.store import first_few
+from transmla.errors import GateError, VerificationError
 from transmla.healing.curves import METRICS
 from transmla.healing.on_policy import OnPolicy, forget
 from transmla.healing.pace import Clock
@@ -165,7 +166,9 @@ def distil(
         start_N = divergence_at_start(
             folder.parent / "start.npy", divergence_N, is_start=not trainer.state.global_step, writes=processes.first
         )
-        return by_text(evaluation, [len(windows) for windows in heldout], names, start_N, settings.cross_entropy)
+        found = by_text(evaluation, [len(windows) for windows in heldout], names, start_N, settings.cross_entropy)
+        # the Trainer does so itself but for names that begin like that already, as those of texts may
+        return {f"eval_{key}": value for key, value in found.items()}
 
     trainer = Healer(
         model=student,
@@ -329,6 +332,13 @@ def whole_tensors(trainer: Trainer, names: set[str]) -> dict[str, Tensor]:
         if name in names:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             tensors[name] = whole.detach().float().cpu()
+    if missing := names - tensors.keys():
+        raise VerificationError(
+            "what was trained cannot be found",
+            where="the model behind the training",
+            why=f"it has no parameters {first_few(sorted(missing))}",
+            remedy="train without a wrapper that renames parameters; the checkpoints of the run are kept",
+        )
     return tensors
 
 
@@ -389,8 +399,12 @@ class Told(TrainerCallback):
         self._progress, self._remark = progress, ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Remember what was logged as the remark of the next steps; `GateError` for a loss that is not finite."""
+        """Remember what was logged as the remark of the next steps. A loss that is not finite ends the training, with
+        `GateError` where no better state was saved before."""
         if logs and not math.isfinite(logs.get("loss", 0.0)):
+            if state.best_model_checkpoint is not None:
+                control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
+                return
             raise GateError(
                 "healing did not help",
                 where=f"step {state.global_step}",

@@ -6,6 +6,7 @@ of messages.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +36,9 @@ def rendered(row: dict[str, Any], tokenizer: Any, name: str) -> Rendered:
     """The text of a row; `DataError` if it has none. name: of the data, for messages"""
     if isinstance(row.get(TEXT_COLUMN), str):
         return Rendered(row[TEXT_COLUMN])
-    if row.get(MESSAGES):
-        return _chat(row[MESSAGES], tokenizer, name)
-    prompt, completion = row.get(PROMPT), row.get(COMPLETION)
+    messages, prompt, completion = _turns(row.get(MESSAGES)), row.get(PROMPT), row.get(COMPLETION)
+    if messages:
+        return _chat(messages, tokenizer, name)
     if isinstance(prompt, str) and isinstance(completion, str):
         return Rendered(prompt + completion, answers=((len(prompt), len(prompt) + len(completion)),))
     if isinstance(prompt, list) and isinstance(completion, list) and prompt and completion:
@@ -52,6 +53,16 @@ def rendered(row: dict[str, Any], tokenizer: Any, name: str) -> Rendered:
         why=f"its columns are {', '.join(sorted(row))}",
         remedy=f"use data with a `{TEXT_COLUMN}` or a `{MESSAGES}` column, or with `{PROMPT}` and `{COMPLETION}`",
     )
+
+
+def _turns(cell: Any) -> Any:
+    """The cell of a row; turns that are written as JSON, as in a file that has strings alone, as what they are."""
+    if isinstance(cell, str) and cell.lstrip().startswith("[{"):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell
+    return cell
 
 
 def _chat(messages: list[dict[str, Any]], tokenizer: Any, name: str) -> Rendered:
@@ -87,20 +98,29 @@ def templated(
         ) from error
 
 
+def _common_start(one: str, other: str) -> str:
+    differing = (place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+    return one[: next(differing, min(len(one), len(other)))]
+
+
 def _answers(messages: list[dict[str, Any]], text: str, tokenizer: Any, name: str) -> tuple[tuple[int, int], ...]:
     """Where the assistant's turns are: behind what the template writes to ask for one, up to what it writes behind it.
 
     A turn that the template renders differently when others follow (some leave out thoughts), or not at all, is not
-    taken.
+    taken. Where it asks for more than what it writes before an answer, as for a thought that answers do not have, the
+    answer begins where both part.
     """
     spans = []
     for number, message in enumerate(messages):
         if message.get("role") == ASSISTANT:
             try:
                 before = templated(tokenizer, messages[:number], name, ask=True) if number else ""
+                given = templated(tokenizer, messages[:number], name) if number else ""
                 after = templated(tokenizer, messages[: number + 1], name)
             except DataError:
                 continue
+            if not after.startswith(before) and after.startswith(given) and before.startswith(given):
+                before = _common_start(before, after)
             if text.startswith(before) and text.startswith(after) and len(before) < len(after):
                 spans.append((len(before), len(after)))
     return tuple(spans)
