@@ -58,7 +58,7 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
     "--tokens",
     type=_TOKENS,
     metavar="N",
-    help="Total training tokens, for example 300K or 100M. [default: 1M]",
+    help="Total training tokens, for example 300K or 100M. [default: 1M; a recipe of SRC may want 100M]",
     group="Text",
 )
 @option(
