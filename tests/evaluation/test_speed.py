@@ -112,6 +112,34 @@ def test_as_many_texts_as_fit(prepared: Path) -> None:
     json.dumps(report.plain(), allow_nan=False)
 
 
+def test_a_step_has_its_share_of_packing(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which falls between the steps that are timed: as many tokens are packed at once as stay exact."""
+    model = load_any(converted, dtype=torch.float32)
+    now, packed = [0.0], []
+    for kind in ("int4", "exact"):
+        cache = model.latent_cache(kind)
+        for code in {layer.code for layer in cache.layers} - {None}:
+
+            def encode(x_BNk: torch.Tensor, encode: Any = code.encode) -> Any:
+                packed.append(x_BNk.shape[1])
+                now[0] += 3.0 * x_BNk.shape[1]
+                return encode(x_BNk)
+
+            monkeypatch.setattr(code, "encode", encode)
+        steps.fill(model, torch.zeros(2, 150, dtype=torch.long), lambda cache=cache: cache)
+        packed.clear()
+        with monkeypatch.context() as clock:
+            clock.setattr("time.perf_counter", lambda: now[0])
+            found = steps.packing(cache, torch.device("cpu"), repeats=2)
+        # three seconds for each token in each of five layers
+        assert (found, packed) == ((15.0, [64] * 10) if kind == "int4" else (0.0, []))
+    monkeypatch.setattr(speed, "decode", lambda *_: 8.0)
+    monkeypatch.setattr(speed, "rewind", lambda *_: None)
+    monkeypatch.setattr(speed, "packing", lambda cache, _: 2.0 * hasattr(cache.layers[0], "code"))
+    report = transmla.bench(converted, contexts=(16,), steps=4, repeats=1, caches=["latent-int4"], dtype="float32")
+    assert [row.tokens_per_second for row in report.rows] == [1 / 2.0, 1 / 4.0]
+
+
 def test_speeds_within_a_budget_are_those_of_the_same_turns() -> None:
     """Of all texts together, medians behind a turn that warms up, and beside the source in the turns of this cache."""
 

@@ -41,7 +41,7 @@ def language_model(config: dict[str, Any], store: WeightStore) -> tuple[dict[str
     config: the parsed config.json;  store: the tensors that lie beside it
     """
     inner = config.get("text_config")
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in WRAPPERS or not isinstance(inner, Mapping):
         return config, store, None
     family = INNER.get(str(inner.get("model_type")), inner.get("model_type"))
@@ -55,7 +55,7 @@ def language_model(config: dict[str, Any], store: WeightStore) -> tuple[dict[str
         if isinstance(settings := found.get(key), Mapping):
             found[key] = _of_text(settings)
     others = dict.fromkeys(_part(name) for name in store.tensors if name not in names.values())
-    return found, RenamedStore(store, names, others=False), Whole(str(model_type), tuple(others))
+    return found, RenamedStore(store, names, others=False), Whole(model_type, tuple(others))
 
 
 def _alone(name: str) -> str | None:

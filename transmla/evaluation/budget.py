@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache
 from transmla.errors import GeometryError
 from transmla.evaluation.cache import held_bytes
 from transmla.evaluation.quantised_cache import packed_caches
-from transmla.evaluation.steps import decode, fill, forgetful, ran_out_of_memory, rewind
+from transmla.evaluation.steps import decode, fill, forgetful, packing, ran_out_of_memory, rewind
 from transmla.model.generation import own_cache
 from transmla.progress import Progress
 from transmla.tables import size
@@ -167,6 +167,8 @@ class _Turn:
         rewind(self.cache, steps, windows)
         self._guarded(lambda: self.cache.batch_repeat_interleave(self.texts))
         self._windows: dict[int, Any] = {} if self.cache is None else forgetful(self.cache)
+        found = None if self.cache is None else self._guarded(lambda: packing(self.cache, ids_1S.device))
+        self._packing: float = found or 0.0
 
     def _fill(self, ids_1S: Tensor) -> dict[int, Any]:
         """Read a text and see what the cache of it takes at the most while the steps are made; its layers with a window
@@ -187,7 +189,7 @@ class _Turn:
         if found is None:
             return None
         rewind(self.cache, self.steps, self._windows)
-        return found / self.steps
+        return found / self.steps + self._packing
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         try:

@@ -28,7 +28,7 @@ from transmla.errors import GeometryError
 from transmla.evaluation.budget import Budget, held_within, kinds_of
 from transmla.evaluation.cache import cache_bytes
 from transmla.evaluation.roofline import Rates, machine_rates, step_cost, wait
-from transmla.evaluation.steps import PREFILL_CHUNK, decode, fill, forgetful, ran_out_of_memory, rewind
+from transmla.evaluation.steps import PREFILL_CHUNK, decode, fill, forgetful, packing, ran_out_of_memory, rewind
 from transmla.model.generation import own_cache
 from transmla.model.loading import is_converted, load, load_any
 from transmla.progress import Progress, silent
@@ -223,10 +223,13 @@ def _measured(
         peaks[name] = _peak(model, before, device)
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     windows = {name: forgetful(cache) for name, cache in caches.items()}
+    packed: dict[str, float] = {}
     for repeat in range(-1, repeats):
         for name in list(caches):
             try:
                 elapsed = decode(models[name], caches[name], ids_BS[:, context:], device)
+                if repeat < 0:
+                    packed[name] = packing(caches[name], device)
             except (MemoryError, RuntimeError) as error:
                 if not ran_out_of_memory(error):
                     raise
@@ -236,7 +239,7 @@ def _measured(
                 continue
             rewind(caches[name], steps, windows[name])
             if repeat >= 0:  # the first one warms up kernels and allocators
-                seconds[name].append(elapsed / steps)
+                seconds[name].append(elapsed / steps + packed[name])
     rows = []
     base = next(iter(models))
     for name, model in models.items():

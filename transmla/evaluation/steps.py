@@ -41,6 +41,26 @@ def decode(model: Any, cache: Cache, ids_BT: Tensor, device: torch.device) -> fl
     return time.perf_counter() - started
 
 
+@torch.inference_mode()
+def packing(cache: Any, device: torch.device, repeats: int = 3) -> float:
+    """Seconds per step that packing takes, in all layers: every so many steps a cache packs as many tokens at once, and
+    steps that are taken back again and again never come so far."""
+    rows = [
+        (layer.code, layer.exact[:, : min(layer.step, layer.num_exact)])
+        for layer in cache.layers
+        if getattr(layer, "code", None) is not None and layer.num_exact
+    ]
+    taken = []
+    for _ in range(repeats if rows else 0):
+        wait(device)
+        started = time.perf_counter()
+        for code, exact_BNk in rows:
+            code.encode(exact_BNk)
+        wait(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken) / rows[0][1].shape[1] if taken else 0.0
+
+
 def forgetful(cache: Any) -> dict[int, Any]:
     """The layers of a cache that drop what leaves their window, as they are: these cannot be cropped."""
     # every update replaces their tensors and changes none
