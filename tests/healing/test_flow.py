@@ -47,7 +47,7 @@ transmla.heal(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
 """
 SHARDING = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }  # fmt: skip
 # accelerate shards on GPUs only; gloo does it on the CPU all the same
 SHARDED = """
