@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import transmla
 from transmla.checkpoint.companions import copy_companions, tokenizer
@@ -273,6 +274,44 @@ def test_tokenizer_is_unpacked(tmp_path, tensors):
     destination.mkdir()
     assert "tokenizer.json" in copy_companions(source, destination)
     assert tokenizer(source)("AC")["input_ids"] == [tokens.index("A"), tokens.index("C")]
+
+
+def _byte_level(tmp_path, tensors, special, **fields):
+    """A source with all bytes as tokens, and special ones behind them: text -> type."""
+    words = [*bytes_to_unicode().values(), "12", *special]
+    given = {
+        "add_tokenizer_model": "gpt2",
+        "add_token_list": words,
+        "add_token_types": [1] * (len(words) - len(special)) + list(special.values()),
+        "add_token_merges": ["1 2"],
+        "add_eos_token_id": len(words) - 1,
+    }
+    ends = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), torch.ones(len(words), 32))
+    return open_source(write_gguf(tmp_path / "m.gguf", tensors | ends, **given | fields)), words
+
+
+def test_special_tokens_are_where_the_file_has_them(tmp_path, tensors):
+    source, words = _byte_level(tmp_path, tensors, {"<|user|>": 4, "<|end|>": 3})
+    found = tokenizer(source)("<|user|>12<|end|>")["input_ids"]
+    assert [words[token] for token in found] == ["<|user|>", "12", "<|end|>"]
+    (tmp_path / "other").mkdir()
+    source, words = _byte_level(tmp_path / "other", tensors, {"<\uff5cUser\uff5c>": 4, "<\uff5cend\uff5c>": 3})
+    with pytest.raises(SourceError, match="no tokenizer that can be read") as caught:
+        tokenizer(source)
+    assert "the file has it as 257" in caught.value.why and "safetensors" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("cuts", "found"), [("smollm", ["1", "2"]), ("qwen2", ["1", "2"]), ("gpt-2", ["12"])])
+def test_text_is_cut_as_the_file_says(tmp_path, tensors, cuts, found):
+    source, words = _byte_level(tmp_path, tensors, {"<|end|>": 3}, add_tokenizer_pre=cuts)
+    assert tokenizer(source)("12")["input_ids"] == [words.index(word) for word in found]
+
+
+def test_a_way_to_cut_text_that_nobody_knows(tmp_path, tensors):
+    source, _ = _byte_level(tmp_path, tensors, {"<|end|>": 3}, add_tokenizer_pre="deepseek-llm")
+    with pytest.raises(SourceError, match="no tokenizer that can be read") as caught:
+        tokenizer(source)
+    assert "'deepseek-llm'" in caught.value.why
 
 
 def test_without_a_tokenizer(tmp_path, tensors):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 import transmla
@@ -126,6 +127,24 @@ def test_a_gguf_file_has_its_ending(converted: Path, tmp_path: Path) -> None:
         transmla.export(converted, tmp_path / "P2")
     assert "P2.gguf" in caught.value.remedy and "--to vllm" in caught.value.remedy
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_file_is_called_as_its_source(converted: Path, tmp_path: Path) -> None:
+    """llama.cpp knows by that name that the markers of Phi-3 take the spaces behind them."""
+
+    def name_of(folder: str, source: Any) -> str:
+        shutil.copytree(converted, tmp_path / folder)
+        path = tmp_path / folder / "transmla.json"
+        written = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(written | {"source": {"name": source}}), encoding="utf-8")
+        transmla.export(tmp_path / folder, tmp_path / f"{folder}.gguf", type="f32")
+        field = GGUFReader(tmp_path / f"{folder}.gguf").get_field("general.name")
+        assert field is not None
+        return str(field.contents())
+
+    assert name_of("OUT", "microsoft/Phi-3-mini-4k-instruct") == "Phi-3-mini-4k-instruct (OUT)"
+    assert name_of("Phi-3-mini-mla", "~/models/phi-3-mini") == "Phi-3-mini-mla"
+    assert name_of("unnamed", None) == "unnamed"
 
 
 def test_the_form_for_training_is_folded_first(converted: Path, tmp_path: Path) -> None:

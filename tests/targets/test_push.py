@@ -13,7 +13,7 @@ import pytest
 
 import transmla
 from transmla.errors import DestinationError, SourceError, UnsupportedError
-from transmla.targets.push import files_of, without_paths
+from transmla.targets.push import files_of, paths_in, without_paths
 
 # the client library's own, of how it uploads
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
@@ -183,6 +183,14 @@ def test_nobody_is_there(folder: Path, hub: Hub, free_port: int) -> None:
 )
 def test_paths_become_names(text: str, cleaned: str) -> None:
     assert without_paths(text) == cleaned
+
+
+def test_paths_with_spaces_become_names() -> None:
+    values = {"source": {"name": "~/jane doe/a (old)/secret project/Qwen"}, "mix": ["wikitext+~/my data/x y.txt:2"]}
+    text = json.dumps(values) + "converted from ~/jane doe/a (old)/secret project/Qwen with ~/my data/x y.txt:2"
+    found = without_paths(text, paths_in(values))
+    assert json.loads(found.partition("converted")[0]) == {"source": {"name": "Qwen"}, "mix": ["wikitext+x y.txt:2"]}
+    assert found.endswith("converted from Qwen with x y.txt:2")
 
 
 def test_a_licence_in_another_encoding(folder: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.checkpoint.destination import disk_errors
+from transmla.checkpoint.gguf.words import corrected
 from transmla.checkpoint.read import Source
 from transmla.checkpoint.store import readable, source_errors
 from transmla.errors import SourceError
@@ -98,18 +99,19 @@ def tokenizer(source: Source) -> Any:
     elif not any((folder / name).is_file() for name in _VOCABULARIES):
         raise _no_tokenizer(source, f"none of {', '.join(_VOCABULARIES)} is there")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+        cutter = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+        wrong = corrected(source.path, cutter) if source.format == "gguf" else None
     except BaseException as error:  # damaged files make tokenizers raise plain Exception, and panic
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise _no_tokenizer(source, f"{type(error).__name__}: {reason}") from error
+    if wrong is not None:
+        raise _no_tokenizer(source, wrong, "convert the folder with safetensors that the file was made from")
+    return cutter
 
 
-def _no_tokenizer(source: Source, why: str) -> SourceError:
-    return SourceError(
-        "the source has no tokenizer that can be read",
-        where=str(source.path),
-        why=why,
-        remedy="add tokenizer.json and tokenizer_config.json of the model to its folder",
-    )
+def _no_tokenizer(
+    source: Source, why: str, remedy: str = "add tokenizer.json and tokenizer_config.json of the model to its folder"
+) -> SourceError:
+    return SourceError("the source has no tokenizer that can be read", where=str(source.path), why=why, remedy=remedy)

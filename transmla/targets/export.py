@@ -13,9 +13,10 @@ from transmla.checkpoint.destination import named_path
 from transmla.checkpoint.gguf.types import GGUF_TYPES
 from transmla.checkpoint.gguf.vocab import read_vocab
 from transmla.checkpoint.gguf.write import check_gguf_destination, find_quantiser, write_gguf
+from transmla.checkpoint.provenance import read_provenance
 from transmla.checkpoint.read import Source, open_source
 from transmla.checkpoint.store import understood
-from transmla.errors import UnsupportedError
+from transmla.errors import SourceError, UnsupportedError
 from transmla.model.modeling_transmla import UnfoldedConfig
 from transmla.progress import Progress, silent
 from transmla.tables import Shown
@@ -148,7 +149,7 @@ def _to_gguf(source: Source, out: Path, gguf_type: str, progress: Progress) -> E
     config = source.config
     with understood(source.config_where):
         verdict = next(verdict for verdict in engine_verdicts(config) if verdict.engine == LLAMA_CPP)
-        settings, tensors = gguf_settings(config, source.path.resolve().name), list(gguf_tensors(config))
+        settings, tensors = gguf_settings(config, _name_of(source.path)), list(gguf_tensors(config))
     for finding in verdict.findings:
         raise UnsupportedError(
             "llama.cpp would not run this model",
@@ -165,6 +166,16 @@ def _to_gguf(source: Source, out: Path, gguf_type: str, progress: Progress) -> E
     values = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     quantiser_name = quantiser.name if quantiser is not None else None
     return ExportReport(out, "gguf", gguf_type, out.stat().st_size, (values, values), quantiser_name, kept)
+
+
+def _name_of(folder: Path) -> str:
+    """What the model is called: as its source, by whose name llama.cpp knows oddities of tokens (those of Phi-3)."""
+    here = folder.resolve().name
+    try:
+        name = Path(read_provenance(folder)["source"]["name"]).name
+    except (SourceError, KeyError, TypeError):
+        return here
+    return here if name.lower() in here.lower() else f"{name} ({here})"
 
 
 def _to_vllm(source: Source, out: Path, size: str | None, progress: Progress) -> ExportReport:

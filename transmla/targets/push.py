@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from transmla.checkpoint.companions import TEMPLATES, TOKENIZER_FILES
 from transmla.checkpoint.destination import named_path
@@ -50,10 +52,10 @@ def push(
     from huggingface_hub.errors import HTTPError as ConnectionFailed  # type: ignore[attr-defined]
 
     folder = named_path(model)
-    read_provenance(folder)  # refuses what is not ours
+    names = paths_in(read_provenance(folder))  # which refuses what is not ours
     operations = []
     for file in files_of(folder):
-        content = without_paths(_text(file)).encode() if file.name in _CLEANED else str(file)
+        content = without_paths(_text(file), names).encode() if file.name in _CLEANED else str(file)
         operations.append(CommitOperationAdd(path_in_repo=file.relative_to(folder).as_posix(), path_or_fileobj=content))
     api = HfApi(endpoint=endpoint, library_name="transmla", library_version=metadata.version("transmla"))
     try:
@@ -98,9 +100,25 @@ def files_of(folder: Path) -> list[Path]:
     return found
 
 
-def without_paths(text: str) -> str:
-    """The text with the last part of every path of this machine in its place; addresses and owner/name stay."""
+def without_paths(text: str, names: Iterable[str] = ()) -> str:
+    """The text with the last part of every path of this machine in its place; addresses and owner/name stay.
+
+    names: paths that are known to be in it, as they may have spaces
+    """
+    for name in names:
+        text = text.replace(name, Path(name).name)
     return _ABSOLUTE.sub("", text)
+
+
+def paths_in(values: Any) -> list[str]:
+    """The paths in parsed JSON, also those in mixes of texts, longest first."""
+    if isinstance(values, dict):
+        found = [path for pair in values.items() for one in pair for path in paths_in(one)]
+    elif isinstance(values, list):
+        found = [path for one in values for path in paths_in(one)]
+    else:
+        found = [part for part in str(values).split("+") if re.match(r"(~|\.{1,2})?/.", part) and "\n" not in part]
+    return sorted(set(found), key=lambda path: (-len(path), path))
 
 
 def _text(file: Path, errors: str = "strict") -> str:
