@@ -169,8 +169,9 @@ def sparse_source(folder: Path, config: dict[str, Any]) -> Path:
     language model.
     """
     shapes: dict[str, tuple[int, ...]] = {"unknown.weight": (1,)}
-    # as the folder of a whole is read if it has a head
-    named: Any = SimpleNamespace(tensors={"lm_head.weight": None, "model.language_model.norm.weight": None})
+    tied = any(one.get("tie_word_embeddings") for one in (config, config.get("text_config") or {}))
+    names = ["model.language_model.norm.weight"] + ([] if tied else ["lm_head.weight"])
+    named: Any = SimpleNamespace(tensors=dict.fromkeys(names))
     inner, _, whole = language_model(config, named)
     if inner["model_type"] in FAMILIES:
         model, tied = skeleton(source_config(inner)), bool(inner.get("tie_word_embeddings"))

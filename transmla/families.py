@@ -211,9 +211,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{model_type} is a multimodal model",
             where=where,
             why=f"its language model, {inner.get('model_type', 'of an unnamed type')}, is a part of it (text_config)",
-            remedy="load it with transformers, save its language model alone, and convert that"
-            if inner.get("model_type") in FAMILIES
-            else f"the language models inside that are converted: {', '.join(sorted(WRAPPERS))}",
+            remedy=f"of {model_type} these language models are converted: {', '.join(WRAPPERS[model_type])}"
+            if model_type in WRAPPERS
+            else f"the language models of these are converted: {', '.join(sorted(WRAPPERS))}",
         )
     if model_type in NON_ROTARY_MODEL_TYPES:
         raise _without_rotary(model_type, where)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLTextConfig
 
 import transmla
 from tests.conversion.made import Convert
@@ -141,12 +141,74 @@ def test_a_published_one_is_planned_from_headers(tmp_path: Path) -> None:
         assert ("lm_head.weight" in planned.source.tensors) == (not tied)
 
 
+PUBLISHED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    # what is in config.json, and layers, hidden size, heads, key/value heads, head width and vocabulary of the class
+    "gemma-3-4b-it": (
+        {"model_type": "gemma3", "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}},
+        (34, 2560, 8, 4, 256, 262208),
+    ),
+    "llava-1.5-7b-hf": (
+        {"model_type": "llava", "tie_word_embeddings": False, "text_config": {
+            "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "torch_dtype": "float16",
+            "vocab_size": 32064}},
+        (32, 4096, 32, 32, 128, 32064),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_that_a_published_config_leaves_out(tmp_path: Path, name: str) -> None:
+    values, sizes = PUBLISHED[name]
+    planned = transmla.plan(str(sparse_source(tmp_path / name, values)))
+    gqa = planned.gqa
+    found = (gqa.num_hidden_layers, gqa.hidden_size, gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim)
+    assert (*found, planned.outline.config["vocab_size"]) == sizes
+    if name.startswith("gemma"):
+        rotary = planned.outline.config["rope_parameters"]
+        assert rotary["full_attention"]["factor"] == 8.0 and rotary["sliding_attention"]["rope_type"] == "default"
+
+
+def test_the_defaults_are_those_of_the_class_inside(tmp_path: Path) -> None:
+    """Not of the family, whose theta and context are others."""
+    values = whole_config("qwen3_vl", "qwen3").to_dict()
+    for key in ("rope_parameters", "max_position_embeddings"):
+        del values["text_config"][key]
+    config = open_source(sparse_source(tmp_path / "model", values)).config
+    inner = Qwen3VLTextConfig()
+    assert config["max_position_embeddings"] == inner.max_position_embeddings
+    assert config["rope_parameters"]["rope_theta"] == inner.rope_parameters["rope_theta"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("model_type", "family"), [("mistral3", "mistral"), ("internvl", "qwen3"), ("llava", "llama")])
+@pytest.mark.parametrize("said", [(True, False), (False, True), (None, None)])
+def test_a_head_of_its_own_is_not_lost(
+    whole: MakeWhole, model_type: str, family: str, said: tuple[bool | None, bool | None]
+) -> None:
+    """Whatever the configs say of ties: they differ between the whole and the inside, and so do their defaults."""
+    folder, _ = whole(model_type, family)
+    values = json.loads((folder / "config.json").read_text("utf-8"))
+    for one, ties in zip((values, values["text_config"]), said, strict=True):
+        one.pop("tie_word_embeddings", None)
+        one |= {} if ties is None else {"tie_word_embeddings": ties}
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    tensors = {name: value for name, value in load_file(folder / "model.safetensors").items() if "lm_head" not in name}
+    table = next(value for name, value in tensors.items() if name.endswith("embed_tokens.weight"))
+    tensors["language_model.lm_head.weight"] = table.flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    planned = transmla.plan(str(folder), latent=12, rope=8)
+    assert "lm_head.weight" in planned.outline.tensors
+    head = load_source(open_source(folder)).get_output_embeddings().weight
+    assert torch.equal(head, table.flip(0)) and torch.equal(head, planned.source.read("lm_head.weight"))
+
+
 def test_others_are_refused(tmp_path: Path) -> None:
     """Where the whole does something else with the logits, or its language model is of no known family."""
     scaled = {"model_type": "llava_next", "text_config": lively_config(model_type="granite").to_dict()}
     with pytest.raises(UnsupportedError, match="llava_next is a multimodal model") as caught:
         transmla.plan(str(sparse_source(tmp_path / "scaled", scaled)))
-    assert "save its language model alone" in caught.value.remedy
+    assert "llama, mistral, qwen2" in caught.value.remedy
     unknown = {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text"}}
     with pytest.raises(UnsupportedError, match="qwen3_vl_moe is a multimodal model") as caught:
         transmla.plan(str(sparse_source(tmp_path / "unknown", unknown)))

@@ -130,13 +130,15 @@ def test_a_step_has_its_share_of_packing(converted: Path, monkeypatch: pytest.Mo
         packed.clear()
         with monkeypatch.context() as clock:
             clock.setattr("time.perf_counter", lambda: now[0])
-            found = steps.packing(cache, torch.device("cpu"), repeats=2)
+            found = steps.packing(cache, 16, torch.device("cpu"), repeats=2)
+            assert steps.packing(cache, 128, torch.device("cpu")) == 0
         # three seconds for each token in each of five layers
         assert (found, packed) == ((15.0, [64] * 10) if kind == "int4" else (0.0, []))
     monkeypatch.setattr(speed, "decode", lambda *_: 8.0)
     monkeypatch.setattr(speed, "rewind", lambda *_: None)
-    monkeypatch.setattr(speed, "packing", lambda cache, _: 2.0 * hasattr(cache.layers[0], "code"))
-    report = transmla.bench(converted, contexts=(16,), steps=4, repeats=1, caches=["latent-int4"], dtype="float32")
+    monkeypatch.setattr(speed, "packing", lambda cache, *_: 2.0 * hasattr(cache.layers[0], "code"))
+    made: dict[str, Any] = {"contexts": (16,), "repeats": 1, "dtype": "float32"}
+    report = transmla.bench(converted, steps=4, caches=["latent-int4"], **made)
     assert [row.tokens_per_second for row in report.rows] == [1 / 2.0, 1 / 4.0]
 
 

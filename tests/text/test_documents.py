@@ -243,6 +243,36 @@ def test_a_thought_that_is_asked_for_need_not_be_there(answer: str) -> None:
         assert found.text[:end].endswith(answer) and 0 <= missed <= len("<think>")
 
 
+def test_templates_that_want_parts_of_a_message() -> None:
+    """Of models that see: a string has no parts, and nothing of it would be there, without an error."""
+
+    class Sees(Letters):
+        chat_template = "something"
+
+        def apply_chat_template(self, messages: Any, *args: Any, add_generation_prompt: bool = False, **_: Any) -> str:
+            text = ""
+            for one in messages:
+                parts = [part["text"] for part in one["content"] if isinstance(part, dict) and part["type"] == "text"]
+                text += f"[{one['role'][0]}]{''.join(parts)}"
+            return text + ("[a]" if add_generation_prompt else "")
+
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    found = rendered({"messages": messages}, Sees(), "chats")
+    assert (found.text, found.answers) == ("[u]hi[a]ho", ((8, 10),))
+
+
+def test_an_answer_has_no_heading_that_was_not_asked_for() -> None:
+    class Differs(Letters):
+        chat_template = "something"
+
+        def apply_chat_template(self, messages: Any, *args: Any, add_generation_prompt: bool = False, **_: Any) -> str:
+            text = "".join(f"[{one['role'][0]}]{one['content']}" for one in messages)
+            return text + ("# answer:" if add_generation_prompt else "")
+
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert rendered({"messages": messages}, Differs(), "chats").answers == ()
+
+
 def test_chats_in_a_file_of_strings(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transmla.checkpoint.store import RenamedStore, WeightStore
+from transmla.checkpoint.store import RenamedStore, WeightStore, understood
 from transmla.families import INNER, WRAPPERS
 
 # what its tensors are called inside, by the versions of transformers that saved the whole, and alone: the first that
@@ -49,8 +49,9 @@ def language_model(config: dict[str, Any], store: WeightStore) -> tuple[dict[str
     if family not in WRAPPERS[model_type] or not names:
         return config, store, None
     found = {key: config[key] for key in _SHARED if config.get(key) is not None}
-    found |= {key: value for key, value in inner.items() if value is not None or key not in found}
-    found |= {"model_type": family} | _tied(config, inner, names)
+    found |= {key: value for key, value in _complete(inner).items() if value is not None or key not in found}
+    # a head that is there may be another matrix, whatever the configs say: they differ, and so do their defaults
+    found |= {"model_type": family, "tie_word_embeddings": not any(name.startswith("lm_head.") for name in names)}
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(settings := found.get(key), Mapping):
             found[key] = _of_text(settings)
@@ -70,12 +71,16 @@ def _part(name: str) -> str:
     return name.removeprefix("model.").partition(".")[0]
 
 
-def _tied(config: Mapping[str, Any], inner: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Whether the head is the embeddings. Either config may say so, and where there is no head it is."""
-    said = [one["tie_word_embeddings"] for one in (config, inner) if one.get("tie_word_embeddings") is not None]
-    if not any(name.startswith("lm_head.") for name in names):
-        said.append(True)
-    return {"tie_word_embeddings": any(said)} if said else {}
+def _complete(inner: Mapping[str, Any]) -> dict[str, Any]:
+    """With the defaults of its own class, which published configs leave out, sizes among them; those of the family may
+    be others. `SourceError` for what the class does not take."""
+    from transformers import AutoConfig
+
+    left_out = ("auto_map", "model_type", "torch_dtype", "quantization_config")
+    values = {key: value for key, value in inner.items() if key not in left_out}
+    with understood("text_config of config.json"):
+        found: dict[str, Any] = AutoConfig.for_model(str(inner.get("model_type")), **values).to_dict()
+    return found
 
 
 def _of_text(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class _Turn:
         rewind(self.cache, steps, windows)
         self._guarded(lambda: self.cache.batch_repeat_interleave(self.texts))
         self._windows: dict[int, Any] = {} if self.cache is None else forgetful(self.cache)
-        found = None if self.cache is None else self._guarded(lambda: packing(self.cache, ids_1S.device))
+        found = None if self.cache is None else self._guarded(lambda: packing(self.cache, steps, ids_1S.device))
         self._packing: float = found or 0.0
 
     def _fill(self, ids_1S: Tensor) -> dict[int, Any]:

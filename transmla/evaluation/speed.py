@@ -229,7 +229,7 @@ def _measured(
             try:
                 elapsed = decode(models[name], caches[name], ids_BS[:, context:], device)
                 if repeat < 0:
-                    packed[name] = packing(caches[name], device)
+                    packed[name] = packing(caches[name], steps, device)
             except (MemoryError, RuntimeError) as error:
                 if not ran_out_of_memory(error):
                     raise

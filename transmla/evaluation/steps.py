@@ -42,13 +42,13 @@ def decode(model: Any, cache: Cache, ids_BT: Tensor, device: torch.device) -> fl
 
 
 @torch.inference_mode()
-def packing(cache: Any, device: torch.device, repeats: int = 3) -> float:
+def packing(cache: Any, steps: int, device: torch.device, repeats: int = 3) -> float:
     """Seconds per step that packing takes, in all layers: every so many steps a cache packs as many tokens at once, and
-    steps that are taken back again and again never come so far."""
+    `steps` that are taken back again and again never come so far, if they are not more than twice that."""
     rows = [
-        (layer.code, layer.exact[:, : min(layer.step, layer.num_exact)])
+        (layer.code, layer.exact.new_zeros(len(layer.exact), layer.step, layer.exact.shape[-1]))
         for layer in cache.layers
-        if getattr(layer, "code", None) is not None and layer.num_exact
+        if getattr(layer, "code", None) is not None and layer.exact is not None and steps < 2 * layer.step
     ]
     taken = []
     for _ in range(repeats if rows else 0):

@@ -200,7 +200,7 @@ def _check_sharded(options: Healing) -> None:
     for is_there, where, what, why, remedy in (
         (version != "2", "the launcher", f"FSDP{version} is not supported",
          "it renames the parameters that are trained, which would not be found again",
-         "use FSDP2: accelerate launch --use_fsdp --fsdp_version 2"),
+         "use FSDP2: fsdp_version 2 in what `accelerate config` writes, or FSDP_VERSION=2"),
         (options.on_policy, "on_policy", "a sharded model does not write",
          "processes would wait for each other: their texts end at different steps",
          "use DDP, where every process has the whole model, or leave on_policy out"),

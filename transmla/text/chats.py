@@ -6,6 +6,7 @@ of messages.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +88,12 @@ def templated(
 
     It runs in the sandbox of transformers, where a template cannot reach anything but the messages.
     """
-    try:
+
+    def made(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+
+    try:
+        text = made(messages)
     except Exception as error:  # whatever a template provokes
         raise DataError(
             "the chat template of the tokenizer fails",
@@ -96,6 +101,22 @@ def templated(
             why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             remedy=remedy,
         ) from error
+    if lost := [said for one in messages if (said := _said(one)) and said not in text]:
+        # templates of multimodal models look for parts, and find none in a string; others leave out thoughts
+        with contextlib.suppress(Exception):
+            other = made(
+                [
+                    one | {"content": [{"type": "text", "text": said}]} if (said := _said(one)) else one
+                    for one in messages
+                ]
+            )
+            text = other if all(said in other for said in lost) else text
+    return text
+
+
+def _said(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    return content.strip() if isinstance(content, str) else ""
 
 
 def _common_start(one: str, other: str) -> str:
@@ -121,6 +142,8 @@ def _answers(messages: list[dict[str, Any]], text: str, tokenizer: Any, name: st
                 continue
             if not after.startswith(before) and after.startswith(given) and before.startswith(given):
                 before = _common_start(before, after)
+                if len(before) == len(given):
+                    continue
             if text.startswith(before) and text.startswith(after) and len(before) < len(after):
                 spans.append((len(before), len(after)))
     return tuple(spans)
