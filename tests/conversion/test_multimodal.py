@@ -144,7 +144,7 @@ def test_a_published_one_is_planned_from_headers(tmp_path: Path) -> None:
 PUBLISHED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     # what is in config.json, and layers, hidden size, heads, key/value heads, head width and vocabulary of the class
     "gemma-3-4b-it": (
-        {"model_type": "gemma3", "text_config": {
+        {"model_type": "gemma3", "eos_token_id": [1, 106], "torch_dtype": "bfloat16", "text_config": {
             "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}},
         (34, 2560, 8, 4, 256, 262208),
@@ -166,6 +166,7 @@ def test_sizes_that_a_published_config_leaves_out(tmp_path: Path, name: str) -> 
     found = (gqa.num_hidden_layers, gqa.hidden_size, gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim)
     assert (*found, planned.outline.config["vocab_size"]) == sizes
     if name.startswith("gemma"):
+        assert planned.source.config["eos_token_id"] == [1, 106] and planned.dtype == "bfloat16"
         rotary = planned.outline.config["rope_parameters"]
         assert rotary["full_attention"]["factor"] == 8.0 and rotary["sliding_attention"]["rope_type"] == "default"
 

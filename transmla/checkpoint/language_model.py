@@ -19,7 +19,7 @@ PREFIXES = (
     ("model.text_model.", "model."),
     ("lm_head.", "lm_head."),
 )
-# settings that may stand beside the language model's own
+# settings that may stand in the whole's config, and hold there unless the language model's own says otherwise
 _SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
 
 
@@ -48,8 +48,8 @@ def language_model(config: dict[str, Any], store: WeightStore) -> tuple[dict[str
     names = {alone: name for name in store.tensors if (alone := _alone(name)) is not None}
     if family not in WRAPPERS[model_type] or not names:
         return config, store, None
-    found = {key: config[key] for key in _SHARED if config.get(key) is not None}
-    found |= {key: value for key, value in _complete(inner).items() if value is not None or key not in found}
+    said = [{key: one[key] for key in _SHARED if one.get(key) is not None} for one in (config, inner)]
+    found = _complete(inner) | said[0] | said[1]
     # a head that is there may be another matrix, whatever the configs say: they differ, and so do their defaults
     found |= {"model_type": family, "tie_word_embeddings": not any(name.startswith("lm_head.") for name in names)}
     for key in ("rope_scaling", "rope_parameters"):
