@@ -1,10 +1,15 @@
 """Progress: bars on a terminal that end full, plain lines elsewhere, nothing when quiet. Clocks are given."""
 
+import contextlib
 import io
+import os
 import re
+import signal
+import time
 
 import pytest
 
+from transmla.cli.frame import errors
 from transmla.cli.progress import Lines, duration, progress
 
 
@@ -112,7 +117,7 @@ def test_bars_end_full_unless_something_went_wrong(monkeypatch: pytest.MonkeyPat
 def test_quiet_is_quiet() -> None:
     stream = io.StringIO()
     with progress(True, stream) as update:
-        assert update is None
+        update("work", 1, 2, "")
     assert not stream.getvalue()
 
 
@@ -121,3 +126,25 @@ def test_quiet_is_quiet() -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_signal_that_was_lost_is_heeded_at_the_next_step(quiet: bool) -> None:
+    """Exceptions in finalisers and in callbacks of libraries go nowhere; a scheduler sends its signal once."""
+
+    class Last:
+        def __del__(self) -> None:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)  # until the handler has run
+
+    seen = []
+    with pytest.raises(SystemExit) as ended, errors(), progress(quiet, io.StringIO()) as update:
+        for step in range(3):
+            seen.append(step)
+            if step == 1:
+                Last()
+            update("work", step, 3, "")
+    assert ended.value.code == 143 and seen == [0, 1]
+    with progress(quiet, io.StringIO()) as update:
+        update("work", 1, 3, "")

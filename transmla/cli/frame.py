@@ -127,11 +127,22 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
 
+# signals that came while a command runs
+_ARRIVED: list[type[KeyboardInterrupt]] = []
+
+
+def heed() -> None:
+    """Raise what came and was lost, as exceptions are in finalisers and callbacks of libraries."""
+    if _ARRIVED:
+        raise _ARRIVED[-1]
+
+
 @contextmanager
 def _signals() -> Iterator[None]:
     """SIGTERM as an exception, like Ctrl-C; and both where a library has made another error of them: torch, if it is
     asking a storage for its length, says that this has no shape."""
-    arrived: list[type[KeyboardInterrupt]] = []
+    arrived = _ARRIVED
+    arrived.clear()
 
     def raised(number: int, frame: object) -> None:
         arrived.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
@@ -152,6 +163,7 @@ def _signals() -> Iterator[None]:
             raise arrived[-1] from error
         raise
     finally:
+        arrived.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 

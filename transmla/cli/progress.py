@@ -14,29 +14,38 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from transmla.progress import Progress
+from transmla.cli.frame import heed
+from transmla.progress import Progress, silent
 
 # seconds between two lines of one stage
 EVERY = 60.0
 
 
 @contextmanager
-def progress(quiet: bool, stream: TextIO | None = None) -> Iterator[Progress | None]:
-    """A progress callback that writes to `stream` (default: stderr); None when quiet.
+def progress(quiet: bool, stream: TextIO | None = None) -> Iterator[Progress]:
+    """A progress callback that writes to `stream` (default: stderr), or nothing when quiet, and heeds signals.
 
     On a terminal every stage has a bar, and all bars are full when the work has ended. Anywhere else a stage has a line
     when it begins, one when it goes on after another, one a minute while it lasts, and one when it ends.
     """
     stream = stream or sys.stderr
     if quiet:
-        yield None
+        yield _heeding(silent)
     elif Console(file=stream).is_terminal:
         with _bars(stream) as update:
-            yield update
+            yield _heeding(update)
     else:
         lines = Lines(lambda line: print(line, file=stream, flush=True))
         with lines.watched():
-            yield lines.update
+            yield _heeding(lines.update)
+
+
+def _heeding(update: Progress) -> Progress:
+    def heeding(stage: str, done: int, total: int, remark: str) -> None:
+        heed()
+        update(stage, done, total, remark)
+
+    return heeding
 
 
 @contextmanager
