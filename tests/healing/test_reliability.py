@@ -19,11 +19,12 @@ import transmla
 from tests.families import MakeSource
 from transmla.checkpoint.destination import JOURNAL, lock_partial
 from transmla.errors import DataError, DestinationError, GateError, UnsupportedError, VerificationError
+from transmla.healing.callbacks import Told
 from transmla.healing.curves import healing_curve
 from transmla.healing.flow import _has_no_step
 from transmla.healing.needs import disk_bytes
 from transmla.healing.prepare import packed_texts
-from transmla.healing.train import Healer, Told, Trained, distil, last_checkpoint, whole_tensors
+from transmla.healing.train import Healer, Trained, distil, last_checkpoint, whole_tensors
 from transmla.healing.weights import open_trainable
 from transmla.healing.windows import Windows
 from transmla.recipe import Healing
