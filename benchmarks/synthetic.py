@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transmla.devices import narrow_dtype
+
 KINDS = (
     "Write a short story for small children about {}.",
     "Write a Python function that has to do with {}. Only code with comments.",
@@ -77,7 +79,8 @@ class Writer:
 
     def __init__(self, folder: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        dtype = narrow_dtype(torch.device("cpu")) or torch.float32
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     def answers(self, requests: list[str], length: int) -> list[str]:
         texts: list[str] = []

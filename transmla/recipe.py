@@ -22,7 +22,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BEGIN = ("half", "all", "none")
 FORMATS = ("auto", "deepseek_v3", "transmla")
 TRAINED = ("attention", "all")
-PRECISIONS = ("bfloat16", "float32")
+PRECISIONS = ("auto", "bfloat16", "float32")
 # bits per value of the packed latent caches that take them all alike
 LATENT_BITS = (2, 3, 4, 8)
 # of a recipe: whether someone has run it and the results are in eval/results, or it is a plan
@@ -100,7 +100,7 @@ class Healing:
     watch: str | None = None  # texts, A+B, that are measured on, too
     evaluations: int = 10
     patience: int | None = None  # evaluations without gain before it stops; None: all steps
-    precision: str = "bfloat16"  # of the products; weights are trained in float32
+    precision: str = "auto"  # of the products: bfloat16 where the device has it; weights are trained in float32
     teacher: str | None = None  # a larger model with the same tokenizer that is distilled; None: the source
     on_policy: float = 0.0  # share of the windows that are of what the model itself writes
     on_policy_tokens: int = 128  # most tokens that it writes behind a prompt

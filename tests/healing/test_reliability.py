@@ -18,6 +18,7 @@ from transformers import TrainerControl
 import transmla
 from tests.families import MakeSource
 from transmla.checkpoint.destination import JOURNAL, lock_partial
+from transmla.checkpoint.provenance import read_provenance
 from transmla.errors import DataError, DestinationError, GateError, UnsupportedError, VerificationError
 from transmla.healing.callbacks import Told
 from transmla.healing.curves import healing_curve
@@ -60,6 +61,37 @@ def interrupted(inputs: Path, out: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         heal(inputs, out, progress=interrupt)
+
+
+def test_it_goes_on_where_there_are_other_instructions(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun in bfloat16 is resumed in float32, and the provenance says how it ended."""
+    ran: list[bool] = []
+
+    class Seen(Healer):
+        def __init__(self, **given: Any) -> None:
+            ran.append(given["args"].bf16)
+            super().__init__(**given)
+
+    def interrupt(at: str, done: int, *_: Any) -> None:
+        if at == "heal" and done == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("transmla.healing.train.Healer", Seen)
+    monkeypatch.setattr("transmla.healing.train.narrow_dtype", lambda device: torch.bfloat16)
+    with pytest.raises(KeyboardInterrupt):
+        heal(inputs, tmp_path / "out", progress=interrupt, precision="auto")
+    monkeypatch.setattr("transmla.healing.train.narrow_dtype", lambda device: None)
+    steps: list[int] = []
+    heal(
+        inputs,
+        tmp_path / "out",
+        precision="auto",
+        progress=lambda at, done, *_: steps.append(done) if at == "heal" else None,
+    )
+    assert ran == [True, False] and min(steps) > 1
+    assert read_provenance(tmp_path / "out")["healed"][0]["settings"]["precision"] == "float32"
 
 
 def scored(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:

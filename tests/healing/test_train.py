@@ -15,7 +15,7 @@ from transmla.healing.curves import healing_curve, write_curve
 from transmla.healing.pace import Clock, multiply_adds, times_floor
 from transmla.healing.schedule import learning_rate, rest_rate, schedule
 from transmla.healing.scores import by_text, divergence_at_start
-from transmla.healing.train import Batches, Healer, arguments, last_checkpoint
+from transmla.healing.train import Batches, Healer, arguments, last_checkpoint, precision_on
 from transmla.processes import Processes
 from transmla.progress import silent
 from transmla.recipe import MIX, Healing
@@ -46,6 +46,17 @@ def test_schedule(
 def test_small_models_take_larger_steps() -> None:
     assert [learning_rate(Healing(), count) for count in (10**5, 10**8, 10**10)] == [1e-2, 5e-4, 5e-4]
     assert learning_rate(Healing(rate=3e-4), 10**10) == 3e-4
+
+
+@pytest.mark.parametrize(("narrow", "wanted"), [(torch.bfloat16, "bfloat16"), (None, "float32")])
+def test_products_are_in_what_the_device_multiplies(
+    monkeypatch: pytest.MonkeyPatch, narrow: torch.dtype | None, wanted: str
+) -> None:
+    """Unless they are asked for: emulated ones are several times as slow as float32."""
+    monkeypatch.setattr("transmla.healing.train.narrow_dtype", lambda device: narrow)
+    device = torch.device("cpu")
+    assert precision_on(Healing().precision, device) == wanted
+    assert [precision_on(asked, device) for asked in ("bfloat16", "float32")] == ["bfloat16", "float32"]
 
 
 def test_adapters_may_start_at_nothing(tmp_path: Path) -> None:

@@ -245,7 +245,8 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
 @option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help="Precision of matrix products. [default: bfloat16]",
+    help="Precision of matrix products; auto: bfloat16 where the device multiplies it, float32 where not. "
+    "[default: auto]",
     group="Machine",
 )
 @option(

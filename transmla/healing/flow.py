@@ -44,7 +44,7 @@ from transmla.healing.student import (
     with_adapters,
 )
 from transmla.healing.teacher import Judged, OnlineTeacher
-from transmla.healing.train import Trained, autocast, distil, recompute_activations
+from transmla.healing.train import Trained, autocast, distil, precision_on, recompute_activations
 from transmla.healing.weights import context_of, open_trainable, prepare_weights, weights_of
 from transmla.model.loading import load, open_model
 from transmla.processes import Processes
@@ -164,6 +164,9 @@ def heal(
     set_seed(options.seed)
     plan = schedule(options, processes.size)
     own_device = processes.device(device)
+    # a run may go on where there are other instructions
+    precision = processes.from_first(precision_on(options.precision, own_device))
+    asked, options = options, options.with_overrides(precision=precision)
     if options.compile:
         check_compiling(own_device)
     preparation = Preparation(
@@ -172,7 +175,7 @@ def heal(
     if processes.first:
         with CheckpointWriter(target, resumes=True) as writer:
             # behind the lock: the journal may be that of a run at work
-            fingerprint = _fingerprint(converted, source_checkpoint, larger, source_name, options, processes)
+            fingerprint = _fingerprint(converted, source_checkpoint, larger, source_name, asked, processes)
             work = Journal(target, fingerprint, restart=restart).begin()
             processes.wait()
             trained, passes, of_floor = _train(preparation, plan, work, target, device)

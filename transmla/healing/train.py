@@ -22,6 +22,7 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 from transmla.checkpoint.destination import disk_errors
 from transmla.checkpoint.store import first_few
+from transmla.devices import narrow_dtype
 from transmla.errors import VerificationError
 from transmla.healing.callbacks import Ended, Forgets, Patience, Told
 from transmla.healing.curves import METRICS
@@ -35,6 +36,14 @@ from transmla.processes import Processes
 from transmla.progress import Progress
 from transmla.recipe import Healing
 from transmla.train.adam import LEAST_OF_ADAPTERS, RelativeAdam
+
+
+def precision_on(precision: str, device: torch.device) -> str:
+    """ "bfloat16" or "float32"; for "auto", bfloat16 where the hardware multiplies it. Emulated, it is several times as
+    slow as float32."""
+    if precision != "auto":
+        return precision
+    return "float32" if narrow_dtype(device) is None else "bfloat16"
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
