@@ -63,13 +63,13 @@ def test_encoder_decoder() -> None:
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
-        ({"rope_parameters": {}, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 2.0}}, "'proportional'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' is incomplete"),
+        ({"rope_parameters": {}, "rope_scaling": {"type": "ntk", "factor": 2.0}}, "'ntk'"),
     ],
     ids=str,
 )
-def test_rotary_embeddings_that_change_with_the_text(change: dict[str, Any], fact: str) -> None:
+def test_rotary_embeddings_that_are_not_known(change: dict[str, Any], fact: str) -> None:
     assert fact in refusal(**change).what
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from transmla.errors import UnsupportedError
 
+# the second is how the first configs of Phi-3 call it
+LONG_ROPE = ("longrope", "su")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -47,8 +50,8 @@ class Family:
     unrotated: str | None = None
     embedding_scale: str | None = None
     output_norm: str | None = None
-    # supported rope types: their frequencies do not depend on the length of the text
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    # supported rope types; those whose frequencies depend on the length of the text are taken as `fixed_rotary` says
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic", *LONG_ROPE)
     experts: tuple[str, ...] | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     obstacles: tuple[str, ...] = ()
@@ -102,7 +105,8 @@ FAMILIES: dict[str, Family] = {
         # a norm on the queries and keys of all heads together, none before attention and MLP
         Family("olmo2", output_norm=_BEHIND, obstacles=(_SANDWICH,)),
         Family("olmo3", output_norm=_BEHIND, obstacles=(_SANDWICH,)),
-        Family("phi3"),
+        # its class takes every type but these for longrope
+        Family("phi3", rope_types=("default", "dynamic", *LONG_ROPE)),
         Family("granite"),
         Family("smollm3", unrotated="no_rope_layers"),
         Family("ministral"),
@@ -257,6 +261,44 @@ def rope_parameters(config: Mapping[str, Any], kind: str | None = None) -> dict[
     return parameters
 
 
+def fixed_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config has to be another, so that its frequencies are the same for every length of the text: those of
+    a text that fills the context. A key that is cached cannot turn otherwise when the text grows.
+
+    dynamic:  it changes them behind `max_position_embeddings` alone, and so not within
+    longrope: one factor per pair for texts up to `original_max_position_embeddings`, another for longer ones; the
+              latter are for all texts, as where an engine serves the whole context
+    """
+    found = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        settings = config.get(key)
+        if isinstance(settings, Mapping):
+            kinds = {kind: _fixed(config, one) for kind, one in settings.items() if isinstance(one, Mapping)}
+            fixed = {**settings, **kinds} if kinds else _fixed(config, settings)
+            if fixed != settings:
+                found[key] = fixed
+    return found
+
+
+def _fixed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    kind = settings.get("rope_type", settings.get("type"))
+    if kind == "dynamic":
+        plain = {key: value for key, value in settings.items() if key not in ("type", "factor")}
+        return plain | {"rope_type": "default"}
+    if kind in LONG_ROPE:
+        short = config.get("max_position_embeddings", 0) <= _original_length(config, settings)
+        chosen = settings.get("short_factor" if short else "long_factor")
+        plain = {key: value for key, value in settings.items() if key != "type"}
+        return plain | {"rope_type": "longrope", "short_factor": chosen, "long_factor": chosen}
+    return dict(settings)
+
+
+def _original_length(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+    """The context before it was stretched, as Phi-3 has it or, without that, others; 0 if neither is there."""
+    found = config.get("original_max_position_embeddings", settings.get("original_max_position_embeddings"))
+    return found if isinstance(found, int) else 0
+
+
 def rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
     """How many values of a head turn, the first ones."""
     share = rope_parameters(config).get("partial_rotary_factor")
@@ -282,17 +324,26 @@ def _check_rotary(family: Family, config: Mapping[str, Any], where: str) -> None
             raise UnsupportedError(
                 f"rope_type {rope_type!r} cannot be converted",
                 where=where,
-                why="only fixed frequencies can be converted, and these may change with the length of the text",
+                why="it is not known which frequencies these are, and whether they change with the length of the text",
                 remedy=f"use a checkpoint with one of: {', '.join(family.rope_types)}",
             )
         missing = [key for key in _ROPE_KEYS.get(rope_type, ()) if not isinstance(parameters.get(key), int | float)]
+        if rope_type in LONG_ROPE:
+            missing = [key for key in ("short_factor", "long_factor") if not _are_positive(parameters.get(key))]
+            if not _original_length(config, parameters):
+                missing.append("original_max_position_embeddings")
         if missing:
             raise UnsupportedError(
                 f"rope_type {rope_type!r} is incomplete",
                 where=where,
-                why=f"missing or not a number: {', '.join(missing)}",
+                why=f"missing, or not what it has to be: {', '.join(missing)}",
                 remedy="restore the rotary settings from the original config.json",
             )
+
+
+def _are_positive(values: Any) -> bool:
+    """Whether these are numbers that one can divide by."""
+    return isinstance(values, list) and all(isinstance(one, int | float) and one > 0 for one in values)
 
 
 def _without_rotary(model_type: str, where: str) -> UnsupportedError:

@@ -99,11 +99,11 @@ SOURCES: dict[str, tuple[Change, type[TransmlaError], str, tuple[str, ...]]] = {
         "config.json",
         ("already", "nothing to convert"),
     ),
-    "dynamic rope": (
-        config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "unknown rope": (
+        config(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}),
         UnsupportedError,
         "config.json",
-        ("'dynamic'", "length of the text", "llama3"),
+        ("'proportional'", "length of the text", "llama3"),
     ),
     "incomplete llama3": (
         config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "high_freq_factor": 4.0}),

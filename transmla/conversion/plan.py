@@ -27,7 +27,7 @@ from transmla.conversion.remarks import remarks
 from transmla.conversion.sizes import as_number, chosen_sizes, divisions, redivided, tried_latents
 from transmla.conversion.target import planned_config, target_config
 from transmla.errors import DestinationError, GeometryError, RecipeError, SourceError
-from transmla.families import Family, family_of, rope_parameters, rotary_dim
+from transmla.families import LONG_ROPE, Family, family_of, rope_parameters, rotary_dim
 from transmla.geometry import (
     CACHE_BITS,
     GqaGeometry,
@@ -398,10 +398,17 @@ def _context(source: Source, config: Mapping[str, Any], form: str, of_a_theta: b
             f"max_position_embeddings becomes {window:,}: up to there sliding and full attention are the same function"
         )
         context = int(window)
-    types = {rope_parameters(config, kind)["rope_type"] for kind in config.get("layer_types") or (None,)}
+    # of the source as it is, not as `fixed_rotary` takes it
+    types = {rope_parameters(source.config, kind)["rope_type"] for kind in config.get("layer_types") or (None,)}
     if source.rope_frequency_factors is not None:
         types = {"llama3"}
-    for rope_type in sorted(types - {"default"}):
+    if "dynamic" in types:
+        notes.append(f"dynamic rope scaling is left out: it begins behind {context:,} tokens, where the context ends")
+    if types & set(LONG_ROPE):
+        notes.append(
+            f"longrope: texts of all lengths turn like those of {context:,} tokens, here and in `eval` of the source"
+        )
+    for rope_type in sorted(types - {"default", "dynamic"}):
         became = "plain frequencies of a rope_theta of its own" if of_a_theta else "frequencies that each layer keeps"
         notes.append(f"{rope_type} rope scaling becomes {became}")
     return context, notes

@@ -105,11 +105,10 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
         options["quantization_config"] = FineGrainedFP8Config.from_dict(settings)
     if source.format != "gguf":
         with loadable(source):
-            if source.whole is None:
-                options |= corrections(source.config)
-            else:
-                names = {f"^{re.escape(inside)}": alone for inside, alone in PREFIXES}
-                options |= {"config": source_config(source.config), "key_mapping": names}
+            if source.whole is not None or corrections(source.config):
+                options["config"] = source_config(source.config)
+            if source.whole is not None:
+                options["key_mapping"] = {f"^{re.escape(inside)}": alone for inside, alone in PREFIXES}
             model = AutoModelForCausalLM.from_pretrained(str(source.path), **options)
         return model.to(device).eval()
     with loadable(source):

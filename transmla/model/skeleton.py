@@ -17,7 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transmla.families import Family, has_rotary_kinds, is_unrotated, layer_kind, rope_parameters, rotary_dim
+from transmla.families import (
+    Family,
+    fixed_rotary,
+    has_rotary_kinds,
+    is_unrotated,
+    layer_kind,
+    rope_parameters,
+    rotary_dim,
+)
 from transmla.geometry import GqaGeometry, gqa_geometry
 from transmla.maths.attention import inverse_frequencies
 from transmla.model.modeling_transmla import as_encoder, encode
@@ -28,9 +36,10 @@ _NOTE = "transmla_note"
 
 
 def corrections(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that transformers takes another way than they are meant: a window of -1, which is none, for a window."""
+    """Values that transformers takes another way than they are meant: a window of -1, which is none, for a window. And
+    rotary settings by which keys in the cache would have to turn when the text grows, see `fixed_rotary`."""
     window = config.get("sliding_window")
-    return {"sliding_window": None} if isinstance(window, int) and window <= 0 else {}
+    return fixed_rotary(config) | ({"sliding_window": None} if isinstance(window, int) and window <= 0 else {})
 
 
 def source_config(config: Mapping[str, Any]) -> PreTrainedConfig:
