@@ -1,5 +1,6 @@
 """Two routes, one function: absorbed, decompressed, the naive loops and the stock class agree."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,3 +250,59 @@ def test_half_precision(ours: Load, ids: torch.Tensor, dtype: torch.dtype, toler
         decompressed = stepwise(ours(dtype), ids, steps)
     assert absorbed.dtype == dtype and relative(absorbed, exact) < tolerance
     assert relative(absorbed, exact) < 1.3 * relative(decompressed, exact)
+
+
+class Wrapped(torch.Tensor):
+    """A weight as torchao leaves it in its layer: it can be multiplied, and nothing else."""
+
+    values: torch.Tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values"], None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.linear:
+            return function(args[0], args[1].values, *args[2:])
+        if getattr(function, "__name__", "") in ("__get__", "dim", "size"):  # what a tensor says of itself
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        raise NotImplementedError(f"{function} of a quantised weight")
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "empty"])
+def test_weights_that_cannot_be_read_are_multiplied(ours: Load, ids: torch.Tensor, kind: str) -> None:
+    """torchao and sharding replace the weight and keep the layer: it runs its own forward at every step."""
+    model = ours(dtype=torch.float32)
+    wanted = stepwise(model, ids, [ids.shape[1] - 3, 1, 1, 1])
+    for layer in model.model.layers:
+        module = layer.self_attn.kv_b_proj
+        weight = module.weight.detach()
+        if kind == "wrapped":
+            wrapped = weight.clone().as_subclass(Wrapped)
+            wrapped.values = weight
+            del module._parameters["weight"]
+            module.weight = wrapped
+        else:  # as DeepSpeed has it outside the layer's own forward
+            module.weight = torch.nn.Parameter(weight.new_empty(0))
+            module.forward = functools.partial(torch.nn.functional.linear, weight=weight)
+    assert relative(stepwise(model, ids, [ids.shape[1] - 3, 1, 1, 1]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+def test_double_quantisation_is_refused_where_it_loses_the_latent(as_config: bool) -> None:
+    """Of folded weights, whose latent rows are small beside others of their matrix; where these stay out, it works."""
+    given: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+
+    def made(**settings: Any) -> Any:
+        config = tiny_config(latent_norm_folded=True)
+        settings = given | settings
+        config.quantization_config = SimpleNamespace(to_dict=lambda: settings) if as_config else settings
+        return DeepseekV3ForCausalLM(config)
+
+    with pytest.raises(ValueError, match="bnb_4bit_use_double_quant"):
+        made()
+    with pytest.raises(ValueError, match="kv_a_proj_with_mqa"):
+        made(llm_int8_skip_modules=["lm_head"])
+    made(llm_int8_skip_modules=["kv_a_proj_with_mqa", "lm_head"])
+    made(bnb_4bit_use_double_quant=False)

@@ -389,6 +389,55 @@ def test_a_prefix_is_kept_in_a_file_and_goes_on(model: Any, kind: str, tmp_path:
     assert again.get_seq_length() == 0 and not any(layer.tensors() for layer in again.layers)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["exact", "int4", "coded2"])
+def test_a_prefix_goes_on_in_another_dtype(model: Any, kind: str) -> None:
+    """One that was kept in float32 is read by a model in float64, and the other way round: within the rounding."""
+    ids = torch.randint(3, VOCAB, (1, 60), generator=torch.Generator().manual_seed(4))
+    cache = model.latent_cache(kind, sink=2, recent=8)
+    model(ids[:, :40], past_key_values=cache)
+    kept = {name: part.float() if part.is_floating_point() else part for name, part in cache.state_dict().items()}
+    wanted = model(ids[:, 40:], past_key_values=cache).logits
+    again = LatentCache.from_state(model.config, kept)
+    assert relative(model(ids[:, 40:], past_key_values=again).logits, wanted) < 1e-4
+    assert {layer.exact.dtype for layer in again.layers} == {layer.dtype for layer in again.layers} == {torch.float64}
+
+
+def test_a_prefix_goes_on_where_the_model_is(model: Any) -> None:
+    """What was read on another device is moved there with the first tokens that are added."""
+    cache = model.latent_cache("int4", sink=2, recent=8)
+    with torch.no_grad():
+        model(torch.arange(3, 43)[None], past_key_values=cache)
+    layer = cache.layers[0]
+    layer.append(torch.empty(1, 1, 1, WIDTH, device="meta"))
+    parts = [layer.exact, layer.first, layer.sinks, *layer.packed.values()]
+    assert layer.packed and {part.device.type for part in parts} == {"meta"} and layer.device.type == "meta"
+
+
+@torch.no_grad()
+def test_masks_that_are_infinite(model: Any) -> None:
+    """A text's padding sees nothing at all then, and the tokens behind it are what they are with a boolean mask."""
+    ids = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(8))
+    mask = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+    mask[0, :, :, :7] = False
+    infinite = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    places = torch.stack([torch.arange(40) - 7, torch.arange(40)]).clamp_min(0)
+    found = []
+    for given in (mask, infinite):
+        cache, logits = model.latent_cache("int4", sink=2, recent=4), []
+        for part in (slice(0, 3), slice(3, 30), slice(30, 40)):
+            step = {"attention_mask": given[:, :, part, : part.stop], "position_ids": places[:, part]}
+            logits.append(model(ids[:, part], past_key_values=cache, **step).logits)
+        found.append(torch.cat(logits, dim=1))
+    assert relative(found[1][0, 7:], found[0][0, 7:]) < 1e-12 and relative(found[1][1], found[0][1]) < 1e-12
+
+
+def test_continuous_batching_is_refused(model: Any) -> None:
+    """It hands in a cache of its own, which would hold the expanded heads of all tokens."""
+    with torch.no_grad(), pytest.raises(ValueError, match="continuous batching"):
+        model(torch.arange(3, 9)[None], cache=object())
+
+
 def greedy(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return generate(model, ids, max_new_tokens=12, min_new_tokens=12, **kwargs)
 

@@ -457,6 +457,8 @@ class LatentLayer(CacheLayerMixin):
         if self.capacity is not None and self.get_seq_length() + key_B1Tk.shape[2] > self.capacity:
             raise ValueError(f"this cache was made for {self.capacity} tokens")
         assert self.exact is not None
+        if self.exact.device != key_B1Tk.device or self.exact.dtype != key_B1Tk.dtype:
+            self._move(key_B1Tk)  # what comes from a file is where it was read, as it was kept
         wanted = self.num_exact + key_B1Tk.shape[2]
         # with a code there is little to copy, and all of it is packed soon
         room = self.capacity if self.code is None else wanted
@@ -613,6 +615,14 @@ class LatentLayer(CacheLayerMixin):
         self.packed = {name: change(buffer) for name, buffer in self.packed.items()}
         self.sinks = None if self.sinks is None else change(self.sinks)
 
+    def _move(self, like: torch.Tensor) -> None:
+        """To the device of this tensor, and what is exact to its dtype."""
+        self._map(lambda tensor: tensor.to(like.device))
+        assert self.exact is not None
+        self.exact = self.exact.to(like.dtype)
+        self.sinks = None if self.sinks is None else self.sinks.to(like.dtype)
+        self.dtype, self.device = like.dtype, like.device
+
     def offload(self) -> None:
         """To the memory of the CPU."""
         if self.exact is not None:
@@ -759,6 +769,8 @@ class CachedLatent:
         attention_mask:      boolean or additive [B, 1 or H, T, S], or None
         past_key_values:     a cache; its values stay empty, since they are a part of the keys
         """
+        if "cache" in kwargs:
+            raise ValueError("continuous batching has no cache of latents (generate_batch): use generate, or an engine")
         q_nope_BHTn, q_rot_BHTe, key_B1Tk = self.project(hidden_states, position_embeddings)
         key_B1Sk = key_B1Tk
         # the name that older classes give the cache
@@ -892,9 +904,15 @@ class CachedLatent:
         return self.reads_weights(key_B1Sk)
 
     def reads_weights(self, beside: torch.Tensor) -> bool:
-        """Whether the weights of kv_b_proj may be read, being on the device of this tensor; adapters, quantised and
-        offloaded layers have to run their own forward."""
-        return type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.weight.device == beside.device
+        """Whether the weights of kv_b_proj may be read, being on the device of this tensor; adapters, quantised,
+        sharded and offloaded layers have to run their own forward."""
+        if type(self.kv_b_proj) is not nn.Linear:
+            return False
+        weight = self.kv_b_proj.weight
+        # torchao and DTensor keep the layer and put a tensor that wraps others in the place of its weight, DeepSpeed
+        # an empty one
+        is_whole = not hasattr(weight, "__tensor_flatten__") and weight.dim() == 2
+        return is_whole and weight.device == beside.device
 
     def absorbed(
         self,
@@ -1009,9 +1027,11 @@ def _scores(query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype) -> torch
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A boolean mask (true: attend) as a mask to add to scores; finite, so that fully masked rows do not become NaN."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
+    """A mask (boolean, true: attend) to add to scores; finite, so that fully masked rows do not become NaN."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        return mask.clamp_min(torch.finfo(mask.dtype).min)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
@@ -1120,6 +1140,19 @@ class LatentGeneration:
         """Static caches get their shape from the first tokens: the heads of a config say nothing of a latent."""
 
 
+def _check_quantisation(config: Any) -> None:
+    """`ValueError` for what loses the latent rows of kv_a_proj_with_mqa, which are thousands of times as small as the
+    rotary rows below them: double quantisation rounds the scales of all blocks of a tensor together."""
+    given = getattr(config, "quantization_config", None) or {}
+    settings = given if isinstance(given, dict) else given.to_dict()
+    kept = settings.get("llm_int8_skip_modules") or ()
+    if settings.get("bnb_4bit_use_double_quant") and not any("kv_a_proj_with_mqa".endswith(name) for name in kept):
+        raise ValueError(
+            "bnb_4bit_use_double_quant loses what this model caches: leave it out, or leave out these layers, "
+            'llm_int8_skip_modules=["kv_a_proj_with_mqa", "lm_head"]'
+        )
+
+
 class DeepseekV3ForCausalLM(LatentGeneration, stock.DeepseekV3ForCausalLM):
     """The stock model with `LatentAttention`.
 
@@ -1136,6 +1169,8 @@ class DeepseekV3ForCausalLM(LatentGeneration, stock.DeepseekV3ForCausalLM):
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__(config)
         folded = getattr(config, "latent_norm_folded", False)
+        if folded:
+            _check_quantisation(config)
         for layer in self.model.layers:
             # changing the class keeps the parameters of the stock class, their initialisation and meta tensors
             layer.self_attn.__class__ = LatentAttention
