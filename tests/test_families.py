@@ -73,6 +73,21 @@ def test_rotary_embeddings_that_are_not_known(change: dict[str, Any], fact: str)
     assert fact in refusal(**change).what
 
 
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"is_causal": False}, "is_causal"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+    ids=str,
+)
+def test_attention_to_later_tokens(change: dict[str, Any], fact: str) -> None:
+    assert fact in refusal(**change).why
+    # the class of the first Gemma passes over it
+    for causal in ({"is_causal": True}, {"model_type": "gemma", "use_bidirectional_attention": True}):
+        assert family_of({"model_type": "llama", "vocab_size": 8} | causal, "config.json")
+
+
 def test_rope_parameters_of_older_configs() -> None:
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     assert rope_parameters(old) == {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}

@@ -10,6 +10,14 @@ from typing import Any
 
 from transmla.errors import UnsupportedError
 
+# of embeddings, residuals and logits, in the configs of some families; classes of others pass over them
+MULTIPLIERS = (
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "final_logit_softcapping",
+)
 # the second is how the first configs of Phi-3 call it
 LONG_ROPE = ("longrope", "su")
 
@@ -230,6 +238,15 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         )
     family = FAMILIES[model_type]
     _check_rotary(family, config, where)
+    both_ways = model_type == "gemma3_text" and config.get("use_bidirectional_attention")
+    if both_ways or config.get("is_causal") is False:
+        raise UnsupportedError(
+            "this model does not predict the next token",
+            where=where,
+            why="its tokens attend to later ones as well "
+            f"({'use_bidirectional_attention' if both_ways else 'is_causal: false'}), so nothing of them can be cached",
+            remedy="use a causal language model; models of embeddings have no cache that could be smaller",
+        )
     return family
 
 

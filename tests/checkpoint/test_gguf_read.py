@@ -7,14 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import transmla
+from tests.conversion.pieces import in_pieces
+from tests.maths.weights import relative
 from transmla.checkpoint.companions import copy_companions, tokenizer
+from transmla.checkpoint.gguf.config import config_of_gguf
 from transmla.checkpoint.read import open_source
 from transmla.errors import SourceError, UnsupportedError
+from transmla.families import FAMILIES, rope_parameters
+from transmla.geometry import gqa_geometry
 from transmla.layouts import LAYOUTS
+from transmla.maths.attention import inverse_frequencies
+from transmla.model.loading import load_source
+from transmla.model.skeleton import source_config, source_frequencies
 
 LAYER = {
     "attn_q": "self_attn.q_proj",
@@ -61,6 +69,8 @@ def write_gguf(
     writer.add_rope_freq_base(5000.0)
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(7)  # wrong on purpose: the embedding knows better
+    if "scale_linear" in fields:
+        writer.add_float32("llama.rope.scale_linear", fields.pop("scale_linear"))
     for method, value in fields.items():
         getattr(writer, method)(value)
     for gguf_name, name in NAMES.items():
@@ -204,6 +214,64 @@ def test_linear_rope_scaling_is_kept_and_others_refused(tmp_path, tensors):
     path = write_gguf(tmp_path / "n.gguf", tensors, add_rope_scaling_type=RopeScalingType.YARN)
     with pytest.raises(UnsupportedError, match="rope scaling is 'yarn'"):
         open_source(path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_scaling_is_linear_where_no_type_is_named(tmp_path, tensors, old):
+    """As for llama.cpp; files of 2023 have another key as well."""
+
+    def written(name, factor):
+        fields = {"scale_linear": factor} if old else {"add_rope_scaling_factor": factor}
+        return open_source(write_gguf(tmp_path / name, tensors, **fields))
+
+    linear = {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}
+    assert written("a.gguf", 4.0).config["rope_parameters"] == linear
+    assert rope_parameters(written("b.gguf", 1.0).config)["rope_type"] == "default"
+
+
+@pytest.mark.parametrize("kind", ["plain", "linear", "factors"])
+def test_the_source_that_teaches_is_the_one_that_is_converted(tmp_path, tensors, kind):
+    """transformers leaves out what GGUF says of scaling."""
+    from gguf import RopeScalingType
+
+    fields = {
+        "plain": {},
+        "linear": {"add_rope_scaling_type": RopeScalingType.LINEAR, "add_rope_scaling_factor": 4.0},
+        "factors": {"extra_tensors": {"rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}},
+    }[kind]
+    source = open_source(write_gguf(tmp_path / "m.gguf", tensors, **fields))
+    ids_1T = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted = load_source(source)(ids_1T).logits[0]
+    assert relative(in_pieces(source, ids_1T), wanted) < 1e-5
+
+
+def test_gemma_3_says_less_in_a_file_than_it_is(tmp_path):
+    """Only layers that attend to everything are stretched, and the largest model scales its scores in its own way."""
+    from gguf import RopeScalingType
+
+    def written(layers, heads, width):
+        writer = GGUFWriter(path := tmp_path / f"{layers}.gguf", "gemma3")
+        for method, value in {
+            "block_count": layers, "context_length": 64, "embedding_length": 336, "feed_forward_length": 64,
+            "head_count": heads, "head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "rope_freq_base": 1e6,
+            "key_length": width, "value_length": width, "vocab_size": 32, "sliding_window": 16,
+            "rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": 8.0,
+        }.items():  # fmt: skip
+            getattr(writer, f"add_{method}")(value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return config_of_gguf(GGUFReader(path), path, FAMILIES["gemma3_text"])
+
+    small, large = written(6, 4, 256), written(62, 2, 128)
+    assert small["query_pre_attn_scalar"] == 256 and large["query_pre_attn_scalar"] == 168
+    geometry = gqa_geometry(small, "config.json")
+    plain_P = inverse_frequencies(1e6, 256)
+    for index, wanted_P in ((0, inverse_frequencies(1e4, 256)), (5, plain_P / 8)):
+        found_P, _ = source_frequencies(source_config(small), geometry, FAMILIES["gemma3_text"], index)
+        assert torch.allclose(found_P, wanted_P, rtol=1e-5)
 
 
 def test_unsupported_architectures_and_tensors(tmp_path, tensors):

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from tests.families import lively_config, lively_model
+from transmla.checkpoint.read import Source
 from transmla.conversion.streams import Streams
 from transmla.families import FAMILIES
 from transmla.geometry import gqa_geometry
 from transmla.model.layer import SourceLayer, build_layer
-from transmla.model.skeleton import skeleton
+from transmla.model.skeleton import complete_config, skeleton
+from transmla.model.source import SourceModel
 
 CPU = torch.device("cpu")
 
@@ -46,3 +48,15 @@ def random_streams(
     positions_NT = torch.arange(tokens).repeat(windows, 1)
     positions_NT[::2, tokens // 2 :] += gap
     return Streams(source_NTD, converted_NTD, heldout, device, None, positions_NT=positions_NT)
+
+
+def in_pieces(source: Source, ids_1T: Tensor) -> Tensor:
+    """Logits [T, V] as the converter computes them, layer by layer."""
+    geometry = gqa_geometry(complete_config(source.config), "config.json")
+    found = SourceModel(source, FAMILIES[source.config["model_type"]], geometry, CPU)
+    with torch.no_grad():
+        (stream_TD,) = found.embed(ids_1T)
+        for index in range(geometry.num_hidden_layers):
+            layer = found.layer(index)
+            stream_TD = layer.through(stream_TD, layer.attention)
+        return found.ends(torch.float32).logits(stream_TD)

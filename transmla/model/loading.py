@@ -37,7 +37,7 @@ from transmla.model.modeling_transmla import (
     UnfoldedConfig,
     UnfoldedForCausalLM,
 )
-from transmla.model.skeleton import complete_config, corrections, source_config
+from transmla.model.skeleton import complete_config, corrections, source_config, strays
 from transmla.recipe import Recipe, find_recipe, load_recipe
 
 # model_type -> class of a converted folder
@@ -105,14 +105,15 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
         options["quantization_config"] = FineGrainedFP8Config.from_dict(settings)
     if source.format != "gguf":
         with loadable(source):
-            if source.whole is not None or corrections(source.config):
+            if source.whole is not None or corrections(source.config) or strays(source.config):
                 options["config"] = source_config(source.config)
             if source.whole is not None:
                 options["key_mapping"] = {f"^{re.escape(inside)}": alone for inside, alone in PREFIXES}
             model = AutoModelForCausalLM.from_pretrained(str(source.path), **options)
         return model.to(device).eval()
     with loadable(source):
-        model = AutoModelForCausalLM.from_pretrained(str(source.path.parent), gguf_file=source.path.name, **options)
+        options |= {"config": source_config(source.config), "gguf_file": source.path.name}
+        model = AutoModelForCausalLM.from_pretrained(str(source.path.parent), **options)
     if source.rope_frequency_factors is not None:  # transformers ignores these
         inv_freq = model.model.rotary_emb.inv_freq
         inv_freq /= torch.tensor(source.rope_frequency_factors)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transmla.checkpoint.read import Source
 from transmla.errors import SourceError
-from transmla.families import Family, rope_parameters, rotary_dim
+from transmla.families import MULTIPLIERS, Family, rope_parameters, rotary_dim
 from transmla.layouts import LAYOUTS, Layout
 from transmla.model.known_settings import IGNORED, is_known, is_usual_rotary
 
@@ -76,6 +76,8 @@ def outline_of_layout(config: Mapping[str, Any], family: Family) -> Outline | No
     settings = {key: value for key, value in config.items() if key not in IGNORED}
     if not is_known(settings) or not settings.keys() >= {*_NEEDED, *layout.needed}:
         return None
+    if any(key in settings and key not in layout.defaults for key in MULTIPLIERS):
+        return None  # the class may pass over it
     values = dict(layout.defaults) | settings
     if "num_experts" in settings:  # the same under another name
         if settings.get("num_local_experts", settings["num_experts"]) != settings["num_experts"]:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from transmla.families import (
+    MULTIPLIERS,
     Family,
     fixed_rotary,
     has_rotary_kinds,
@@ -42,9 +44,15 @@ def corrections(config: Mapping[str, Any]) -> dict[str, Any]:
     return fixed_rotary(config) | ({"sliding_window": None} if isinstance(window, int) and window <= 0 else {})
 
 
+def strays(config: Mapping[str, Any]) -> list[str]:
+    """Keys of other families in a config, which its class does not look at: left over from another export."""
+    known = CONFIG_MAPPING[config["model_type"]]
+    return [key for key in MULTIPLIERS if key in config and not hasattr(known, key)]
+
+
 def source_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """The transformers config object for a parsed config.json; code from the checkpoint is never run."""
-    left_out = ("auto_map", "model_type", "torch_dtype", "quantization_config")
+    left_out = ("auto_map", "model_type", "torch_dtype", "quantization_config", *strays(config))
     values = {key: value for key, value in config.items() if key not in left_out} | corrections(config)
     return AutoConfig.for_model(config["model_type"], **values)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transmla.checkpoint.store import TensorInfo
 from transmla.errors import SourceError, UnsupportedError
-from transmla.families import FAMILIES, Family
+from transmla.families import FAMILIES, Family, has_rotary_kinds
 from transmla.layouts import LAYOUTS
 
 if TYPE_CHECKING:
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # names and paths of the machine that reads, and what describes the blocks that are about to be dequantised
 _NOT_OF_THE_MODEL = ("_name_or_path", "_model_name_or_path", "quantization_config")
+# of Gemma 3, whose scores are scaled by hidden size over heads, not by the width of a head
+_LAYERS_OF_27B = 62
 
 
 # metadata -> its name in config.json
@@ -72,6 +74,8 @@ def sizes_of_gguf(reader: "GGUFReader", path: Path, family: Family) -> dict[str,
     if any(type(found[key]) is not int for key in _NEEDED):
         return None
     config = {key: value for key, value in found.items() if value is not None} | {"model_type": family.model_type}
+    if layout.rotary_kinds and _linear_factor(reader, path, family) is not None:
+        return None
     return _with_scaling(config, reader, path, family)
 
 
@@ -92,18 +96,33 @@ def config_of_gguf(reader: "GGUFReader", path: Path, family: Family) -> dict[str
             remedy="convert from the original safetensors folder",
         ) from error
     config = _with_scaling(config, reader, path, family)
+    if family.model_type == "gemma3_text" and config["num_hidden_layers"] == _LAYERS_OF_27B:
+        # which the file does not say; llama.cpp knows it by the number of layers, too
+        config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
     return {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL and value is not None}
 
 
 def _with_scaling(config: dict[str, Any], reader: "GGUFReader", path: Path, family: Family) -> dict[str, Any]:
-    scaling = _field(reader, f"{family.gguf_architecture}.rope.scaling.type") or "none"
-    if scaling == "linear":
-        factor = float(_field(reader, f"{family.gguf_architecture}.rope.scaling.factor"))
+    factor = _linear_factor(reader, path, family)
+    if factor is not None:
         plain = config.get("rope_parameters") or {"rope_theta": config.pop("rope_theta", 10000.0)}
-        config["rope_parameters"] = plain | {"rope_type": "linear", "factor": factor}
-    elif scaling != "none":
-        raise unsupported_gguf(path, f"its rope scaling is {scaling!r}, whose numbers GGUF keeps only in part")
+        scaled = {"rope_type": "linear", "factor": factor}
+        if has_rotary_kinds(config):  # layers with a window turn as they did before the context was stretched
+            config["rope_parameters"] = {**plain, "full_attention": plain["full_attention"] | scaled}
+        else:
+            config["rope_parameters"] = plain | scaled
     return config
+
+
+def _linear_factor(reader: "GGUFReader", path: Path, family: Family) -> float | None:
+    """By what positions are divided; None if they are not. The type is linear where none is named, as for llama.cpp,
+    and older files have another key."""
+    keys = (f"{family.gguf_architecture}.rope.{key}" for key in ("scaling.factor", "scale_linear"))
+    factor = next((float(found) for key in keys if (found := _field(reader, key))), None)
+    named = _field(reader, f"{family.gguf_architecture}.rope.scaling.type")
+    if named not in ("none", "linear", None):
+        raise unsupported_gguf(path, f"its rope scaling is {named!r}, whose numbers GGUF keeps only in part")
+    return factor if factor != 1 and named != "none" else None
 
 
 def correct_from_tensors(config: dict[str, Any], tensors: Mapping[str, TensorInfo], family: Family) -> None:
