@@ -253,6 +253,10 @@ def test_long_windows_are_shortened_as_well(
     with pytest.raises(KeyboardInterrupt):
         transmla.heal(converted, tmp_path / "out", **SETTINGS | {"data": str(text_file)}, long_share=0.5)
     assert seen == [256, 256]
+    with pytest.raises(RecipeError, match=r"not longer than the others(?s:.*)256 tokens"):
+        transmla.heal(
+            converted, tmp_path / "out", **SETTINGS | {"data": str(text_file), "window": 1000}, long_share=0.5
+        )
 
 
 def test_kept_predictions_train_like_the_source_itself(converted: Path, text_file: Path, tmp_path: Path) -> None:
@@ -330,6 +334,7 @@ def test_a_gain_is_nearer_to_the_source_and_no_worse_on_the_text(
         ({"layerwise": 0.5, "checkpointing": True}, RecipeError, "`layerwise` and `checkpointing`"),
         ({"layerwise": 0.5, "compile": True}, RecipeError, "`layerwise` and `compile`"),
         ({"long_share": 0.1, "cached": True}, RecipeError, "`long_share` and `cached`"),
+        ({"long_share": 0.1, "window": 4096}, RecipeError, "not longer than the others"),
         ({"on_policy": 1.5}, RecipeError, "cannot be 1.5"),
         ({"lora": 4, "train": "all"}, RecipeError, "adapters can only be trained on the attention"),
         ({"device": "cuda:1"}, UnsupportedError, "healing does not run on cuda:1"),

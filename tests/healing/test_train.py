@@ -1,6 +1,8 @@
 """Tokens to steps, losses to recoveries, logs to curves."""
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import EvalPrediction
 from transmla.healing.choice import with_mix
 from transmla.healing.curves import healing_curve, write_curve
 from transmla.healing.pace import Clock, multiply_adds, times_floor
-from transmla.healing.schedule import learning_rate, rest_rate, schedule
+from transmla.healing.schedule import Schedule, learning_rate, rest_rate, schedule
 from transmla.healing.scores import by_text, divergence_at_start
 from transmla.healing.train import Batches, Healer, arguments, last_checkpoint, precision_on
 from transmla.processes import Processes
@@ -72,8 +74,8 @@ def test_adapters_may_start_at_nothing(tmp_path: Path) -> None:
 def test_a_single_step_has_a_rate(tmp_path: Path, tokens: int, steps: int, warmup: int) -> None:
     settings = Healing(tokens=tokens, window=1024, batch=16)
     plan = schedule(settings, 1)
-    given = arguments(settings, plan, 0.01, tmp_path, "cpu")
-    assert (plan.steps, given.warmup_steps) == (steps, warmup)
+    rates = rates_of(settings, plan, tmp_path)
+    assert plan.steps == len(rates) == steps and rates.index(0.01) == warmup
 
 
 def test_each_process_exchanges_its_share(tmp_path: Path) -> None:
@@ -93,18 +95,26 @@ def test_each_process_exchanges_its_share(tmp_path: Path) -> None:
         assert found == [0, 0, 0, 7]
 
 
-def test_rates_rise_and_fall(tmp_path: Path) -> None:
-    """From nothing to the whole rate in the first steps, then along a cosine to nothing."""
-    settings = Healing(tokens=100 * 1024, window=1024, batch=1, warmup=0.1)
-    plan = schedule(settings, 1)
+def rates_of(settings: Healing, plan: Schedule, folder: Path) -> list[float]:
+    """Of each step, as the Trainer has them."""
     model = torch.nn.Linear(8, 8, bias=False)
-    trainer = Healer(model=model, args=arguments(settings, plan, 0.01, tmp_path, "cpu"), eval_dataset=[])
+    trainer = Healer(model=model, args=arguments(settings, plan, 0.01, folder, "cpu"), eval_dataset=[])
+    trainer.share_of_rate = partial(plan.share_of_rate, warmup=settings.warmup)
     trainer.create_optimizer_and_scheduler(plan.steps)
     rates = []
     for _ in range(plan.steps):
         rates.append(trainer.optimizer.param_groups[0]["lr"])
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.0
+    return rates
+
+
+def test_rates_rise_and_fall(tmp_path: Path) -> None:
+    """From nothing to the whole rate in the first steps, then along a cosine to nothing."""
+    settings = Healing(tokens=100 * 1024, window=1024, batch=1, warmup=0.1)
+    plan = schedule(settings, 1)
+    rates = rates_of(settings, plan, tmp_path)
     assert plan.steps == 100 and rates[:11] == pytest.approx([number / 1000 for number in range(11)])
     assert rates[55] == pytest.approx(0.005) and rates[32] == pytest.approx(0.005 * (1 + math.cos(math.pi * 22 / 90)))
     assert 0 < rates[99] < 1e-5
@@ -221,6 +231,35 @@ def test_long_windows_take_their_share_of_the_tokens() -> None:
     assert plan.num_windows == 352, "nine tenths of the tokens come in short windows"
     assert schedule(Healing(tokens=400_000, micro=16, long_share=0.5), 1).long_rows == 4
     assert schedule(Healing(), 1).long_steps == 0
+    # as many windows a step as there are tokens for, however few of them come in short windows
+    assert schedule(Healing(tokens=100_000_000, long_share=0.9), 1).batch == 64
+
+
+def test_long_windows_have_rates_of_their_own(tmp_path: Path) -> None:
+    """In the last tenth of the tokens a single cosine has a hundredth of all that it moves."""
+    settings = Healing(tokens=400_000, window=1024, long_share=0.1, long_window=4096, batch=1)
+    plan = schedule(settings, 1)
+    rates = rates_of(settings, plan, tmp_path)
+    short, long = rates[: plan.short_steps], rates[plan.short_steps :]
+    assert short == rates_of(settings, replace(plan, steps=plan.short_steps, long_steps=0), tmp_path)
+    assert long == rates_of(settings, replace(plan, steps=plan.long_steps, long_steps=0), tmp_path)
+    assert sum(long) / sum(rates) == pytest.approx(plan.long_steps / plan.steps, rel=0.1)
+    assert plan.share_of_rate(0, 0.05) == 0.0
+    one = replace(plan, steps=plan.short_steps + 1, long_steps=1)
+    assert one.share_of_rate(plan.short_steps, 0.05) == 1.0, "a single step is not spent on rising"
+
+
+@pytest.mark.parametrize(("precision", "wanted"), [("float32", "no"), ("bfloat16", "bf16")])
+def test_the_precision_is_not_that_of_accelerate_s_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, wanted: str
+) -> None:
+    """`accelerate launch` hands it on, whatever is asked for."""
+    for said in ("bf16", "fp16", "no"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", said)
+        settings = Healing(precision=precision)
+        given = arguments(settings, schedule(settings, 1), 0.01, tmp_path, "cpu")
+        assert given.mixed_precision == wanted
+        assert Healer(model=torch.nn.Linear(2, 2), args=given, eval_dataset=[]).accelerator.mixed_precision == wanted
 
 
 def test_long_windows_are_dealt_to_processes_batches_and_steps(tmp_path: Path) -> None:

@@ -155,6 +155,20 @@ def test_empty_conversations_are_passed_over(nothing_said: Any) -> None:
     assert rendered(row, tokenizer, "chats").text == "<user>hi<assistant>ho"
 
 
+def test_rows_with_turns_and_a_text() -> None:
+    """Data for instruction tuning often have both; where only answers are learned, it is the turns that tell."""
+    tokenizer = Letters()
+    tokenizer.chat_template = "something"
+    turns = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    asked = {"prompt": "hi", "completion": "ho"}
+    for row, text, answers in ((turns, "<user>hi<assistant>ho", ((19, 21),)), (asked, "hiho", ((2, 4),))):
+        found = rendered(row | {"text": "written"}, tokenizer, "chats")
+        assert (found.text, found.answers) == (text, answers)
+        assert rendered(row | {"text": "written"}, tokenizer, "chats", answers=False).text == "written"
+    assert rendered(turns, tokenizer, "chats", answers=False).answers is None, "which take as long as the template"
+    assert rendered(turns | {"text": "written"}, Letters(), "chats").text == "written", "there is no template"
+
+
 def test_rows_without_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 3}', encoding="utf-8")
     with pytest.raises(DataError, match="a row has no text") as caught:

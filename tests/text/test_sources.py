@@ -9,7 +9,7 @@ from transmla.errors import DataError
 from transmla.model.loading import load_tokenizer
 from transmla.recipe import find_recipe, load_recipe
 from transmla.text.mixes import needs_source
-from transmla.text.sources import place_of, read_text, rows
+from transmla.text.sources import dataset_of, place_of, read_text, rows
 from transmla.text.windows import calibration_tokens
 
 
@@ -103,3 +103,42 @@ def test_a_path_is_not_looked_for_on_the_hub(name: str, tmp_path: Path, monkeypa
         with pytest.raises(DataError, match="no such file") as caught:
             read()
         assert caught.value.remedy == "check the path"
+
+
+def test_splits_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ultrachat has them: none is called train."""
+    folder = tmp_path / "chats"
+    (folder / "data").mkdir(parents=True)
+    for split in ("train_sft", "test_sft"):
+        (folder / "data" / f"{split}-00000-of-00001.jsonl").write_text(json.dumps({"text": split}) + "\n", "utf-8")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train_sft", "test_sft"))
+        + "---\n",
+        "utf-8",
+    )
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for split in ("train_sft", "test_sft"):
+        for name in (f"{folder}@{split}", f"{folder}:default@{split}"):
+            assert list(rows(name)) == [{"text": split}] and place_of(name) == folder
+    with pytest.raises(DataError, match="OWNER/NAME@SPLIT"):
+        list(rows(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("owner/name", ("owner/name", "", "")),
+        ("owner/name:config", ("owner/name", "config", "")),
+        ("owner/name@train_sft", ("owner/name", "", "train_sft")),
+        ("owner/name:config@test", ("owner/name", "config", "test")),
+        ("owner/name@a/b", ("owner/name@a/b", "", "")),
+    ],
+)
+def test_parts_of_a_name(name: str, parts: tuple[str, str, str]) -> None:
+    assert dataset_of(name) == parts
+
+
+def test_a_folder_with_an_at(tmp_path: Path) -> None:
+    (tmp_path / "data@home").mkdir()
+    assert dataset_of(f"{tmp_path}/data@home") == (f"{tmp_path}/data@home", "", "")

@@ -120,6 +120,10 @@ def _contradictions(settings: Healing) -> None:
         (settings.long_share > 0 and settings.cached, "long_share and cached",
          "`long_share` and `cached` cannot be combined", "predictions are stored of windows of one length",
          "use one of the two"),
+        (settings.long_share > 0 and settings.long_window <= settings.window, "long_window and window",
+         "long windows are not longer than the others",
+         f"{settings.long_window:,} tokens, at most the context, and the others have {settings.window:,}",
+         "give a larger --long-window or a smaller --window, or leave out long_share"),
     ):  # fmt: skip
         if is_there:
             raise RecipeError(what, where=where, why=why, remedy=remedy)

@@ -191,7 +191,7 @@ def heal(
     return HealReport(
         parent, target, source_name, tuple(trained.before), trained.before, trained.after, trained.tokens, plan.steps,
         trained.best_step, trained.num_trained, trained.rate,
-        min(plan.num_windows, plan.windows_seen) * options.window, passes,
+        min(plan.num_windows, plan.windows_seen) * options.window + plan.long_windows * options.long_window, passes,
         _raised(trained), time.monotonic() - started, trained.clock.rate if trained.clock else 0.0, of_floor,
         options.latent_bits,
     )  # fmt: skip

@@ -34,7 +34,7 @@ from transmla.text.documents import Text, mixed, open_text
 from transmla.text.mixes import SELF, Part, names_of, parse_mix
 from transmla.text.packing import pack
 from transmla.text.sampling import TEXT_LENGTH, sample_texts
-from transmla.text.sources import place_of
+from transmla.text.sources import dataset_of, place_of
 
 # predictions stored for each token where the recipe does not set top_k
 CACHED_TOP_K = 64
@@ -215,13 +215,14 @@ class Preparation:
         return model.to(self.device)
 
 
-def _identity(name: str) -> tuple[str, str]:
+def _identity(name: str) -> tuple[str, str, str]:
     """Of the text of this name: a file or folder may be written in several ways, a default configuration left out."""
     place = place_of(name)
     if place is not None and place.is_file():
-        return os.path.realpath(place), ""
-    dataset, _, config = name.partition(":")
-    return dataset if place is None else os.path.realpath(place), "" if config == "default" else config
+        return os.path.realpath(place), "", ""
+    dataset, config, split = dataset_of(name)
+    whole = dataset if place is None else os.path.realpath(place)
+    return whole, "" if config == "default" else config, split or "train"
 
 
 def is_sharded() -> bool:

@@ -54,6 +54,15 @@ class Schedule:
         """Long windows in all steps together."""
         return self.long_steps * self.long_batch
 
+    def share_of_rate(self, step: int, warmup: float) -> float:
+        """Of the largest rate, in this step: it rises over the first steps, `warmup` of them, and falls along a cosine
+        to nothing; on long windows it does so again. At the end of one cosine over all they would teach nothing."""
+        first, count = (0, self.short_steps) if step < self.short_steps else (self.short_steps, self.long_steps)
+        at, rising = step - first, min(math.ceil(warmup * count), count - 1)
+        if at >= count:
+            return 0.0
+        return at / rising if at < rising else (1 + math.cos(math.pi * (at - rising) / (count - rising))) / 2
+
     def tokens(self, step: int) -> int:
         """Tokens trained on in the first `step` steps."""
         short = min(step, self.short_steps)
@@ -69,7 +78,7 @@ def schedule(settings: Healing, num_processes: int) -> Schedule:
     at_once = settings.micro * num_processes
     tokens_long = settings.long_share * settings.tokens
     windows_seen = max(1, round((settings.tokens - tokens_long) / settings.window))
-    batch = settings.batch or min(LARGEST_BATCH, max(1, windows_seen // STEPS_WANTED))
+    batch = settings.batch or min(LARGEST_BATCH, max(1, round(settings.tokens / settings.window) // STEPS_WANTED))
     accumulated = math.ceil(batch / at_once)
     batch = accumulated * at_once
     long_rows = max(1, settings.micro * settings.window // settings.long_window)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import ConcatDataset, RandomSampler
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -69,8 +70,6 @@ def arguments(settings: Healing, plan: Schedule, rate: float, folder: Path, devi
         per_device_eval_batch_size=settings.micro,
         gradient_accumulation_steps=plan.accumulated,
         learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(math.ceil(settings.warmup * plan.steps), plan.steps - 1),  # whose first step has no rate
         max_grad_norm=0.0,  # no clipping: the size of RelativeAdam's steps does not depend on that of the gradients
         bf16=settings.precision == "bfloat16",
         use_cpu=device == "cpu",
@@ -94,6 +93,8 @@ def arguments(settings: Healing, plan: Schedule, rate: float, folder: Path, devi
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    # or what `accelerate config` says would hold in the place of float32
+    trainer_arguments.mixed_precision = "bf16" if trainer_arguments.bf16 else "no"
     # one GPU per process; Trainer would otherwise wrap the model in DataParallel
     trainer_arguments._n_gpu = min(1, trainer_arguments.n_gpu)
     return trainer_arguments
@@ -182,6 +183,7 @@ def distil(
         callbacks=callbacks,
     )
     trainer.batches, trainer.rest_rate = batches, rates[1]
+    trainer.share_of_rate = partial(plan.share_of_rate, warmup=settings.warmup)
     trainer.remove_callback(PrinterCallback)
     sizes = {name: parameter.numel() for name, parameter in student.named_parameters() if parameter.requires_grad}
     checkpoint = last_checkpoint(folder) if processes.first else None
@@ -246,10 +248,12 @@ class Healer(Trainer):
 
     batches:   makes each batch of training from the one that was drawn; None: it is as it is
     rest_rate: rate of what is trained outside the attention; None: that of the arguments
+    share_of_rate: step -> share of these rates
     """
 
     batches: Batches | None = None
     rest_rate: float | None = None
+    share_of_rate: Callable[[int], float] | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
         """All windows in a new order again and again, for all steps: the Trainer would end a pass with a step of fewer
@@ -271,6 +275,13 @@ class Healer(Trainer):
             inputs = self.batches.batch(self.state.global_step, self._prepare_inputs(inputs))
         found: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return found
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The rates by `share_of_rate`, created on the first call."""
+        if self.lr_scheduler is None and self.share_of_rate is not None:
+            given = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(given, self.share_of_rate)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, created on the first call. Adapters start at zero, so they get a least step size."""

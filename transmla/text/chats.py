@@ -33,17 +33,25 @@ class Rendered:
         return any(start <= place < end for start, end in self.answers or ())
 
 
-def rendered(row: dict[str, Any], tokenizer: Any, name: str) -> Rendered:
-    """The text of a row; `DataError` if it has none. name: of the data, for messages"""
-    if isinstance(row.get(TEXT_COLUMN), str):
-        return Rendered(row[TEXT_COLUMN])
+def rendered(row: dict[str, Any], tokenizer: Any, name: str, *, answers: bool = True) -> Rendered:
+    """The text of a row; `DataError` if it has none.
+
+    name:    of the data, for messages
+    answers: whether it is wanted where they are. Then a row that has its turns and a text as well, in which nobody
+             knows where they are, is its turns; otherwise it is the text
+    """
+    text = row.get(TEXT_COLUMN)
+    if isinstance(text, str) and not answers:
+        return Rendered(text)
     messages, prompt, completion = _turns(row.get(MESSAGES)), row.get(PROMPT), row.get(COMPLETION)
-    if messages:
-        return _chat(messages, tokenizer, name)
+    if isinstance(prompt, list) and isinstance(completion, list) and prompt and completion and not messages:
+        messages = [*prompt, *completion]
+    if messages and (not isinstance(text, str) or getattr(tokenizer, "chat_template", None)):
+        return _chat(messages, tokenizer, name, answers)
     if isinstance(prompt, str) and isinstance(completion, str):
         return Rendered(prompt + completion, answers=((len(prompt), len(prompt) + len(completion)),))
-    if isinstance(prompt, list) and isinstance(completion, list) and prompt and completion:
-        return _chat([*prompt, *completion], tokenizer, name)
+    if isinstance(text, str):
+        return Rendered(text)
     cells = [row[column] for column in (TEXT_COLUMN, MESSAGES, PROMPT, COMPLETION) if column in row]
     turns = [row.get(column) for column in (MESSAGES, PROMPT, COMPLETION)]
     if None in cells or [] in turns:
@@ -66,7 +74,7 @@ def _turns(cell: Any) -> Any:
     return cell
 
 
-def _chat(messages: list[dict[str, Any]], tokenizer: Any, name: str) -> Rendered:
+def _chat(messages: list[dict[str, Any]], tokenizer: Any, name: str, answers: bool) -> Rendered:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the tokenizer has no chat template",
@@ -75,7 +83,7 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any, name: str) -> Rendered
             remedy=f"use data with a `{TEXT_COLUMN}` column, or a model with a chat template",
         )
     text = templated(tokenizer, messages, name)
-    return Rendered(text, True, _answers(messages, text, tokenizer, name))
+    return Rendered(text, True, _answers(messages, text, tokenizer, name) if answers else None)
 
 
 _REMEDY = f"check the {MESSAGES} of the data, or use data with a `{TEXT_COLUMN}` column"

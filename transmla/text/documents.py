@@ -127,7 +127,7 @@ def open_text(
             yield from _begun(_pieces(_tokens_of(text, tokenizer), length), tokenizer, begin)
         else:
             for row in maths.rows() if is_chat else rows(part.name):
-                if (found := rendered(row, tokenizer, part.name)).text:
+                if (found := rendered(row, tokenizer, part.name, answers=completion_only)).text:
                     yield tokenised(found)
 
     return Text(part, lambda: (document for document in documents() if len(document) > 1), is_cut)

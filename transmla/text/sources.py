@@ -9,12 +9,13 @@ maths            worked problems of school mathematics, made by rules (maths.py)
 stories          what stories260k, the model that ships with the package, writes by itself
 wikitext-valid, tinystories-valid   for evaluation only
 FILE             .txt as it is; .jsonl, .json, .parquet, .csv row by row
-DATASET          hub id, optionally OWNER/NAME:CONFIG; its train split, streamed
+DATASET          hub id, optionally OWNER/NAME:CONFIG@SPLIT; its train split if none is named, streamed
 """
 
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -54,6 +55,16 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
     return _read_column(name, max_characters)
 
 
+def dataset_of(name: str) -> tuple[str, str, str]:
+    """Dataset, configuration and split of OWNER/NAME:CONFIG@SPLIT, each of the last two "" where it is not there."""
+    whole = name.partition(":")[0]
+    found = re.fullmatch(r"(.*)@(\w+)", name)
+    is_folder = "@" in whole and local(whole) is not None  # which may have such a name itself
+    name, split = (found[1], found[2]) if found and not is_folder else (name, "")
+    dataset, _, config = name.partition(":")
+    return dataset, config, split
+
+
 def check_name(name: str, *, evaluation: bool = False) -> None:
     """`DataError` for what names no text; nothing is read, and no dataset looked for. evaluation: see `read_text`"""
     if name in SHIPPED_VALIDATION and not evaluation:
@@ -65,7 +76,7 @@ def check_name(name: str, *, evaluation: bool = False) -> None:
         )
     if name == maths.NAME or name in SHIPPED or name in SHIPPED_VALIDATION:
         return
-    path, dataset = local(name), name.partition(":")[0]
+    path, dataset = local(name), dataset_of(name)[0]
     if (path is not None and path.is_file()) or (path is None and "/" in name and not looks_like_path(dataset)):
         return
     if path is None and "/" in name:
@@ -96,13 +107,13 @@ def place_of(name: str) -> Path | None:
     path = local(name)
     if path is not None and path.is_file():
         return path
-    folder = local(name.partition(":")[0])
+    folder = local(dataset_of(name)[0])
     return folder if folder is not None and is_table(name) and folder.is_dir() else None
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table file, or of the train split of a dataset, streamed; raises `DataError`."""
-    path, dataset = local(name), name.partition(":")[0]
+    path, (dataset, config, split) = local(name), dataset_of(name)
     if path is None and local(dataset) is None and looks_like_path(dataset):
         raise _no_such_file(name)
     needs("data", "text from a table or a dataset")
@@ -116,16 +127,15 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
             files = glob.escape(str(path))
             found = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **plain)
         else:
-            dataset, _, config = name.partition(":")
-            found = datasets.load_dataset(dataset, config or None, split="train", streaming=True)
+            found = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
         yield from found
     except Exception as error:  # datasets raises whatever its readers raise
         raise DataError(
             f"cannot read the dataset {name}",
             where=name,
             why=f"{type(error).__name__}: {error}",
-            remedy="check the name, the connection and that it has a train split; files are .txt, .jsonl, .parquet or "
-            ".csv",
+            remedy="check the name and the connection; of a dataset without a split train, name one: OWNER/NAME@SPLIT; "
+            "files are .txt, .jsonl, .parquet or .csv",
         ) from error
 
 
