@@ -110,28 +110,14 @@ def test_a_text_is_known_by_all_its_names(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "data" / "ds").mkdir(parents=True)
     (tmp_path / "data" / "text.txt").touch()
     (tmp_path / "link").symlink_to(tmp_path / "data")
-    folder = {
-        "data/ds",
-        "data/ds/",
-        "./data/ds",
-        "link/ds",
-        str(tmp_path / "data" / "ds"),
-        "data/ds:default",
-        "data/ds@train",
-    }
+    whole = str(tmp_path / "data" / "ds")
+    folder = {"data/ds", "data/ds/", "./data/ds", "link/ds", whole, "data/ds:default", "data/ds@train"}
     for same in (folder, {"data/text.txt", "./data/text.txt", "link/text.txt"}, {"owner/name", "owner/name:default"}):
         assert len(set(map(_identity, same))) == 1
     others = (
-        "data/ds",
-        "data/ds:other",
-        "data/ds@test",
-        "data/ds:other@test",
-        "data/text.txt",
-        "owner/name",
-        "owner/name:other",
-        "owner/other",
-        "wikitext",
-    )
+        "data/ds", "data/ds:other", "data/ds@test", "data/ds:other@test", "data/text.txt", "owner/name",
+        "owner/name:other", "owner/other", "wikitext",
+    )  # fmt: skip
     assert len(set(map(_identity, others))) == len(others)
 
 
