@@ -277,6 +277,14 @@ def test_behind_the_begin_token(converted: Path, tmp_path: Path) -> None:
     assert "behind the begin token (1)" in result.output, result.output
 
 
+def test_a_gate_of_a_suite_is_changed_alone(converted: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gates.toml"
+    path.write_text("generation = 8\n[gates]\nperplexity = 1.9\nloops = 0.01\n")
+    given: dict[str, Any] = {"text": "tinystories-valid", "windows": 2, "length": 32, "dtype": "float32"}
+    report = transmla.evaluate(converted, "stories260k", suite=str(path), gates={"perplexity": 0.1}, **given)
+    assert {gate.name: gate.wanted for gate in report.gates} == {"perplexity tinystories-valid": 0.1, "loops": 0.01}
+
+
 def test_a_gate_that_was_not_measured_is_missed(converted: Path, suite: str) -> None:
     given: dict[str, Any] = {"windows": 2, "length": 32, "dtype": "float32"}
     report = transmla.evaluate(

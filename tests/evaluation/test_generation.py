@@ -25,6 +25,7 @@ from transmla.evaluation.generation import (
     written,
 )
 from transmla.evaluation.suite import Suite
+from transmla.evaluation.tasks import _groups
 from transmla.model.loading import load_tokenizer
 
 STORIES = resolve("stories260k").path
@@ -143,6 +144,35 @@ def test_the_gates_on_needles_and_tasks() -> None:
         "needles 64": 0.5, "needles 128": 0.95, "tasks piqa": pytest.approx(0.75),
     }  # fmt: skip
     assert [gate.passed for gate in gates] == [False, True, False]
+
+
+def test_the_gate_on_a_group_is_on_its_own_result() -> None:
+    """Of its many small parts each is noise; of a group without a result, they are all that there is."""
+    suite = Suite(gates={"tasks": 0.9}, tasks=("mmlu",))
+
+    def made(group: str, *shares: float) -> dict[str, Any]:
+        names = ["mmlu", *(f"mmlu_{number}" for number in range(1, len(shares)))] if group else ["a", "b"]
+        rows = [
+            {"task": name, "metric": "acc", "value": share, "standard_error": 0.1, "higher_is_better": True,
+             "values": [], "group": group if name != group else ""}
+            for name, share in zip(names, shares, strict=True)
+        ]  # fmt: skip
+        return {"texts": {}, "tasks": rows}
+
+    (gate,) = judged(suite, made("mmlu", 0.95, 0.5, 1.4), made("mmlu", 1.0, 1.0, 1.0), [])
+    assert (gate.name, gate.found, gate.passed) == ("tasks mmlu", 0.95, True)
+    gates = judged(suite, made("", 0.95, 0.5), made("", 1.0, 1.0), [])
+    assert [(gate.name, gate.passed) for gate in gates] == [("tasks a", True), ("tasks b", False)]
+
+
+def test_parts_of_groups_are_known() -> None:
+    """Of groups within groups, and of groups that are names alone."""
+    score = {"acc,none": 0.5, "alias": "x"}
+    found = {
+        "results": {"mmlu": score, "mmlu_stem": score, "physics": score, "tag": {"alias": "tag"}, "one": score},
+        "group_subtasks": {"mmlu": ["mmlu_stem"], "mmlu_stem": ["physics"], "tag": ["one"]},
+    }
+    assert _groups(found) == {"mmlu_stem": "mmlu", "physics": "mmlu"}
 
 
 def _repeating(share: float) -> dict[str, Any]:

@@ -138,11 +138,24 @@ def only_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("only_own_tasks")
 @pytest.mark.filterwarnings("ignore")
 def test_task_equals_plain_scoring(
-    model: Any, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any,
+    task_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    from lm_eval import simple_evaluate
+
+    def loud(*args: Any, **kwargs: Any) -> Any:
+        print("Determined largest batch size: 4")  # as lm-eval does where it looks for it
+        return simple_evaluate(*args, **kwargs)
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", loud)
     found = {one.metric: one for one in run_tasks(model, tokenizer, ["tiny_choices"], include_path=str(task_folder))}
+    printed = capsys.readouterr()
+    assert "largest batch" in printed.err and not printed.out, "stdout is for --json"
     right = []
     for row in map(json.loads, (task_folder / "tiny.jsonl").read_text().splitlines()):
         scores = []

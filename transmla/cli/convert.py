@@ -109,8 +109,9 @@ def form_options(decorated: Any) -> Any:
     "--calibration",
     metavar="TEXT",
     help="Calibration text: FILE (.txt; .jsonl, .parquet, .csv with a `text` column), dataset id "
-    "OWNER/NAME[:CONFIG][@SPLIT], wikitext, synthetic, continued, code, maths, stories (they ship with the program) or self (sampled from SRC); "
-    f"A:3+B mixes three to one. [default: {CALIBRATION['fast']}, with --refine full {CALIBRATION['full']}]",
+    "OWNER/NAME[:CONFIG][@SPLIT], wikitext, synthetic, continued, code, maths, stories (they ship with the program) "
+    f"or self (sampled from SRC); A:3+B mixes three to one. [default: {CALIBRATION['fast']}, with --refine full "
+    f"{CALIBRATION['full']}]",
     group="Calibration text",
 )
 @option(

@@ -137,7 +137,7 @@ from transmla.recipe import DTYPES
     multiple=True,
     metavar="NAME=SHARE",
     help="Smallest recovery of perplexity, tasks, needles or loops (greedy four-token runs that are new) that "
-    "passes; below it the exit code is 5. Repeatable. [default: of the suite]",
+    "passes; below it the exit code is 5. Repeatable; the others are the suite's. [default: of the suite]",
     group="Compared with",
 )
 @option(

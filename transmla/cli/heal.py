@@ -51,7 +51,8 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
     metavar="MIX",
     help="Text to train on; A:3+B mixes three to one. FILE (.txt; .jsonl, .parquet, .csv with `text`, chat "
     "`messages`, or `prompt` and `completion`), dataset id OWNER/NAME[:CONFIG][@SPLIT], wikitext, synthetic, "
-    f"continued, code, maths, stories, self (SRC writes it). [default: {MIX}, of a model with a chat template {MIX_OF_CHATS}]",
+    f"continued, code, maths, stories, self (SRC writes it). [default: {MIX}, of a model with a chat template "
+    f"{MIX_OF_CHATS}]",
     group="Text",
 )
 @option(

@@ -77,8 +77,8 @@ def judged(
         called[text] = name if [Path(other).name for other in texts].count(name) == 1 else portable_name(text)
     ratios = {text: one["ratio"] for text, one in compared["texts"].items()}
     tasks = {row["task"]: row["recovery"] for row in reversed(compared.get("tasks", []))}
-    # of a group of tasks, those that it has
-    asked = [row["task"] for row in model.get("tasks", [])] or list(suite.tasks)
+    # of a group of tasks those that it has, unless it has a result of its own: that of many small parts is noise
+    asked = [row["task"] for row in model.get("tasks", []) if not row.get("group")] or list(suite.tasks)
     asked += [one.part.removeprefix("task ") for one in skipped if one.part.startswith("task ")]
     recovered: dict[str, list[tuple[str, float]]] = {
         "perplexity": [(called[text], 1 / ratios[text] if text in ratios else math.nan) for text in texts],

@@ -292,6 +292,8 @@ def _suite(name: str | None, model: str | Path, **given: Any) -> Suite:
     if given["texts"] is None:  # what the model was made for comes first
         own = _default_text(Path(model))
         given["texts"] = tuple(sorted(found.texts, key=lambda text: text != own))
+    if given["gates"] is not None:  # the others stay
+        given["gates"] = found.gates | given["gates"]
     return found.with_overrides(**given)
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class TaskResult:
 
     metric: as lm-eval calls it, with the filter of the answers where it has one: "exact_match,strict-match"
     values: of each document, in lm-eval's order; empty where a metric has none
+    group:  a group of tasks with a row of its own that this one is a part of; "" if there is none
     value and standard_error are lm-eval's own.
     """
 
@@ -36,6 +38,7 @@ class TaskResult:
     standard_error: float
     higher_is_better: bool
     values: tuple[float, ...]
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def run_tasks(
 
     adapter = Silent(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
     try:
-        with _without_git(), _with_tokenizer(tokenizer):
+        # it prints the sizes of batches that it tries
+        with _without_git(), _with_tokenizer(tokenizer), redirect_stdout(sys.stderr):
             found = simple_evaluate(
                 adapter, tasks=names, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
             )
@@ -197,7 +201,7 @@ def _check(names: Sequence[str], known: list[str]) -> None:
 
 
 def _results(found: dict[str, Any]) -> list[TaskResult]:
-    results = []
+    results, groups = [], _groups(found)
     for task, row in found["results"].items():
         samples = found.get("samples", {}).get(task, [])
         better = found.get("higher_is_better", {}).get(task, {})
@@ -217,9 +221,31 @@ def _results(found: dict[str, Any]) -> list[TaskResult]:
                     standard_error=float(error) if isinstance(error, int | float) else math.nan,
                     higher_is_better=better.get(metric) is not False,
                     values=tuple(float(one) for one in values) if scalar else (),
+                    group=groups.get(task, ""),
                 )
             )
     return results
+
+
+def _groups(found: dict[str, Any]) -> dict[str, str]:
+    """Task -> a group with a result of its own that has it, or that has a group which has it."""
+    parts: dict[str, list[str]] = found.get("group_subtasks") or {}
+    groups: dict[str, str] = {}
+
+    def walk(group: str, above: str) -> None:
+        for part in parts.get(group, []):
+            if above:
+                groups.setdefault(part, above)
+            walk(part, above or (part if _has_result(found, part) else ""))
+
+    for group in parts:
+        walk(group, group if _has_result(found, group) else "")
+    return groups
+
+
+def _has_result(found: dict[str, Any], task: str) -> bool:
+    row = found["results"].get(task, {})
+    return any("," in key and isinstance(value, int | float) for key, value in row.items())
 
 
 def recoveries(model: list[TaskResult], source: list[TaskResult]) -> list[Recovery]:
