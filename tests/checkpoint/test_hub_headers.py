@@ -52,6 +52,7 @@ def test_weights_are_left_where_they_are(tmp_path: Any, monkeypatch: pytest.Monk
         asked.append(allow_patterns)
         return str(tmp_path)
 
+    (tmp_path / "config.json").touch()
     if cached:
         (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

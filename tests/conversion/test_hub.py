@@ -34,6 +34,9 @@ class Hub:
                 shutil.copy(file, self.cache)
         return str(self.cache)
 
+    def list_repo_files(self, name: str, **_: Any) -> list[str]:
+        return [file.name for file in self.remote.iterdir()]
+
     def headers(self, name: str, revision: str) -> Any:
         assert (name, revision) == ("owner/name", self.cache.name)
         found = {}
@@ -52,6 +55,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     (tmp_path / "remote").mkdir()
     made = Hub(tmp_path / "remote", tmp_path / "0123abcd")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
     monkeypatch.setattr(hub_headers, "get_safetensors_metadata", made.headers)
     monkeypatch.chdir(tmp_path)
     return made
@@ -69,6 +73,27 @@ def test_a_download_that_was_interrupted_goes_on(lively: MakeSource, text_file: 
     shutil.copy(first, hub.cache)
     assert transmla.plan("owner/name").mla.kv_lora_rank and not (hub.cache / second.name).exists()
     assert convert(text_file).destination.name == "name-mla-16-4" and (hub.cache / second.name).is_file()
+
+
+@pytest.mark.parametrize("config", [False, True])
+@pytest.mark.parametrize(
+    ("files", "why", "remedy"),
+    [
+        (["a-Q4.gguf"], "1 GGUF file: a-Q4.gguf", "hf download owner/name a-Q4.gguf"),
+        (["a-Q4.gguf", "b-Q8.gguf"], "2 GGUF files: a-Q4.gguf ...", "hf download owner/name a-Q4.gguf"),
+        (["adapter_config.json", "adapter_model.safetensors"], "an adapter, not a model", "merge"),
+    ],
+)
+def test_repositories_of_other_kinds(
+    text_file: Path, hub: Hub, files: list[str], why: str, remedy: str, config: bool
+) -> None:
+    for name in files + ["config.json"] * config:
+        (hub.remote / name).write_text('{"model_type": "llama"}')
+    # of what has a config, `plan` asks for the headers of the weights
+    for command in [lambda: convert(text_file)] + [lambda: transmla.plan("owner/name")] * (not config):
+        with pytest.raises(SourceError) as error:
+            command()
+        assert why in error.value.why and remedy in str(error.value.remedy) and error.value.where == "owner/name"
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import transmla
@@ -114,6 +115,24 @@ def test_notes(lively: MakeSource) -> None:
     assert "llama3 rope scaling becomes frequencies that each layer keeps" in notes(rope=LLAMA3, model_type="qwen3")
     assert "max_position_embeddings becomes 32" in notes(model_type="mistral", sliding_window=32)
     assert "becomes" not in notes(model_type="mistral", sliding_window=4096)
+
+
+def test_what_the_class_does_not_have_is_said(lively: MakeSource, tmp_path: Path) -> None:
+    """As biases of a "llamafied" model whose config does not announce them, and code that is not run."""
+    folder = tmp_path / "source"
+    shutil.copytree(lively(), folder)
+    assert "no place" not in " ".join(transmla.plan(str(folder)).notes), "buffers and all that is known"
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {
+        "model.layers.0.self_attn.q_proj.bias": torch.ones(72), "model.layers.2.self_attn.scale": torch.ones(1),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "model.layers.3.eh_proj.weight": torch.ones(2),
+    }  # fmt: skip
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Model"}}))
+    notes = " ".join(transmla.plan(str(folder)).notes)
+    assert "no place for 2 tensors" in notes and "q_proj.bias, model.layers.2.self_attn.scale" in notes
+    assert "code of its own, which is not run" in notes
 
 
 def test_old_and_new_rope_configs_plan_alike(lively: MakeSource, tmp_path: Path) -> None:

@@ -89,11 +89,15 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> ResolvedSo
 
     try:
         folder = download(_COMPANIONS if headers_only else _SAFETENSORS)
-        if headers_only:
+        if headers_only and (folder / "config.json").is_file():
             return ResolvedSource(folder, name, folder.name, not _has_weights(folder))
         if not any((folder / f"model.safetensors{index}").is_file() for index in ("", ".index.json")):
-            folder = download(_BIN)
+            folder = folder if headers_only else download(_BIN)
+            if not _has_weights(folder):
+                _refuse_other_kinds(name, revision)
         folder = download(_TEMPLATES, [])
+    except SourceError:
+        raise
     except hub.GatedRepoError as error:
         remedy = "accept its terms on its page and log in with `hf auth login`"
         raise _not_found(name, "access to it is restricted", remedy) from error
@@ -112,6 +116,20 @@ def _from_hub(name: str, revision: str | None, headers_only: bool) -> ResolvedSo
         raise _not_found(name, f"the download failed: {reason}", "try again; finished files are kept") from error
     # the hub cache keeps one folder for each commit, named by its hash
     return ResolvedSource(folder, name, folder.name)
+
+
+def _refuse_other_kinds(name: str, revision: str | None) -> None:
+    """`SourceError` for a repository that holds something else than a model in transformers' form."""
+    from huggingface_hub import HfApi
+
+    files = HfApi().list_repo_files(name, revision=revision)
+    ggufs = sorted(file for file in files if file.endswith(".gguf"))
+    if ggufs:
+        why = f"it has no safetensors, but {len(ggufs)} GGUF file{'s' if len(ggufs) > 1 else ''}: {ggufs[0]}"
+        why += " ..." if len(ggufs) > 1 else ""
+        raise _not_found(name, why, f"download one and pass that file: hf download {name} {ggufs[0]}")
+    if "adapter_config.json" in files:
+        raise _not_found(name, "it holds an adapter, not a model", "merge the adapter into its base model first")
 
 
 def _has_weights(folder: Path) -> bool:

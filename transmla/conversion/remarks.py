@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transmla.checkpoint.store import first_few
 from transmla.conversion.levels import LEAST_PER_FEATURE
 from transmla.families import rotary_dim
 from transmla.geometry import GqaGeometry, MlaGeometry
@@ -11,6 +12,9 @@ from transmla.text.mixes import needs_source
 
 if TYPE_CHECKING:
     from transmla.conversion.plan import Plan
+
+# which older versions of transformers have saved along with the weights
+_BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 def remarks(planned: Plan, candidates: tuple[int, ...], num_divisions: int) -> list[str]:
@@ -26,6 +30,16 @@ def remarks(planned: Plan, candidates: tuple[int, ...], num_divisions: int) -> l
         said.append(
             f"of {whole.model_type} the language model alone is converted, and the result takes text alone; left out: "
             + (", ".join(whole.left_out) or "nothing that has weights")
+        )
+    if unknown := _unknown(planned):
+        said.append(
+            f"transformers' {planned.family.model_type} has no place for {len(unknown)} tensors in its layers; "
+            f"they are left out: {first_few(unknown)}"
+        )
+    if "AutoModelForCausalLM" in (planned.source.config.get("auto_map") or {}):
+        said.append(
+            f"the source brings code of its own, which is not run: it is taken for what transformers calls "
+            f"{planned.family.model_type}"
         )
     if candidates:
         said.append(
@@ -97,3 +111,17 @@ def _tensor_parallel(gqa: GqaGeometry, mla: MlaGeometry) -> str:
         f"tensor parallel: key/value heads are split over ranks, a latent is on every rank; "
         f"at {ranks} ranks {gqa.cache_values() // ranks} values per token and layer become {mla.cache_values()}"
     )
+
+
+def _unknown(planned: Plan) -> list[str]:
+    """Weights within the layers that the class does not have: biases that the config does not announce, for one."""
+    layers, expected = planned.family.layers, planned.outline.tensors
+    number = planned.gqa.num_hidden_layers
+    found = []
+    for name in planned.source.tensors:
+        if name.startswith(f"{layers}.") and name not in expected and not name.endswith(_BUFFERS):
+            index = name[len(layers) + 1 :].partition(".")[0]
+            # layers behind the last one predict several tokens at once
+            if index.isdigit() and int(index) < number:
+                found.append(name)
+    return found

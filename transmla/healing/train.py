@@ -279,7 +279,7 @@ class Healer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The rates by `share_of_rate`, created on the first call."""
         if self.lr_scheduler is None and self.share_of_rate is not None:
-            given = self.optimizer if optimizer is None else optimizer
+            given: Any = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = LambdaLR(given, self.share_of_rate)
         return super().create_scheduler(num_training_steps, optimizer)
 
