@@ -163,7 +163,8 @@ _TOKENS = Scaled("count", {"K": 10**3, "M": 10**6, "B": 10**9}, "tokens such as 
     "--long-share",
     type=NumberRange(0, 1),
     metavar="SHARE",
-    help="Share of the tokens, the last, that come in windows of --long-window. [default: 0]",
+    help="Share of the tokens, the last, that come in windows of --long-window; the rate rises again for them. "
+    "[default: 0]",
     group="Text",
 )
 @option(
