@@ -191,8 +191,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     where: path of that file, for error messages
 
     Raises `UnsupportedError` for encoder-decoder and multimodal models, models with latent attention already, models
-    that are known not to fit, models without rotary
-    embeddings, unknown families, and rotary settings that change with the length of the text.
+    that are known not to fit, models without rotary embeddings, unknown families, rotary settings that are not known or
+    incomplete, and models whose tokens attend to later ones.
     """
     model_type = str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
@@ -303,7 +303,7 @@ def _fixed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
         plain = {key: value for key, value in settings.items() if key not in ("type", "factor")}
         return plain | {"rope_type": "default"}
     if kind in LONG_ROPE:
-        short = config.get("max_position_embeddings", 0) <= _original_length(config, settings)
+        short = (config.get("max_position_embeddings") or 0) <= _original_length(config, settings)
         chosen = settings.get("short_factor" if short else "long_factor")
         plain = {key: value for key, value in settings.items() if key != "type"}
         return plain | {"rope_type": "longrope", "short_factor": chosen, "long_factor": chosen}
@@ -311,8 +311,10 @@ def _fixed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
 
 
 def _original_length(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    """The context before it was stretched, as Phi-3 has it or, without that, others; 0 if neither is there."""
-    found = config.get("original_max_position_embeddings", settings.get("original_max_position_embeddings"))
+    """The context before it was stretched; 0 if it is not there. The class of Phi-3 does not look for it among the
+    rotary settings."""
+    key = "original_max_position_embeddings"
+    found = config.get(key, None if config.get("model_type") == "phi3" else settings.get(key))
     return found if isinstance(found, int) else 0
 
 
@@ -349,6 +351,8 @@ def _check_rotary(family: Family, config: Mapping[str, Any], where: str) -> None
             missing = [key for key in ("short_factor", "long_factor") if not _are_positive(parameters.get(key))]
             if not _original_length(config, parameters):
                 missing.append("original_max_position_embeddings")
+            if not isinstance(config.get("max_position_embeddings"), int):
+                missing.append("max_position_embeddings")
         if missing:
             raise UnsupportedError(
                 f"rope_type {rope_type!r} is incomplete",

@@ -76,12 +76,15 @@ def test_it_converts_to_what_its_products_convert_to(lively: MakeSource, text_fi
 
 
 @pytest.mark.parametrize("on_hopper", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": -1}, {"logit_scale": 0.5}], ids=str)
 def test_the_source_is_dequantised_on_every_machine(
-    lively: MakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_hopper: bool
+    lively: MakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_hopper: bool, changes: dict[str, Any]
 ) -> None:
     """Where a GPU has such floats, transformers would keep them and ask for kernels."""
     monkeypatch.setitem(globals(), "BLOCK", [8, 8])  # transformers wants blocks that divide the sizes
     meant = quantised(lively(model_type="qwen3", layers=1), tmp_path / "fp8", modules_to_not_convert=["lm_head"])
+    config = tmp_path / "fp8" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | changes), "utf-8")
     if on_hopper:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -91,6 +94,12 @@ def test_the_source_is_dequantised_on_every_machine(
     found = model.state_dict()
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
         assert torch.allclose(found[name].float(), meant[name].float(), rtol=1e-2)
+    if not on_hopper:
+        for dtype in (torch.float32, "bfloat16", "auto"):
+            one = load_source(open_source(tmp_path / "fp8"), dtype=dtype)
+            assert len({weight.dtype for weight in one.parameters()}) == 1
+            with torch.no_grad():
+                assert one(torch.arange(3, 9)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("damage", ["missing", "wrong shape"])

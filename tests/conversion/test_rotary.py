@@ -114,6 +114,7 @@ def test_dynamic_changes_nothing_within_the_context(
         ({"short_factor": "1.0"}, "short_factor"),
         ({"long_factor": [1.0, 0.0, 1.0, 1.0]}, "long_factor"),
         ({}, "original_max_position_embeddings"),
+        ({"original_max_position_embeddings": 32}, "original_max_position_embeddings"),
     ],
     ids=str,
 )
@@ -121,12 +122,18 @@ def test_longrope_without_what_it_needs(
     lively: MakeSource, tmp_path: Path, changes: dict[str, Any], missing: str
 ) -> None:
     source = changed(copied(lively(**PHI), tmp_path), rope_scaling=LONGROPE | changes)
-    if not changes:
+    if not changes or "original_max_position_embeddings" in changes:  # where the class of Phi-3 does not look
         path = source / "config.json"
         config = json.loads(path.read_text("utf-8"))
         del config["original_max_position_embeddings"]
         path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UnsupportedError, match=f"(?s)incomplete.*{missing}"):
+        transmla.plan(str(source))
+
+
+def test_longrope_without_a_context(lively: MakeSource, tmp_path: Path) -> None:
+    source = changed(copied(lively(**PHI), tmp_path), rope_scaling=LONGROPE, max_position_embeddings=None)
+    with pytest.raises(UnsupportedError, match=r"(?s)incomplete.*: max_position_embeddings"):
         transmla.plan(str(source))
 
 

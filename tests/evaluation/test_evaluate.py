@@ -283,6 +283,11 @@ def test_a_gate_of_a_suite_is_changed_alone(converted: Path, tmp_path: Path) -> 
     given: dict[str, Any] = {"text": "tinystories-valid", "windows": 2, "length": 32, "dtype": "float32"}
     report = transmla.evaluate(converted, "stories260k", suite=str(path), gates={"perplexity": 0.1}, **given)
     assert {gate.name: gate.wanted for gate in report.gates} == {"perplexity tinystories-valid": 0.1, "loops": 0.01}
+    given |= {"suite": str(path), "generation": 0}  # nothing is written, so there is nothing to judge
+    (gate,) = transmla.evaluate(converted, "stories260k", gates={"perplexity": 0.1}, **given).gates
+    assert gate.name == "perplexity tinystories-valid"
+    with pytest.raises(RecipeError, match="gate loops"):
+        transmla.evaluate(converted, "stories260k", **given)
 
 
 def test_a_gate_that_was_not_measured_is_missed(converted: Path, suite: str) -> None:

@@ -245,6 +245,8 @@ def test_long_windows_have_rates_of_their_own(tmp_path: Path) -> None:
     alone = rates_of(settings, replace(plan, steps=plan.long_steps, long_steps=0), tmp_path)
     assert long == pytest.approx([0.3 * rate for rate in alone])
     assert plan.share_of_rate(0, 0.05) == 0.0
+    many = schedule(settings.with_overrides(long_share=0.8), 1)
+    assert max(rates_of(settings, many, tmp_path)[many.short_steps :]) == pytest.approx(0.8 * 0.01, rel=0.02)
     one = replace(plan, steps=plan.short_steps + 1, long_steps=1)
     assert one.share_of_rate(plan.short_steps, 0.05) == 0.3, "a single step is not spent on rising"
 

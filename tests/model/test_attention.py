@@ -304,5 +304,9 @@ def test_double_quantisation_is_refused_where_it_loses_the_latent(as_config: boo
         made()
     with pytest.raises(ValueError, match="kv_a_proj_with_mqa"):
         made(llm_int8_skip_modules=["lm_head"])
+    with pytest.raises(ValueError, match="kv_a_proj_with_mqa"):
+        made(llm_int8_skip_modules=[""])
     made(llm_int8_skip_modules=["kv_a_proj_with_mqa", "lm_head"])
+    made(llm_int8_skip_modules=["self_attn.kv_a_proj_with_mqa", "lm_head"])
     made(bnb_4bit_use_double_quant=False)
+    made(load_in_4bit=False, load_in_8bit=True)

@@ -132,6 +132,7 @@ def test_splits_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("owner/name:config", ("owner/name", "config", "")),
         ("owner/name@train_sft", ("owner/name", "", "train_sft")),
         ("owner/name:config@test", ("owner/name", "config", "test")),
+        ("owner/name@train.clean", ("owner/name", "", "train.clean")),
         ("owner/name@a/b", ("owner/name@a/b", "", "")),
     ],
 )

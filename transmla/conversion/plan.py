@@ -389,7 +389,7 @@ def _check_frequencies(planned: Plan) -> None:
 
 def _context(source: Source, config: Mapping[str, Any], form: str, of_a_theta: bool) -> tuple[int, list[str]]:
     """The context of the result, and notes; `of_a_theta`: its frequencies are those of one rope_theta."""
-    context = int(config.get("max_position_embeddings") or 2048)
+    known = context = int(config.get("max_position_embeddings") or 2048)
     notes = []
     window = config.get("sliding_window")
     kinds = set(config.get("layer_types") or ("sliding_attention",))
@@ -403,10 +403,11 @@ def _context(source: Source, config: Mapping[str, Any], form: str, of_a_theta: b
     if source.rope_frequency_factors is not None:
         types = {"llama3"}
     if "dynamic" in types:
-        notes.append(f"dynamic rope scaling is left out: it begins behind {context:,} tokens, where the context ends")
+        notes.append(f"dynamic rope scaling is left out: it begins behind {known:,} tokens")
     if types & set(LONG_ROPE):
+        types = types - set(LONG_ROPE) | {"longrope"}
         notes.append(
-            f"longrope: texts of all lengths turn like those of {context:,} tokens, here and in `eval` of the source"
+            f"longrope: texts of all lengths turn like those of {known:,} tokens, here and in `eval` of the source"
         )
     for rope_type in sorted(types - {"default", "dynamic"}):
         became = "plain frequencies of a rope_theta of its own" if of_a_theta else "frequencies that each layer keeps"

@@ -261,16 +261,21 @@ def quantised_sizes(source: dict[str, Any], dtype: str) -> dict[str, float]:
     return {name: per_bit * bits for name, bits in CACHE_BITS.items() if bits < 16}
 
 
-def _require_measured(suite: Suite) -> None:
-    """`RecipeError` for a gate on what the suite leaves out: hours later it would be missed."""
-    measured = {
+def _left_out(suite: Suite, kind: str) -> str | None:
+    """The option that a gate of this kind needs, if the suite leaves out what it judges."""
+    judged_by: dict[str, tuple[Any, str]] = {
         "tasks": (suite.tasks, "--tasks"),
         "needles": (suite.needles, "--needles"),
         "loops": (suite.generation, "--generation"),
     }
+    found, option = judged_by.get(kind, (True, ""))
+    return None if found else option
+
+
+def _require_measured(suite: Suite) -> None:
+    """`RecipeError` for a gate on what the suite leaves out: hours later it would be missed."""
     for kind in suite.gates:
-        found, option = measured.get(kind, (True, ""))
-        if not found:
+        if (option := _left_out(suite, kind)) is not None:
             raise RecipeError(
                 "a gate is on what is not measured",
                 where=f"gate {kind}",
@@ -292,9 +297,12 @@ def _suite(name: str | None, model: str | Path, **given: Any) -> Suite:
     if given["texts"] is None:  # what the model was made for comes first
         own = _default_text(Path(model))
         given["texts"] = tuple(sorted(found.texts, key=lambda text: text != own))
-    if given["gates"] is not None:  # the others stay
-        given["gates"] = found.gates | given["gates"]
-    return found.with_overrides(**given)
+    made = found.with_overrides(**given)
+    if given["gates"] is None:
+        return made
+    # the others stay, of what is measured
+    others = {kind: share for kind, share in found.gates.items() if _left_out(made, kind) is None}
+    return made.with_overrides(gates=others | given["gates"])
 
 
 def _reused(path: Path, source: str, suite: Suite, dtype: str, device: str, skipped: list[Skipped]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transmla.recipe import Healing
 # size of each row. And the rate outside the attention, as a share of it. Measured in benchmarks/heal.md
 RATES = ((5e6, 1e-2), (float("inf"), 5e-4))
 REST = 0.3
-# the largest rate on long windows, as a share of that on the others
+# the largest rate on long windows, as a share of that on the others, where they have few of the tokens
 LONG = 0.3
 STEPS_WANTED, LARGEST_BATCH = 400, 64
 
@@ -58,13 +58,14 @@ class Schedule:
 
     def share_of_rate(self, step: int, warmup: float) -> float:
         """Of the largest rate, in this step: it rises over the first steps, `warmup` of them, and falls along a cosine
-        to nothing; on long windows it does so again, up to `LONG`. At the end of one cosine they would teach nothing.
-        """
+        to nothing; on long windows it does so again, up to `LONG` or their share of the tokens. At the end of one
+        cosine they would teach nothing."""
         first, count = (0, self.short_steps) if step < self.short_steps else (self.short_steps, self.long_steps)
         at, rising = step - first, min(math.ceil(warmup * count), count - 1)
         if at >= count:
             return 0.0
-        most = LONG if first else 1.0
+        of_long = 1 - self.tokens(self.short_steps) / self.tokens(self.steps)
+        most = max(LONG, of_long) if first else 1.0
         return most * (at / rising if at < rising else (1 + math.cos(math.pi * (at - rising) / (count - rising))) / 2)
 
     def tokens(self, step: int) -> int:

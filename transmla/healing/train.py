@@ -48,7 +48,8 @@ def precision_on(precision: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A function that makes contexts in which matrix products are computed in `precision`."""
+    """A function that makes contexts in which matrix products are computed in `precision`, "bfloat16" or "float32"."""
+    assert precision != "auto"
     if precision == "float32":
         return nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)

@@ -107,9 +107,13 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
         with loadable(source):
             if source.whole is not None or corrections(source.config) or strays(source.config):
                 options["config"] = source_config(source.config)
+                if "quantization_config" in options:  # or the codes of the floats would be taken for weights
+                    options["config"].quantization_config = source.config["quantization_config"]
             if source.whole is not None:
                 options["key_mapping"] = {f"^{re.escape(inside)}": alone for inside, alone in PREFIXES}
             model = AutoModelForCausalLM.from_pretrained(str(source.path), **options)
+        if "quantization_config" in options:  # undone in another dtype than that of the rest
+            model.to(model.get_input_embeddings().weight.dtype if dtype == "auto" else as_dtype(dtype))
         return model.to(device).eval()
     with loadable(source):
         options |= {"config": source_config(source.config), "gguf_file": source.path.name}
@@ -118,6 +122,12 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
         inv_freq = model.model.rotary_emb.inv_freq
         inv_freq /= torch.tensor(source.rope_frequency_factors)
     return model.to(device).eval()
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype, given itself or by its name."""
+    found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return found
 
 
 @contextmanager

@@ -443,7 +443,8 @@ class LatentLayer(CacheLayerMixin):
         first_B = torch.where(seen_BS.any(1), seen_BS.int().argmax(-1), seen_BS.shape[1])
         if self.waiting and self.first is not None:
             # texts that have begun stay where they are: what a window no longer shows is not padding
-            first_B = torch.where(self.first < self.get_seq_length(), self.first, first_B)
+            first = self.first.to(first_B.device)  # what comes from a file is moved when tokens are added
+            first_B = torch.where(first < self.get_seq_length(), first, first_B)
         self.first, self.unpadded = first_B, False
         if self.code is not None and self.sink and not torch.compiler.is_compiling():
             self.waiting = bool((first_B >= seen_BS.shape[1]).any())
@@ -1145,8 +1146,9 @@ def _check_quantisation(config: Any) -> None:
     rotary rows below them: double quantisation rounds the scales of all blocks of a tensor together."""
     given = getattr(config, "quantization_config", None) or {}
     settings = given if isinstance(given, dict) else given.to_dict()
-    kept = settings.get("llm_int8_skip_modules") or ()
-    if settings.get("bnb_4bit_use_double_quant") and not any("kv_a_proj_with_mqa".endswith(name) for name in kept):
+    kept = [name for name in settings.get("llm_int8_skip_modules") or () if name]
+    double = settings.get("load_in_4bit") and settings.get("bnb_4bit_use_double_quant")
+    if double and not any("model.layers.0.self_attn.kv_a_proj_with_mqa".endswith(name) for name in kept):
         raise ValueError(
             "bnb_4bit_use_double_quant loses what this model caches: leave it out, or leave out these layers, "
             'llm_int8_skip_modules=["kv_a_proj_with_mqa", "lm_head"]'

@@ -58,7 +58,7 @@ def read_text(name: str, max_characters: int, *, evaluation: bool = False) -> st
 def dataset_of(name: str) -> tuple[str, str, str]:
     """Dataset, configuration and split of OWNER/NAME:CONFIG@SPLIT, each of the last two "" where it is not there."""
     whole = name.partition(":")[0]
-    found = re.fullmatch(r"(.*)@(\w+)", name)
+    found = re.fullmatch(r"(.*)@(\w+(?:\.\w+)*)", name)
     is_folder = "@" in whole and local(whole) is not None  # which may have such a name itself
     name, split = (found[1], found[2]) if found and not is_folder else (name, "")
     dataset, _, config = name.partition(":")
@@ -112,7 +112,7 @@ def place_of(name: str) -> Path | None:
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a table file, or of the train split of a dataset, streamed; raises `DataError`."""
+    """The rows of a table file, or of a split of a dataset, train by default, streamed; raises `DataError`."""
     path, (dataset, config, split) = local(name), dataset_of(name)
     if path is None and local(dataset) is None and looks_like_path(dataset):
         raise _no_such_file(name)
