@@ -113,7 +113,8 @@ def load_source(source: Source, *, dtype: Any = "auto", device: Any = "cpu") -> 
                 options["key_mapping"] = {f"^{re.escape(inside)}": alone for inside, alone in PREFIXES}
             model = AutoModelForCausalLM.from_pretrained(str(source.path), **options)
         if "quantization_config" in options:  # undone in another dtype than that of the rest
-            model.to(model.get_input_embeddings().weight.dtype if dtype == "auto" else as_dtype(dtype))
+            loaded: Any = model
+            model = loaded.to(loaded.get_input_embeddings().weight.dtype if dtype == "auto" else as_dtype(dtype))
         return model.to(device).eval()
     with loadable(source):
         options |= {"config": source_config(source.config), "gguf_file": source.path.name}
