@@ -226,7 +226,8 @@ def test_scaling_is_linear_where_no_type_is_named(tmp_path, tensors, old):
 
     linear = {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}
     assert written("a.gguf", 4.0).config["rope_parameters"] == linear
-    assert rope_parameters(written("b.gguf", 1.0).config)["rope_type"] == "default"
+    for factor in (0.0, 1.0):
+        assert rope_parameters(written(f"{factor}.gguf", factor).config)["rope_type"] == "default"
 
 
 @pytest.mark.parametrize("kind", ["plain", "linear", "factors"])

@@ -122,7 +122,8 @@ def _linear_factor(reader: "GGUFReader", path: Path, family: Family) -> float | 
     named = _field(reader, f"{family.gguf_architecture}.rope.scaling.type")
     if named not in ("none", "linear", None):
         raise unsupported_gguf(path, f"its rope scaling is {named!r}, whose numbers GGUF keeps only in part")
-    return factor if factor != 1 and named != "none" else None
+    # llama.cpp takes 0 for no scaling, too
+    return factor if factor not in (0, 1) and named != "none" else None
 
 
 def correct_from_tensors(config: dict[str, Any], tensors: Mapping[str, TensorInfo], family: Family) -> None:
