@@ -118,12 +118,12 @@ def _linear_factor(reader: "GGUFReader", path: Path, family: Family) -> float | 
     """By what positions are divided; None if they are not. The type is linear where none is named, as for llama.cpp,
     and older files have another key."""
     keys = (f"{family.gguf_architecture}.rope.{key}" for key in ("scaling.factor", "scale_linear"))
+    # 0 is none as well
     factor = next((float(found) for key in keys if (found := _field(reader, key))), None)
     named = _field(reader, f"{family.gguf_architecture}.rope.scaling.type")
     if named not in ("none", "linear", None):
         raise unsupported_gguf(path, f"its rope scaling is {named!r}, whose numbers GGUF keeps only in part")
-    # llama.cpp takes 0 for no scaling, too
-    return factor if factor not in (0, 1) and named != "none" else None
+    return factor if factor != 1 and named != "none" else None
 
 
 def correct_from_tensors(config: dict[str, Any], tensors: Mapping[str, TensorInfo], family: Family) -> None:
